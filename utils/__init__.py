@@ -1,0 +1,1 @@
+"""What generate.py, train.py and evaluate.py share. Files are named after things of the domain."""

@@ -1,0 +1,107 @@
+"""Manners shared by the command lines: help that teaches, one-line errors, exit codes that scripts can trust.
+
+Exit codes: 0 done; 2 something the user can mend (option, file, disk); 1 unexpected; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """A mistake the user can mend: the message is one line that names the option or file, and the remedy."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the script's docstring as written and ends each option with its default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # "(default: None)" and "(default: False)" teach nothing.
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help is the docstring. Abbreviated options are refused: they break when options grow."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
+    return parser
+
+
+def run(
+    main: Callable[[argparse.Namespace], int | None],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse ARGV, call MAIN and turn its exceptions into one line on stderr and an exit code."""
+    args = parser.parse_args(argv)
+    try:
+        return main(args) or 0
+    except KeyboardInterrupt:
+        return _report(parser, args, "interrupted; the same command continues where this one stopped", 130)
+    except BrokenPipeError:
+        # The reader (`| head`) has left. Keep the interpreter from complaining again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except UserError as error:
+        return _report(parser, args, str(error), 2)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" ({error.filename})" if error.filename else ""
+            return _report(parser, args, f"the disk is full{where}; free some space and run the same command again", 2)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+            return _report(parser, args, f"no permission: {error.filename} ({error.strerror})", 2)
+        return _report(parser, args, _unexpected(error), 1)
+    except Exception as error:  # the door of the program: everything else is a bug or a failing device
+        return _report(parser, args, _unexpected(error), 1)
+
+
+def _unexpected(error: BaseException) -> str:
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return f"unexpected {type(error).__name__}: {first_line} (--debug shows the traceback)"
+
+
+def _report(parser: argparse.ArgumentParser, args: argparse.Namespace, message: str, code: int) -> int:
+    if getattr(args, "debug", False):
+        traceback.print_exc()
+    print(f"{parser.prog}: {'error: ' if code != 130 else ''}{message}", file=sys.stderr, flush=True)
+    return code
+
+
+# ===== argument types: refused at the door, with the value in the message =====
+
+
+def positive_int(text: str) -> int:
+    return _number(text, int, lambda value: value > 0, "a whole number above 0")
+
+
+def non_negative_int(text: str) -> int:
+    return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def positive_float(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def non_negative_float(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
+
+
+def fraction(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _number(text, convert, accept, wanted):
+    try:
+        value = convert(text)
+    except ValueError:
+        value = None
+    if value is None or not accept(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value

@@ -1,0 +1,71 @@
+"""Image files and class folders: decoding to uint8 arrays, and the label order that everything here shares."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from utils.cli import UserError
+
+# Channel statistics of ImageNet's training images, RGB in 0..1 (torchvision's reference values).
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+JPEG_MAGIC = b"\xff\xd8\xff"
+
+
+class BadImage(Exception):
+    """An image file that cannot be decoded; the message names it."""
+
+
+def decode_rgb(source: str | Path | bytes, min_side: int | None = None, name: str | None = None) -> np.ndarray:
+    """Decode an image file (or its bytes) to uint8 RGB, (H, W, 3).
+
+    With min_side a JPEG may come out at 1/2, 1/4 or 1/8 size as long as its shorter side stays at least min_side:
+    libjpeg-turbo then skips most of the work. Raises BadImage, naming the file.
+    """
+    name = name or (str(source) if not isinstance(source, bytes) else "image")
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if data[:3] == JPEG_MAGIC:
+            try:
+                side = min_side or 0
+                return simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=side, min_width=side, min_factor=1)
+            except ValueError:
+                pass  # CMYK and a few odd JPEGs in the wild: Pillow knows them
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()  # a truncated file raises here
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise BadImage(f"{name}: {error}") from None
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImage(f"{name}: {error}") from None
+
+
+def list_image_folder(root: str | Path, option: str = "--data") -> tuple[list[str], list[tuple[str, int]]]:
+    """([class id, ...] sorted, [(path, label), ...]) of ROOT/<class id>/<image>, as torchvision's ImageFolder sorts.
+
+    Raises UserError if ROOT is missing, holds no class folder, or a class folder holds no image.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{option}: no folder {root}; expected {root}/<class id>/<images>")
+    ids = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if not ids:
+        raise UserError(f"{option}: {root} holds no class folders; expected {root}/<class id>/<images>")
+    samples = []
+    for label, class_id in enumerate(ids):
+        names = sorted(
+            entry.name
+            for entry in os.scandir(root / class_id)
+            if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".")
+        )
+        if not names:
+            raise UserError(f"{option}: class folder {root / class_id} holds no image; remove the folder or fill it")
+        samples += [(f"{root}/{class_id}/{name}", label) for name in names]
+    return ids, samples
