@@ -1,0 +1,128 @@
+# imagenet-sd: one command a step. `make` alone prints this file's help.
+# Every recipe is a plain call of generate.py, train.py or evaluate.py: copy it from the terminal and vary it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+# ===== the user's variables, with the paper's values =====
+CLASSES ?= 100
+PROMPT ?= c, d_c
+GUIDANCE ?= 2
+IMAGES_PER_CLASS ?= imagenet
+MODEL ?= CompVis/stable-diffusion-v1-4
+OUT ?=
+DATASET ?= imagenet_100_sd
+DATA_ROOT ?= data
+DEVICE ?= auto
+LAUNCHER ?= inline
+LAUNCH_ARGS ?=
+ARGS ?=
+SEEDS ?= 0 1 2
+ONLY ?=
+PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v))) python3)
+VENV ?= .venv
+
+VARIABLES := CLASSES PROMPT GUIDANCE IMAGES_PER_CLASS MODEL OUT DATASET DATA_ROOT DEVICE LAUNCHER LAUNCH_ARGS ARGS SEEDS \
+             ONLY PYTHON VENV
+# A misspelt variable would silently leave the default in force.
+UNKNOWN := $(strip $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(if $(filter $(v),$(VARIABLES) MAKEFLAGS),,$(v)))))
+ifneq ($(UNKNOWN),)
+$(error unknown variable $(UNKNOWN); the known ones are $(VARIABLES))
+endif
+LAUNCHERS := inline local slurm
+ifeq ($(filter $(LAUNCHER),$(LAUNCHERS)),)
+$(error LAUNCHER=$(LAUNCHER) is unknown; use one of $(LAUNCHERS))
+endif
+export CLASSES PROMPT GUIDANCE IMAGES_PER_CLASS MODEL OUT DATASET DATA_ROOT DEVICE
+
+PY := $(VENV)/bin/python
+LAUNCH := $(PY) $(if $(filter-out inline,$(LAUNCHER)),-m utils.launch --launcher $(LAUNCHER) $(LAUNCH_ARGS))
+# The stamp's name holds the lock's checksum: a changed lock has no stamp yet, a fresh checkout's file times do not matter.
+STAMP := $(VENV)/.installed-$(shell cat requirements.lock | cksum | cut -d' ' -f1)
+DEV_STAMP := $(VENV)/.installed-dev-$(shell cat requirements.lock requirements-dev.lock | cksum | cut -d' ' -f1)
+
+.PHONY: help setup demo test lint bench generate train evaluate docker clean lock check-prompts
+help: ## this text
+	@printf 'imagenet-sd: can synthetic images replace real ones?\n\nusage: make TARGET [VARIABLE=value ...]\n\n'
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
+	@printf '\nvariables (default):\n'
+	@printf '  %-17s %s\n' \
+	  CLASSES '100, 1000, digits, a .tsv of your own classes, a .txt of ids, or id,id,... ($(CLASSES))' \
+	  PROMPT '"c", "c, h_c", "c, d_c", "c, h_c inside b", or "a photo of {name}" ($(PROMPT))' \
+	  GUIDANCE 'guidance scale: 2 for diversity, 7.5 for fidelity ($(GUIDANCE))' \
+	  IMAGES_PER_CLASS 'a number, or imagenet: as many as the real class has ($(IMAGES_PER_CLASS))' \
+	  MODEL 'diffusers folder or hub id ($(MODEL))' \
+	  DATASET 'folder below data/ to train on, run below runs/ to evaluate ($(DATASET))' \
+	  DATA_ROOT 'where the real test sets are ($(DATA_ROOT))' \
+	  OUT 'output folder (data/<classes>_sd, runs/<dataset>)' \
+	  DEVICE 'auto, cpu, cuda, cuda:N, mps ($(DEVICE))' \
+	  LAUNCHER 'inline, local (one process a GPU), slurm ($(LAUNCHER)); its options in LAUNCH_ARGS' \
+	  ARGS 'any further option of the script; see e.g. `python generate.py --help`'
+	@printf '\nwithout a GPU, now:  make demo\nthe paper:           make generate CLASSES=100 && make train DATASET=imagenet_100_sd\n'
+
+# ===== environment =====
+setup: $(STAMP) ## create .venv from the hash lock (again only when the lock changes)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	  || { echo "setup: $(PYTHON) is not Python 3.11 to 3.13; install python3.11 and python3.11-venv, or give PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "setup: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@echo "setup: filling $(VENV) from requirements.lock: downloads 3.5 GB (torch with CUDA 12.8), takes 8 GB of disk, 3 to 5 minutes on a good line."
+	@echo "setup: an interrupted set-up goes on from pip's cache when you run the same command again."
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --disable-pip-version-check --require-hashes -r requirements.lock \
+	  | { grep -v -e '^Requirement already' -e '^  Using cached' || true; }
+	@rm -f $(VENV)/.installed-* && touch $@
+
+$(DEV_STAMP): $(STAMP)
+	@$(PY) -m pip install --disable-pip-version-check --require-hashes -r requirements-dev.lock \
+	  | { grep -v -e '^Requirement already' -e '^  Using cached' || true; }
+	@rm -f $(VENV)/.installed-dev-* && touch $@
+
+# ===== the whole experiment in miniature, on a CPU =====
+demo: $(STAMP) ## generate, train and judge handwritten digits in minutes, without a GPU
+	@$(PY) -c 'print("demo pending")'
+
+# ===== the paper's three steps =====
+generate: $(STAMP) ## draw a synthetic dataset: make generate CLASSES=100
+	$(LAUNCH) generate.py --classes "$$CLASSES" --prompt "$$PROMPT" --guidance-scale "$$GUIDANCE" \
+	  --images-per-class "$$IMAGES_PER_CLASS" --model "$$MODEL" --device "$$DEVICE" $(if $(OUT),--out "$$OUT") $(ARGS)
+
+train: $(STAMP) ## train a ResNet50 from scratch on it: make train DATASET=imagenet_100_sd
+	$(LAUNCH) train.py --data "data/$$DATASET" --device "$$DEVICE" --out "$${OUT:-runs/$$DATASET}" $(ARGS)
+
+evaluate: $(STAMP) ## judge the trained model on real images: make evaluate DATASET=imagenet_100_sd
+	$(LAUNCH) evaluate.py --checkpoint "runs/$$DATASET/$$DATASET.pth" --data-root "$$DATA_ROOT" --device "$$DEVICE" \
+	  $(if $(OUT),--out "$$OUT") $(ARGS)
+
+# ===== development =====
+test: $(DEV_STAMP) check-prompts ## every test, with coverage
+	$(PY) -m pytest -n 2 --dist worksteal --cov=. --cov-report=term:skip-covered -q
+
+check-prompts: $(DEV_STAMP) ## rebuild prompts/*.tsv from WordNet and compare byte for byte
+	$(PY) prompts/build_tables.py --check
+
+lint: $(DEV_STAMP) ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(DEV_STAMP) ## speed as ratios to the named peers: make bench [ONLY=row]
+	$(PY) benchmarks/bench.py $(if $(ONLY),--only $(ONLY))
+
+lock: $(DEV_STAMP) ## rewrite the two locks from requirements*.in
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-emit-find-links --custom-compile-command "make lock" requirements.in -o requirements.lock
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-emit-find-links --custom-compile-command "make lock" requirements-dev.in -o requirements-dev.lock
+
+docker: ## build the container with docker, podman or buildah
+	@echo pending
+
+clean: ## remove .venv and caches; data/ and runs/ stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

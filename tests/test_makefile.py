@@ -1,0 +1,57 @@
+"""The Makefile as its users type it: help, variables, and the commands they turn into (`make -n` runs nothing)."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = {"setup", "demo", "test", "lint", "bench", "generate", "train", "evaluate", "docker", "clean"}
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_make_alone_prints_help_with_every_target_and_variable():
+    result = make()
+    assert result.returncode == 0
+    shown = set(re.findall(r"^  ([a-z-]+) ", result.stdout, re.M))
+    assert shown >= TARGETS
+    for variable in ("CLASSES", "DATASET", "MODEL", "PROMPT", "GUIDANCE", "IMAGES_PER_CLASS", "OUT", "DEVICE", "LAUNCHER"):
+        assert re.search(rf"^  {variable} ", result.stdout, re.M), variable
+
+
+def test_the_papers_values_are_the_defaults():
+    line = make("-n", "generate").stdout
+    assert 'generate.py --classes "$CLASSES" --prompt "$PROMPT" --guidance-scale "$GUIDANCE"' in line
+    shown = make().stdout
+    assert "CompVis/stable-diffusion-v1-4" in shown and "(c, d_c)" in shown and "fidelity (2)" in shown
+
+
+@pytest.mark.parametrize("argument", ["CLASES=100", "guidance=2"])
+def test_a_misspelt_variable_is_refused_with_the_known_ones(argument):
+    result = make("generate", argument)
+    assert result.returncode == 2
+    assert f"unknown variable {argument.split('=')[0]}" in result.stderr and "GUIDANCE" in result.stderr
+
+
+def test_an_unknown_launcher_is_refused_with_the_known_ones():
+    result = make("-n", "generate", "LAUNCHER=pbs")
+    assert result.returncode == 2
+    assert "LAUNCHER=pbs is unknown; use one of inline local slurm" in result.stderr
+
+
+def test_launchers_other_than_inline_go_through_the_launcher_prefix():
+    assert "-m utils.launch --launcher slurm --chunks 4 generate.py" in make(
+        "-n", "generate", "LAUNCHER=slurm", "LAUNCH_ARGS=--chunks 4"
+    ).stdout
+
+
+def test_values_reach_the_script_without_the_shell_reading_them():
+    # A prompt with quotes, a dollar sign and a semicolon must not be run as shell.
+    result = make("-n", "generate", "PROMPT=a \"{name}\"; $$(touch /tmp/x)")
+    assert "touch" not in result.stdout
