@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {"setup", "demo", "test", "lint", "bench", "generate", "train", "evaluate", "docker", "clean"}
+VARIABLES = ("CLASSES", "DATASET", "MODEL", "PROMPT", "GUIDANCE", "IMAGES_PER_CLASS", "OUT", "DEVICE", "LAUNCHER")
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -21,7 +22,17 @@ def test_make_alone_prints_help_with_every_target_and_variable():
     assert result.returncode == 0
     shown = set(re.findall(r"^  ([a-z-]+) ", result.stdout, re.M))
     assert shown >= TARGETS
-    for variable in ("CLASSES", "DATASET", "MODEL", "PROMPT", "GUIDANCE", "IMAGES_PER_CLASS", "OUT", "DEVICE", "LAUNCHER"):
+    for variable in (
+        "CLASSES",
+        "DATASET",
+        "MODEL",
+        "PROMPT",
+        "GUIDANCE",
+        "IMAGES_PER_CLASS",
+        "OUT",
+        "DEVICE",
+        "LAUNCHER",
+    ):
         assert re.search(rf"^  {variable} ", result.stdout, re.M), variable
 
 
@@ -46,12 +57,13 @@ def test_an_unknown_launcher_is_refused_with_the_known_ones():
 
 
 def test_launchers_other_than_inline_go_through_the_launcher_prefix():
-    assert "-m utils.launch --launcher slurm --chunks 4 generate.py" in make(
-        "-n", "generate", "LAUNCHER=slurm", "LAUNCH_ARGS=--chunks 4"
-    ).stdout
+    assert (
+        "-m utils.launch --launcher slurm --chunks 4 generate.py"
+        in make("-n", "generate", "LAUNCHER=slurm", "LAUNCH_ARGS=--chunks 4").stdout
+    )
 
 
 def test_values_reach_the_script_without_the_shell_reading_them():
     # A prompt with quotes, a dollar sign and a semicolon must not be run as shell.
-    result = make("-n", "generate", "PROMPT=a \"{name}\"; $$(touch /tmp/x)")
+    result = make("-n", "generate", 'PROMPT=a "{name}"; $$(touch /tmp/x)')
     assert "touch" not in result.stdout

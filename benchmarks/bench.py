@@ -1,0 +1,136 @@
+"""`make bench`: speed as ratios to a named peer, both measured in this run on this machine.
+
+Each row is a function in a bench_*.py module beside this file; it measures ours and the peer's way in turn and returns
+    {"row", "ours", "peer", "unit", "ratio", "target", ...}
+This script runs the rows (each in its own process, so that none inherits another's memory or threads), appends them to
+benchmarks/results.json and writes docs/benchmarks.md from the newest result of every row. Seconds on a shared machine
+drift; ratios of medians taken in turn do not. Nothing here is a test.
+
+    make bench                        # every row, about half an hour on two cores
+    make bench ONLY=loader_vs_dino    # one row
+    python benchmarks/bench.py --list
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils.cli import UserError, make_parser, run  # noqa: E402
+from utils.environment import snapshot  # noqa: E402
+from utils.storage import atomic_write, read_json, write_json  # noqa: E402
+
+# row -> module that holds it; the order is the order of the pipeline and of the page
+ROWS = {
+    "generate_vs_plain": "bench_generate",
+    "generate_vs_bound": "bench_generate",
+    "demo_vs_plain": "bench_generate",
+    "generate_scaling": "bench_generate",
+    "loader_vs_dino": "bench_train",
+    "train_step_vs_fp32": "bench_train",
+    "train_data_wait": "bench_train",
+    "augment_share": "bench_train",
+    "features_vs_plain": "bench_features",
+    "probe_vs_suite": "bench_probe",
+}
+RESULTS = ROOT / "benchmarks" / "results.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument("--only", choices=list(ROWS), help="run this row alone")
+    parser.add_argument("--list", action="store_true", help="print the rows and leave")
+    parser.add_argument("--page", action="store_true", help="only write docs/benchmarks.md again from results.json")
+    parser.add_argument("--in-process", choices=list(ROWS), help=argparse.SUPPRESS)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.list:
+        print("\n".join(f"{row:20} benchmarks/{module}.py" for row, module in ROWS.items()))
+        return 0
+    if args.in_process:
+        measured = importlib.import_module(f"benchmarks.{ROWS[args.in_process]}").ROWS[args.in_process]()
+        print(json.dumps(measured))
+        return 0
+    failed = []
+    for row in [] if args.page else [args.only] if args.only else ROWS:
+        print(f"{row} ...", flush=True)
+        command = [sys.executable, __file__, "--in-process", row]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            failed.append(row)
+            continue
+        measured = json.loads(done.stdout.strip().splitlines()[-1])
+        environment = snapshot()
+        measured |= {
+            "machine": f"{environment['cpu']}, {environment['cores']} cores"
+            + "".join(f", {gpu}" for gpu in environment["gpus"]),
+            "versions": environment["packages"] | {"python": environment["python"]},
+            "git_commit": environment["git_commit"],
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        write_json(RESULTS, [*(read_json(RESULTS) if RESULTS.exists() else []), measured])
+        print(as_line(measured), flush=True)
+    if RESULTS.exists():
+        atomic_write(PAGE, as_page(read_json(RESULTS)).encode())
+        print(f"wrote {PAGE.relative_to(ROOT)}")
+    if failed:
+        raise UserError(f"these rows failed, see their output above: {', '.join(failed)}")
+    return 0
+
+
+def as_line(result: dict) -> str:
+    """`row: ours 12.3 img/s, peer 4.5 img/s: 2.7 times (target 2.5, met)`"""
+    verdict = "" if result["target"] is None else f" (target {result['target']}, {verdict_of(result)})"
+    peer = "" if result["peer"] is None else f", peer {result['peer']:.4g} {result['unit']}"
+    ratio = "" if result["ratio"] is None else f": {result['ratio']:.3g} times"
+    return f"{result['row']}: ours {result['ours']:.4g} {result['unit']}{peer}{ratio}{verdict}"
+
+
+def verdict_of(result: dict) -> str:
+    """A row says itself if lower is better (`"lower_is_better": true`: a share, a memory figure)."""
+    value = result["ours"] if result["ratio"] is None else result["ratio"]
+    met = value <= result["target"] if result.get("lower_is_better") else value >= result["target"]
+    return "met" if met else "not met"
+
+
+def as_page(results: list[dict]) -> str:
+    """docs/benchmarks.md: the newest result of every row, in the order of the pipeline, then what each row measures."""
+    newest = {result["row"]: result for result in results}
+    shown = [newest[row] for row in ROWS if row in newest]
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench`; do not edit. A row measures ours and the peer's way in turn, in one run.",
+        "",
+        "| row | ours | the peer's way | unit | ratio | target | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in shown:
+        peer = "" if result["peer"] is None else f"{result['peer']:.4g}"
+        ratio = "" if result["ratio"] is None else f"{result['ratio']:.3g}"
+        target = "" if result["target"] is None else f"{result['target']}"
+        verdict = "" if result["target"] is None else verdict_of(result)
+        lines.append(
+            f"| `{result['row']}` | {result['ours']:.4g} | {peer} | {result['unit']} | {ratio} | {target} | {verdict} |"
+        )
+    for result in shown:
+        lines += ["", f"## {result['row']}", "", result.get("what", "")]
+        lines += [f"- {note}" for note in result.get("notes", [])]
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+        lines.append(f"- {result['time'][:10]}, {result['machine']}; {versions}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, get_args_parser()))

@@ -1,0 +1,43 @@
+"""The benchmark page: verdicts and layout. Speeds themselves are never tested."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from benchmarks import bench
+
+RESULT = {
+    "row": "loader_vs_dino",
+    "ours": 300.0,
+    "peer": 60.0,
+    "unit": "img/s",
+    "ratio": 5.0,
+    "target": 5.0,
+    "what": "512 px JPEGs to crops.",
+    "notes": ["one core"],
+    "machine": "a CPU, 2 cores",
+    "versions": {"torch": "2.10.0", "xformers": None},
+    "time": "2026-01-02T03:04:05+00:00",
+}
+
+
+def test_a_reached_target_is_met_and_a_missed_one_is_not():
+    assert bench.verdict_of(RESULT) == "met"
+    assert bench.verdict_of(RESULT | {"ratio": 4.99}) == "not met"
+    share = RESULT | {"ratio": None, "ours": 0.04, "target": 0.05, "lower_is_better": True}
+    assert bench.verdict_of(share) == "met"
+    assert bench.verdict_of(share | {"ours": 0.06}) == "not met"
+
+
+def test_the_page_shows_the_newest_result_of_each_row():
+    page = bench.as_page([RESULT | {"ours": 1.0}, RESULT])
+    assert "| `loader_vs_dino` | 300 | 60 | img/s | 5 | 5.0 | met |" in page
+    assert "512 px JPEGs to crops." in page and "- one core" in page and "torch 2.10.0" in page
+
+
+def test_the_list_names_every_row_without_measuring():
+    shown = subprocess.run(
+        [sys.executable, bench.__file__, "--list"], capture_output=True, text=True, check=True
+    ).stdout
+    assert [line.split()[0] for line in shown.splitlines()] == list(bench.ROWS)

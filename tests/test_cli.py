@@ -1,0 +1,84 @@
+"""Exit codes and one-line errors of every script."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from utils.cli import UserError, fraction, make_parser, non_negative_int, positive_float, positive_int, run
+
+
+def raiser(error: BaseException):
+    def main(args):
+        raise error
+
+    return main
+
+
+def parser():
+    made = make_parser("A script.\n\n    python script.py --count 3")
+    made.prog = "script.py"
+    made.add_argument("--count", type=positive_int, default=1, help="how many")
+    made.add_argument("--name", help="a name")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("--name x: no such name; use y"), 2, "script.py: error: --name x: no such name; use y"),
+        (KeyboardInterrupt(), 130, "script.py: interrupted; the same command continues where this one stopped"),
+        (OSError(errno.ENOSPC, "No space left on device", "/out/a.jpg"), 2, "the disk is full (/out/a.jpg)"),
+        (PermissionError(errno.EACCES, "Permission denied", "/out"), 2, "no permission: /out"),
+        (ZeroDivisionError("division by zero\nand more"), 1, "unexpected ZeroDivisionError: division by zero (--debug"),
+    ],
+)
+def test_an_exception_becomes_one_line_and_an_exit_code(error, code, message, capsys):
+    assert run(raiser(error), parser(), []) == code
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1 and "Traceback" not in shown
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert run(raiser(UserError("no")), parser(), ["--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_return_value_of_main_is_the_exit_code():
+    assert run(lambda args: None, parser(), []) == 0
+    assert run(lambda args: 3, parser(), []) == 3
+
+
+@pytest.mark.parametrize("argv", [["--coun", "3"], ["--count", "0"], ["--count", "x"], ["--unknown"]])
+def test_bad_options_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(lambda args: None, parser(), argv)
+    assert stop.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_help_shows_the_docstring_as_written_and_only_telling_defaults():
+    shown = parser().format_help()
+    assert "    python script.py --count 3" in shown
+    assert "how many (default: 1)" in shown and "None" not in shown and "False" not in shown
+
+
+@pytest.mark.parametrize(
+    ("convert", "good", "bad"),
+    [
+        (positive_int, ["1", "7"], ["0", "-1", "1.5", ""]),
+        (non_negative_int, ["0", "7"], ["-1", "x"]),
+        (positive_float, ["0.5", "1e-6"], ["0", "-1", "nan", "inf"]),
+        (fraction, ["0", "1", "0.25"], ["-0.1", "1.01", "nan"]),
+    ],
+)
+def test_numbers_are_checked_at_the_door(convert, good, bad):
+    import argparse
+
+    for text in good:
+        assert convert(text) == float(text)
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match="is not"):
+            convert(text)
