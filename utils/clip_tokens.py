@@ -14,7 +14,7 @@ _PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
 
 
 class TokenCounter:
-    """Counts tokens as the Stable Diffusion model in FOLDER's parent does."""
+    """Counts the tokens of a text, start and end included, with the tokenizer saved in FOLDER."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import CLIPTokenizer  # a second to import, but it brings no torch
@@ -23,7 +23,7 @@ class TokenCounter:
         self.max_tokens = min(int(self._tokenizer.model_max_length), CLIP_MAX_TOKENS)
 
     def __call__(self, text: str) -> int:
-        return len(self._tokenizer(text).input_ids)
+        return len(self._tokenizer.backend_tokenizer.encode(text).ids)
 
 
 def token_counter(model: str) -> TokenCounter | None:

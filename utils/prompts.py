@@ -20,17 +20,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 
-from utils.class_tables import (
-    CONTROL,
-    PROMPTS_DIR,
-    ClassRow,
-    ClassTable,
-    images_per_class,
-    load_classes,
-    read_list,
-)
-from utils.cli import UserError, make_parser, run
-from utils.clip_tokens import CLIP_MAX_TOKENS, estimate_tokens, kept_part, token_counter
+from utils.class_tables import PROMPTS_DIR, ClassRow, ClassTable, images_per_class, load_classes
+from utils.cli import UserError, make_parser, positive_int, run
+from utils.clip_tokens import CLIP_MAX_TOKENS, ESTIMATE_ERROR, estimate_tokens, kept_part, token_counter
+from utils.tsv import CONTROL, read_list
 
 __all__ = [
     "NAMES",
@@ -96,16 +89,18 @@ def parse_template(text: str) -> Template:
     choices = f"choose one of {', '.join(map(repr, TEMPLATES))}, or write a text with placeholders: {known}"
     if CONTROL.search(text) or "\t" in text or "\n" in text:
         raise UserError(f"--prompt {text!r} has a control character; write it on one line")
-    pattern = TEMPLATES.get(text.strip(), text)
+    name = text.strip() if text.strip() in TEMPLATES else None
     try:
-        parsed = list(string.Formatter().parse(pattern))
+        parsed = list(string.Formatter().parse(TEMPLATES[name] if name else text))
     except ValueError as error:
         raise UserError(f"--prompt {text!r}: {error}; write {{{{ or }}}} for a brace of the text itself") from None
     for _, field, spec, conversion in parsed:
         if field is not None and (field not in PLACEHOLDERS or spec or conversion):
             shown = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise UserError(f"--prompt {text!r}: unknown placeholder {{{shown}}}; known: {known}")
-    template = Template(text, tuple((literal, field) for literal, field, _, _ in parsed))
+    template = Template(
+        text.strip() if text.strip() in TEMPLATES else text, tuple((literal, field) for literal, field, _, _ in parsed)
+    )
     if not template.fields - {"background"}:
         raise UserError(f"--prompt {text!r} says nothing of the class, so all classes would look alike; {choices}")
     return template
@@ -132,7 +127,6 @@ def class_prompts(
     row: ClassRow, template: Template, count: int, seed: int = 0, names: str = "first"
 ) -> Iterator[Prompt]:
     """The first COUNT prompts of one class, in order."""
-    _check_names(names)
     wnid = row.wnid
     if "background" not in template.fields:
         text = _render(row, template, names, "")
@@ -176,16 +170,12 @@ def _render(row: ClassRow, template: Template, names: str, background: str) -> s
 
 
 def _values(row: ClassRow, names: str) -> dict[str, str]:
-    if names == "all":
-        name, hypernym = row.name, row.hypernym
-    else:
-        name, hypernym = row.first_name, row.hypernym.split(",")[0].strip()
-    return {"name": name, "first_name": row.first_name, "hypernym": hypernym, "definition": row.definition}
-
-
-def _check_names(names: str) -> None:
     if names not in NAMES:
         raise UserError(f"--names {names!r}: choose one of {', '.join(NAMES)}")
+    name, hypernym = row.name, row.hypernym
+    if names == "first":
+        name, hypernym = row.first_name, hypernym.split(",")[0].strip()
+    return {"name": name, "first_name": row.first_name, "hypernym": hypernym, "definition": row.definition}
 
 
 # ===== what may be wrong with them =====
@@ -198,41 +188,45 @@ def prompt_warnings(
     count_tokens: Callable[[str], int] | None = None,
     max_tokens: int = CLIP_MAX_TOKENS,
 ) -> list[str]:
-    """One line for each kind of trouble: empty columns, classes with the same prompt, prompts that CLIP cuts off.
+    """One line for each trouble: empty columns, classes that share a prompt, prompts that CLIP cuts off.
 
-    COUNT_TOKENS counts the CLIP tokens of a text, start and end included; without it they are estimated, and said
-    to be. Of a template with {background} each class is judged with the longest scene.
+    COUNT_TOKENS counts the CLIP tokens of a text, start and end included (see token_counter); without it they are
+    estimated, and said to be. A template with {background} is judged with the scene of most tokens.
     """
-    _check_names(names)
-    warnings = []
-    for column in ("hypernym", "definition"):
-        empty = [row.wnid for row in table.rows if not getattr(row, column)]
-        if empty and column in template.fields:
-            warnings.append(f"{_classes(empty)} of {table.name} have no {column}: their prompts go without it")
-
     count = count_tokens or estimate_tokens
     scene = max(backgrounds(), key=count) if "background" in template.fields else ""
     texts = {row.wnid: _render(row, template, names, scene) for row in table.rows}
 
-    # CLIP's tokenizer lower-cases and joins white space: "Cardigan" the dog and "cardigan" the knitwear are one text.
-    same: dict[str, list[str]] = {}
-    for wnid, text in texts.items():
-        same.setdefault(" ".join(text.lower().split()), []).append(wnid)
-    for text, ids in same.items():
-        if len(ids) > 1:
-            warnings.append(f"same prompt for {len(ids)} classes ({', '.join(ids[:8])}): {text!r}")
+    empty = []
+    for column in ("hypernym", "definition"):
+        ids = [row.wnid for row in table.rows if not getattr(row, column)]
+        if ids and column in template.fields:
+            empty.append(f"no {column} for {_classes(ids)}: their prompts go without it, as {texts[ids[0]]!r}")
 
+    # CLIP's tokenizer lower-cases and joins white space: "Cardigan" the dog and "cardigan" the knitwear are one text.
+    sharing: dict[str, list[str]] = {}
     for wnid, text in texts.items():
-        if (tokens := count(text)) > max_tokens:
-            cut = text[len(kept_part(text, count, max_tokens)) :].strip()
-            about = "" if count_tokens else "about ~"
-            warnings.append(f"{wnid}: {about}{tokens} tokens, CLIP reads {max_tokens}; cut off: {cut!r}")
-    return warnings
+        sharing.setdefault(" ".join(text.lower().split()), []).append(wnid)
+    same = [f"same prompt for {_classes(ids)}: {text!r}" for text, ids in sharing.items() if len(ids) > 1]
+
+    limit = max_tokens if count_tokens else max_tokens - ESTIMATE_ERROR
+    cut = []
+    for wnid, text in texts.items():
+        if (tokens := count(text)) > limit:
+            lost = text[len(kept_part(text, count, limit)) :].strip()
+            said = f"{tokens} tokens" if count_tokens else f"~{tokens} tokens (estimated to within {ESTIMATE_ERROR})"
+            what = "cut off" if count_tokens else "may be cut off"
+            cut.append(f"{wnid}: {said}, CLIP reads {max_tokens}; {what}: {lost!r}")
+    return empty + _first(same) + _first(cut)
 
 
 def _classes(ids: list[str]) -> str:
-    shown = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
-    return f"{len(ids)} class{'es' * (len(ids) > 1)} ({shown})"
+    return f"{len(ids)} class{'es' * (len(ids) > 1)} ({', '.join(ids[:4])}{', ...' * (len(ids) > 4)})"
+
+
+def _first(lines: list[str], limit: int = 20) -> list[str]:
+    """A bad template is bad for every class: past LIMIT only their number is told."""
+    return lines[:limit] + [f"... and {len(lines) - limit} more of this kind"] * (len(lines) > limit)
 
 
 # ===== the inspector =====
@@ -240,12 +234,14 @@ def _classes(ids: list[str]) -> str:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--classes", default="imagenet_100", help="table, .tsv or .txt file, or list of ids and names")
-    parser.add_argument(
-        "--prompt", default="c, d_c", help="template of the paper, or text with {name} {definition} ..."
+    parser.epilog = "templates of the paper:\n" + "".join(f"  {name:18} {text}\n" for name, text in TEMPLATES.items())
+    parser.epilog += "placeholders:\n" + "".join(
+        f"  {{{name}}}".ljust(21) + f"{PLACEHOLDERS[name]}\n" for name in PLACEHOLDERS
     )
+    parser.add_argument("--classes", default="imagenet_100", help="table, .tsv or .txt file, or list of ids and names")
+    parser.add_argument("--prompt", default="c, d_c", help="a template of the paper, or a text with placeholders")
     parser.add_argument("--names", choices=NAMES, default="first", help="how c and h_c are written")
-    parser.add_argument("--limit", type=int, metavar="N", help="print the first N classes; the warnings cover all")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="print N classes only; warnings cover all")
     parser.add_argument("--seed", type=int, default=0, help="base seed: it draws the backgrounds")
     parser.add_argument("--model", default="CompVis/stable-diffusion-v1-4", help="its tokenizer counts, if it is here")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
