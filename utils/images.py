@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
 from utils.cli import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 # Channel statistics of ImageNet's training images, RGB in 0..1 (torchvision's reference values).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -69,3 +73,41 @@ def list_image_folder(root: str | Path, option: str = "--data") -> tuple[list[st
             raise UserError(f"{option}: class folder {root / class_id} holds no image; remove the folder or fill it")
         samples += [(f"{root}/{class_id}/{name}", label) for name in names]
     return ids, samples
+
+
+def load_eval_image(
+    path: str | Path | bytes, resize: int, crop: int, interpolation: str = "bilinear", name: str | None = None
+) -> torch.Tensor:
+    """The test transform: shorter side to RESIZE, centre crop: uint8 (3, crop, crop), RGB.
+
+    Pixel for pixel torchvision's Resize(RESIZE) and CenterCrop(CROP) on a Pillow image. Raises BadImage. The caller
+    normalises on its device: `normalize`.
+    """
+    import torch
+
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    image = Image.fromarray(decode_rgb(path, name=name))
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    if short != resize:
+        size = (resize, int(resize * long / short))  # truncated, as torchvision's Resize
+        image = image.resize(size if width <= height else size[::-1], filters[interpolation])
+    width, height = image.size
+    pad_x, pad_y = max(0, crop - width), max(0, crop - height)  # black borders, as torchvision's CenterCrop
+    if pad_x or pad_y:
+        canvas = Image.new("RGB", (width + pad_x, height + pad_y))
+        canvas.paste(image, (pad_x // 2, pad_y // 2))
+        image, (width, height) = canvas, canvas.size
+    left, top = round((width - crop) / 2), round((height - crop) / 2)
+    pixels = np.array(image.crop((left, top, left + crop, top + crop)))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def normalize(images: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """uint8 (B, 3, H, W), 0..255 -> float, ImageNet's mean 0 and deviation 1 a channel, on the images' device."""
+    import torch
+
+    dtype = dtype or torch.float32
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1) * 255
+    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1) * 255
+    return ((images.float() - mean) / std).to(dtype)
