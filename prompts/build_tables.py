@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ sys.path.insert(0, str(HERE.parent))  # run as a file from anywhere, without an 
 from utils.class_tables import ClassRow, format_tsv  # noqa: E402
 from utils.cli import UserError, make_parser, run  # noqa: E402
 from utils.storage import atomic_write  # noqa: E402
+from utils.tsv import read_list  # noqa: E402
 
 WORDNET = "/usr/share/wordnet/data.noun"  # where Debian's wordnet-base puts it
 DIGITS = (  # the ten digits as WordNet 3.0 has them, zero to nine
@@ -50,7 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     # ===== reading the sources =====
-    wnids = (args.synsets or timm_synsets()).read_text().split()
+    wnids = [wnid for _, wnid in read_list(args.synsets or timm_synsets())]
     if not args.wordnet.is_file():
         raise UserError(f"--wordnet {args.wordnet} does not exist; apt-get install wordnet-base, or give the path")
 
@@ -100,6 +102,8 @@ def read_synset(wordnet: BinaryIO, wnid: str) -> tuple[list[str], list[str], str
     offset, file number, type, number of words (hex), then word and sense id for each word, number of pointers, then
     symbol, offset, part of speech and source/target for each pointer, and after " | " the gloss.
     """
+    if not re.fullmatch(r"n\d{8}", wnid):
+        raise UserError(f"{wnid!r} is not a wnid: n and eight digits")
     wordnet.seek(int(wnid[1:]))
     head, _, gloss = wordnet.readline().decode("ascii").partition(" | ")
     fields = head.split()

@@ -29,19 +29,27 @@ class TokenCounter:
 def token_counter(model: str) -> TokenCounter | None:
     """The counter of MODEL, a folder in diffusers' layout or a Hugging Face name; None if its tokenizer is not here.
 
-    Nothing is downloaded. The files are looked for before transformers is asked: for a model that is absent it hands
-    out an empty vocabulary without an error.
+    Nothing is downloaded. The files are looked for before transformers is asked: for an absent model it hands out an
+    empty vocabulary without an error.
     """
-    for file in ("tokenizer.json", "vocab.json"):
-        if (path := Path(model).expanduser() / "tokenizer" / file).is_file():
-            return TokenCounter(path.parent)
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-            from huggingface_hub import try_to_load_from_cache
-
-            cached = try_to_load_from_cache(model, f"tokenizer/{file}")
-            if isinstance(cached, str):
-                return TokenCounter(Path(cached).parent)
+    for files in (("tokenizer.json",), ("vocab.json", "merges.txt")):
+        paths = [_local_file(model, f"tokenizer/{file}") for file in files]
+        if paths[0] and all(paths):
+            return TokenCounter(paths[0].parent)
     return None
+
+
+def _local_file(model: str, file: str) -> Path | None:
+    """FILE of MODEL in its folder, or in the Hugging Face cache."""
+    if (path := Path(model).expanduser() / file).is_file():
+        return path
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(model, file)
+    except ValueError:  # MODEL is no name that the hub could know
+        return None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def estimate_tokens(text: str) -> int:

@@ -133,10 +133,11 @@ def class_prompts(
         for index in range(count):
             yield Prompt(wnid, index, text, image_seed(seed, wnid, index))
     else:
-        texts = [_render(row, template, names, scene) for scene in backgrounds()]
+        scenes = backgrounds()
+        around = _render(row, template, names, "\0").split("\0")  # the text around the scene; tables hold no "\0"
         for index in range(count):
             own = image_seed(seed, wnid, index)
-            yield Prompt(wnid, index, texts[own % len(texts)], own)
+            yield Prompt(wnid, index, scenes[own % len(scenes)].join(around), own)
 
 
 def iter_prompts(

@@ -72,6 +72,8 @@ def read_table(path: Path, known: Mapping[str, str], required: Collection[str]) 
 def _read_header(path: Path, number: int, line: str, known: Mapping[str, str], required: Collection[str]) -> list[str]:
     words = [_unquote(path, number, index, cell).lower() for index, cell in enumerate(line.split("\t"), 1)]
     header = [known.get(word, word) for word in words]
+    if len(words) == 1 and "," in line:
+        raise bad_cell(path, number, 1, f"{words[0]!r} is one column; separate columns by tabs, not commas")
     for index, column in enumerate(header, 1):
         if column in header[: index - 1]:
             raise bad_cell(path, number, index, f"a second {words[index - 1]!r} column")
@@ -80,9 +82,8 @@ def _read_header(path: Path, number: int, line: str, known: Mapping[str, str], r
             raise bad_cell(path, number, index, f"unknown column {column!r}; did you mean {near[0]!r}?")
     for column in required:
         if column not in header:
-            hint = "; columns are separated by tabs, not commas" if len(header) == 1 and "," in line else ""
             found = f"the header has {', '.join(map(repr, words))}, of {', '.join(known)}"
-            raise bad_cell(path, number, column, f"missing; {found}{hint}")
+            raise bad_cell(path, number, column, f"missing; {found}")
     return header
 
 
