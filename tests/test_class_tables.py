@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from utils.class_tables import (
@@ -235,7 +235,9 @@ def test_a_column_of_names_is_enough(tmp_path):
 
 
 def test_columns_in_any_order_with_notes_and_quotes(tmp_path):
-    text = 'Notes\tDefinition\tID\tname\n\t"a ""blue"" bird, loud"\tb-2\t "jay, jaybird" \nx\t\ta.1\trobin\n'
+    text = (
+        'Notes\tDefinition\tID\tname\t\t\n\t"a ""blue"" bird, loud"\tb-2\t "jay, jaybird" \t\t\nx\t\ta.1\trobin\t\t\n'
+    )
     assert read_classes(write(tmp_path, text)) == (
         ClassRow("a.1", "robin"),
         ClassRow("b-2", "jay, jaybird", "", 'a "blue" bird, loud'),
@@ -308,7 +310,7 @@ ROW = st.builds(
 ROWS = st.lists(ROW, min_size=1, max_size=6, unique_by=lambda row: row.wnid.casefold())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(rows=ROWS, bom=st.booleans(), crlf=st.booleans(), blank=st.sampled_from(["", "\n", " \n\t\t\n"]))
 def test_what_is_written_is_read_back(tmp_path_factory, rows, bom, crlf, blank):
     text = format_tsv(rows).replace("\n", "\n" + blank)
@@ -319,7 +321,26 @@ def test_what_is_written_is_read_back(tmp_path_factory, rows, bom, crlf, blank):
     assert read_classes(path) == tuple(sorted(rows, key=lambda row: row.wnid))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rows=ROWS, data=st.data())
+def test_a_tab_in_a_cell_and_a_row_given_twice(tmp_path_factory, rows, data):
+    path = tmp_path_factory.getbasetemp() / "wrong.tsv"
+    lines = [line + "\n" for line in format_tsv(rows).removesuffix("\n").split("\n")]
+    number = data.draw(st.integers(2, len(lines)))
+    cell = data.draw(st.integers(0, 3))
+    cells = lines[number - 1].rstrip("\n").split("\t")
+    at = data.draw(st.integers(0, len(cells[cell])))
+    cells[cell] = cells[cell][:at] + "\t" + cells[cell][at:]
+    path.write_bytes("".join([*lines[: number - 1], "\t".join(cells) + "\n", *lines[number:]]).encode())
+    with pytest.raises(UserError, match=rf"wrong\.tsv, line {number}, column 5: 5 cells where the header has 4"):
+        load_classes(path)
+    path.write_bytes("".join([*lines, "\n", lines[number - 1]]).encode())
+    place = rf"wrong\.tsv, line {len(lines) + 2}, column id: id .* already used in line {number};"
+    with pytest.raises(UserError, match=place):
+        load_classes(path)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     data=st.one_of(
         st.binary(max_size=60),
@@ -343,7 +364,7 @@ def test_any_bytes_are_a_table_or_an_error_with_a_place(tmp_path_factory, data):
         assert len({wnid.casefold() for wnid in table.ids}) == len(table.rows)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(name=NAME, other=NAME)
 def test_derived_ids_are_safe_and_stable(name, other):
     wnid = id_from_name(name)

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from utils import prompts
@@ -185,6 +185,7 @@ def test_cells_are_never_read_as_templates():
         ("a photo, {background}", r"says nothing of the class"),
         ("{name}\n", r"control character"),
         ("\t{name}", r"control character"),
+        ("\udce9 {name}", r"control character"),  # a byte of the command line that is not UTF-8
     ],
 )
 def test_templates_are_refused_before_anything_runs(template, message):
@@ -202,7 +203,7 @@ def test_unknown_names_option():
 # ===== seeds =====
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(), index=st.integers(0, 10**7), attempt=st.integers(0, 100))
 def test_seeds_fit_every_generator(seed, index, attempt):
     assert 0 <= image_seed(seed, "n01440764", index, attempt) < 2**63
@@ -343,6 +344,7 @@ def test_inspector_as_json(capsys):
     assert report["classes"] == "digits" and report["names"] == "all" and report["tokens"] == "estimated"
     assert [item["id"] for item in report["prompts"]] == load_classes("digits").ids
     assert report["prompts"][0]["prompt"].startswith("zero, 0, nought, cipher, cypher in ")
+    assert report["sha256"] == load_classes("digits").sha256
     assert report["warnings"] == []
 
 

@@ -71,7 +71,7 @@ class ClassTable:
 
 
 def split_names(cell: str) -> tuple[str, ...]:
-    """ "tench, Tinca tinca" -> ("tench", "Tinca tinca")."""
+    """Cut "tench, Tinca tinca" into ("tench", "Tinca tinca")."""
     return tuple(part.strip() for part in cell.split(","))
 
 

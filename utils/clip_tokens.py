@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 CLIP_MAX_TOKENS = 77  # positions of CLIP ViT-L/14's text encoder, start and end tokens included
-ESTIMATE_ERROR = 10  # tokens; see estimate_tokens
+ESTIMATE_ERROR = 10  # tokens that estimate_tokens may be off
 
 # CLIP's tokenizer first cuts a text into contractions, runs of letters, single digits and runs of other signs.
 _PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
@@ -55,8 +55,8 @@ def _local_file(model: str, file: str) -> Path | None:
 def estimate_tokens(text: str) -> int:
     """Tokens of TEXT guessed without CLIP's vocabulary: one per 7 letters begun, one per digit and run of signs.
 
-    Against the real vocabulary, over the 1010 classes shipped here: within 7 for "c, d_c" with the first name, within
-    ESTIMATE_ERROR with all names but for Roman numerals and the like. Other scripts count their bytes, the upper bound.
+    Against the real vocabulary, over the 1010 classes shipped here, it is off by at most 7 tokens for "c, d_c" with the
+    first name and 10 with all names. Words of other scripts count as their bytes, the upper bound.
     """
     return 2 + sum(
         1 + (len(piece) - 1) // 7 if piece.isascii() else len(piece.encode()) for piece in _PIECES.findall(text)

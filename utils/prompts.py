@@ -42,13 +42,14 @@ __all__ = [
     "prompt_warnings",
 ]
 
-# The paper's prompts (Sec. 3) under the paper's names: c is the class name, h_c its hypernym, d_c its definition, b a
-# scene.
+# The paper's prompts under the paper's names: c is the class name, h_c its hypernym, d_c its definition, b a scene.
+# The authors' project page states "name and description" for the released models; the others are recalled from the
+# paper's section on generation, not checked against its text. This is the one place to correct them.
 TEMPLATES = {
-    "c": "{name}",  # the bare class name: the baseline
-    "c, h_c": "{name}, {hypernym}",  # the hypernym settles which sense of the name is meant
-    "c, d_c": "{name}, {definition}",  # name and description: the two released models
-    "c, h_c inside b": "{name}, {hypernym} inside {background}",  # scenes for diversity
+    "c": "{name}",  # Sec. 3: the bare class name, the baseline
+    "c, h_c": "{name}, {hypernym}",  # Sec. 3, semantics: the hypernym settles which sense of the name is meant
+    "c, d_c": "{name}, {definition}",  # Sec. 3, semantics; project page: the two released models
+    "c, h_c inside b": "{name}, {hypernym} inside {background}",  # Sec. 3, diversity: one of 365 scenes
 }
 PLACEHOLDERS = {
     "name": "c: the first name, or all of them with --names all",
@@ -57,7 +58,7 @@ PLACEHOLDERS = {
     "definition": "d_c: WordNet's definition",
     "background": "b: a Places365 scene, drawn per image",
 }
-NAMES = ("first", "all")  # not settled by the paper's text; "first" is our default
+NAMES = ("first", "all")  # which of the two c is in the paper is open; "first" is our default
 SEED_BITS = 63  # fits a signed 64-bit integer, which every random generator takes
 
 
@@ -75,7 +76,7 @@ class Prompt:
 class Template:
     """A checked prompt template. `parts`: (literal text, placeholder or None) pairs, in order."""
 
-    text: str  # as the user wrote it
+    text: str  # the name in the paper, or the text as the user wrote it
     parts: tuple[tuple[str, str | None], ...]
 
     @property
@@ -98,9 +99,7 @@ def parse_template(text: str) -> Template:
         if field is not None and (field not in PLACEHOLDERS or spec or conversion):
             shown = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise UserError(f"--prompt {text!r}: unknown placeholder {{{shown}}}; known: {known}")
-    template = Template(
-        text.strip() if text.strip() in TEMPLATES else text, tuple((literal, field) for literal, field, _, _ in parsed)
-    )
+    template = Template(name or text, tuple((literal, field) for literal, field, _, _ in parsed))
     if not template.fields - {"background"}:
         raise UserError(f"--prompt {text!r} says nothing of the class, so all classes would look alike; {choices}")
     return template
@@ -235,10 +234,9 @@ def _first(lines: list[str], limit: int = 20) -> list[str]:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.epilog = "templates of the paper:\n" + "".join(f"  {name:18} {text}\n" for name, text in TEMPLATES.items())
-    parser.epilog += "placeholders:\n" + "".join(
-        f"  {{{name}}}".ljust(21) + f"{PLACEHOLDERS[name]}\n" for name in PLACEHOLDERS
-    )
+    templates = "".join(f"  {name:18} {pattern}\n" for name, pattern in TEMPLATES.items())
+    placeholders = "".join(f"  {'{' + name + '}':18} {meaning}\n" for name, meaning in PLACEHOLDERS.items())
+    parser.epilog = f"templates of the paper:\n{templates}placeholders:\n{placeholders}"
     parser.add_argument("--classes", default="imagenet_100", help="table, .tsv or .txt file, or list of ids and names")
     parser.add_argument("--prompt", default="c, d_c", help="a template of the paper, or a text with placeholders")
     parser.add_argument("--names", choices=NAMES, default="first", help="how c and h_c are written")
@@ -263,8 +261,9 @@ def main(args: argparse.Namespace) -> None:
         rows.append({"id": prompt.wnid, "prompt": prompt.text, "tokens": count(prompt.text)})
     if args.json:
         tokens = "exact" if counter else "estimated"
-        report = {"classes": table.name, "template": template.text, "names": args.names, "tokens": tokens}
-        print(json.dumps(report | {"prompts": rows, "warnings": warnings}, indent=2, ensure_ascii=False))
+        report = {"classes": table.name, "sha256": table.sha256, "template": template.text, "names": args.names}
+        report |= {"tokens": tokens, "prompts": rows, "warnings": warnings}
+        print(json.dumps(report, indent=2, ensure_ascii=False))
         return
     for item in rows:
         print(f"{item['id']}\t{item['prompt']}\t{'' if counter else '~'}{item['tokens']}")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from utils.cli import UserError
 
-# Characters that would break a line, a path or a terminal somewhere later; the tab separates cells and is not here.
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
+# Characters that would break a line, a path or a terminal somewhere later, and halves of a character, as undecodable
+# bytes of a command line arrive; the tab separates cells and is not here.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
 
 
 def bad_cell(path: Path, line: int, column: str | int, message: str) -> UserError:
@@ -75,7 +76,7 @@ def _read_header(path: Path, number: int, line: str, known: Mapping[str, str], r
     if len(words) == 1 and "," in line:
         raise bad_cell(path, number, 1, f"{words[0]!r} is one column; separate columns by tabs, not commas")
     for index, column in enumerate(header, 1):
-        if column in header[: index - 1]:
+        if column in known.values() and column in header[: index - 1]:
             raise bad_cell(path, number, index, f"a second {words[index - 1]!r} column")
         near = difflib.get_close_matches(column, known, 1, cutoff=0.75)
         if column not in known.values() and near and known[near[0]] not in header:
