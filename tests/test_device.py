@@ -1,0 +1,48 @@
+"""Devices and number formats are refused or resolved before work starts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from utils import device as device_module
+from utils.cli import UserError
+from utils.device import memory_format, resolve_device, resolve_dtype
+
+
+def test_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+def test_auto_prefers_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto") == torch.device("cuda")
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="cuda:2: 2 CUDA devices here"):
+        resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta"])
+def test_an_unknown_device_is_refused_with_the_known_ones(name):
+    with pytest.raises(UserError, match="use auto, cpu, cuda, cuda:N or mps"):
+        resolve_device(name)
+
+
+def test_auto_dtype_follows_the_hardware(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert resolve_dtype("auto", cuda) == torch.float16
+    monkeypatch.setattr(device_module, "cpu_has_bf16", lambda: True)
+    assert resolve_dtype("auto", cpu) == torch.bfloat16
+    monkeypatch.setattr(device_module, "cpu_has_bf16", lambda: False)
+    assert resolve_dtype("auto", cpu) == torch.float32
+    assert resolve_dtype("fp32", cuda) == torch.float32
+    with pytest.raises(UserError, match="use --dtype bf16 or fp32 on the CPU"):
+        resolve_dtype("fp16", cpu)
+
+
+def test_channels_last_goes_with_16_bit_numbers():
+    assert memory_format(torch.device("cpu"), torch.bfloat16) == torch.channels_last
+    assert memory_format(torch.device("cpu"), torch.float32) == torch.contiguous_format

@@ -1,0 +1,98 @@
+"""Decoding and the label order of class folders."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.cli import UserError
+from utils.images import BadImage, decode_rgb, list_image_folder
+
+
+def picture(side=64):
+    """A smooth image, so that lossy formats stay close to it: (side, side, 3) uint8."""
+    ramp = np.linspace(0, 255, side).astype(np.uint8)
+    return np.stack(
+        [np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), np.full((side, side), 90, np.uint8)], 2
+    )
+
+
+def encoded(image, form, mode="RGB", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("JPEG", 8), ("PNG", 0), ("WEBP", 12), ("BMP", 0), ("TIFF", 0)])
+def test_every_format_decodes_to_the_same_picture(form, tolerance, tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(encoded(picture(), form, **({"quality": 95} if form in ("JPEG", "WEBP") else {})))
+    decoded = decode_rgb(path)
+    assert decoded.dtype == np.uint8 and decoded.shape == (64, 64, 3)
+    assert np.abs(decoded.astype(int) - picture()).max() <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_gray_and_cmyk_jpegs_become_rgb(mode):
+    decoded = decode_rgb(encoded(picture(), "JPEG", mode=mode, quality=95))
+    expected = np.asarray(Image.fromarray(picture()).convert(mode).convert("RGB")).astype(int)
+    assert decoded.shape == (64, 64, 3) and np.abs(decoded - expected).max() <= 12
+
+
+def test_transparency_and_palettes_become_rgb():
+    for mode in ("RGBA", "P", "1"):
+        assert decode_rgb(encoded(picture(), "PNG", mode=mode)).shape == (64, 64, 3)
+
+
+def test_scaled_decoding_keeps_the_shorter_side_at_least_as_asked():
+    data = encoded(picture(512), "JPEG", quality=95)
+    for asked in (60, 64, 100, 250, 400):
+        decoded = decode_rgb(data, min_side=asked)
+        assert asked <= min(decoded.shape[:2]) <= 512
+    assert decode_rgb(data, min_side=64).shape[0] < 512
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("keep", [0, 3, 50, 0.5, 0.95])
+def test_a_cut_file_is_a_bad_image_that_names_itself(form, keep, tmp_path):
+    data = encoded(picture(256), form)
+    path = tmp_path / "n01440764_000001.jpg"
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(BadImage, match="n01440764_000001"):
+        decode_rgb(path)
+
+
+def test_a_missing_file_is_a_bad_image(tmp_path):
+    with pytest.raises(BadImage, match=r"none\.jpg"):
+        decode_rgb(tmp_path / "none.jpg")
+
+
+def test_labels_follow_torchvisions_imagefolder(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    for class_id, names in {"n2": ["b.jpg", "a.PNG"], "n10": ["c.webp"], "N1": ["d.jpeg"]}.items():
+        (tmp_path / class_id).mkdir()
+        for name in names:
+            (tmp_path / class_id / name).write_bytes(b"x")
+    (tmp_path / "n2" / ".a.jpg.1.tmp").write_bytes(b"x")
+    (tmp_path / "n2" / "notes.txt").write_bytes(b"x")
+    (tmp_path / ".hidden").mkdir()
+    ids, samples = list_image_folder(tmp_path)
+    (tmp_path / ".hidden").rmdir()
+    theirs = ImageFolder(str(tmp_path))
+    assert ids == theirs.classes
+    assert samples == theirs.samples
+
+
+@pytest.mark.parametrize("state", ["missing", "empty", "empty class"])
+def test_a_folder_without_images_is_refused_by_name(state, tmp_path):
+    root = tmp_path / "train"
+    if state != "missing":
+        root.mkdir()
+    if state == "empty class":
+        (root / "n1").mkdir()
+    with pytest.raises(UserError, match=r"--data: .*train"):
+        list_image_folder(root)
