@@ -1,0 +1,154 @@
+"""Where training images come from: class folders or tar shards, by number, in compact arrays that workers can share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from utils.cli import UserError
+from utils.images import IMAGE_SUFFIXES, BadImage, list_image_folder
+from utils.storage import read_json
+
+
+class ImageSet:
+    """Images 0..N-1 with labels (N,), sorted by class id and name. Subclasses read them."""
+
+    def __init__(self, root: Path, class_ids: list[str], labels: np.ndarray, names: np.ndarray):
+        self.root, self.class_ids, self.labels, self.names = root, class_ids, labels, names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """The image's path as a person would look for it."""
+        return f"{self.root}/{os.fsdecode(self.names[index])}"
+
+    def read(self, index: int) -> bytes:
+        raise NotImplementedError
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Keep only ROWS."""
+        self.labels, self.names = self.labels[rows], self.names[rows]
+
+    def limit(self, images_per_class: int) -> None:
+        """Keep the first IMAGES_PER_CLASS images of every class: subsets are nested, larger ones hold smaller ones."""
+        counts = np.bincount(self.labels, minlength=len(self.class_ids))
+        first = np.cumsum(counts) - counts
+        self.keep(np.flatnonzero(np.arange(len(self)) - first[self.labels] < images_per_class))
+
+    def relabel(self, class_ids: list[str]) -> None:
+        """Number the classes as CLASS_IDS does, which holds all of this set's."""
+        self.labels = np.array([class_ids.index(one) for one in self.class_ids])[self.labels]
+        self.class_ids = list(class_ids)
+
+    def fingerprint(self) -> str:
+        """Hash of which images of which classes these are: a resumed run must see the same list."""
+        digest = hashlib.sha256("\n".join(self.class_ids).encode())
+        digest.update(self.labels.tobytes())
+        digest.update(b"\n".join(os.path.basename(name) for name in self.names.tolist()))
+        return digest.hexdigest()
+
+
+class FolderImages(ImageSet):
+    """ROOT/<class id>/<image>."""
+
+    def __init__(self, root: Path, option: str = "--data"):
+        ids, samples = list_image_folder(root, option)
+        names = np.array([os.fsencode(os.path.relpath(path, root)) for path, _ in samples])
+        super().__init__(root, ids, np.array([label for _, label in samples]), names)
+
+    def read(self, index: int) -> bytes:
+        path = self.name(index)
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise BadImage(f"{path}: {error.strerror}") from None
+
+
+class TarImages(ImageSet):
+    """Images inside uncompressed tar shards, read by position: shuffled as freely as files, far fewer inodes.
+
+    The class id is the member's folder (`<id>/<name>.jpg`) or, as in WebDataset's flat naming, what precedes the
+    last underscore (`<id>_000001.jpg`).
+    """
+
+    def __init__(self, root: Path, shards: list[Path], option: str = "--data"):
+        found = []
+        for number, shard in enumerate(shards):
+            try:
+                with tarfile.open(shard, "r:") as tar:
+                    found += [
+                        (_class_of(member.name), member.name, number, member.offset_data, member.size)
+                        for member in tar
+                        if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES)
+                    ]
+            except (tarfile.TarError, OSError) as error:
+                raise UserError(f"{option}: {shard} is no readable tar file ({error}); pack it again") from None
+        if not found:
+            raise UserError(f"{option}: the tar files in {root} hold no image")
+        found.sort()
+        ids = sorted({row[0] for row in found})
+        number_of = {class_id: label for label, class_id in enumerate(ids)}
+        names = np.array([os.fsencode(row[1]) for row in found])
+        super().__init__(root, ids, np.array([number_of[row[0]] for row in found]), names)
+        self.shards = [str(shard) for shard in shards]
+        self.places = np.array([row[2:] for row in found], dtype=np.int64)  # (N, 3): shard, offset, size
+        self._files: dict[int, int] = {}
+        self._owner = os.getpid()
+
+    def keep(self, rows: np.ndarray) -> None:
+        super().keep(rows)
+        self.places = self.places[rows]
+
+    def read(self, index: int) -> bytes:
+        shard, offset, size = self.places[index].tolist()
+        if shard not in self._files:
+            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
+        data = os.pread(self._files[shard], size, offset)  # no shared file position: safe after a fork
+        if len(data) < size:
+            raise BadImage(f"{self.name(index)}: {self.shards[shard]} is truncated")
+        return data
+
+
+def _class_of(member: str) -> str:
+    folder, _, name = member.rpartition("/")
+    return folder.rpartition("/")[2] if folder not in ("", ".") else name.rpartition("_")[0]
+
+
+def open_images(path: str | Path, option: str = "--data") -> ImageSet:
+    """The images at PATH: a generated dataset (PATH/train/<id>/), class folders, or a folder of tar shards.
+
+    A generated dataset names its classes in dataset.json: a class folder that is missing or extra is a UserError.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{option}: no folder {path}; generate it first, or name a folder of class folders")
+    if shards := sorted(path.glob("*.tar")):
+        return TarImages(path, shards, option)
+    if not (path / "train").is_dir():
+        if shards := sorted((path / "shards").glob("*.tar")):
+            return TarImages(path / "shards", shards, option)
+        return FolderImages(path, option)
+    images = FolderImages(path / "train", option)
+    if (path / "dataset.json").exists():
+        expected = [row["id"] for row in read_json(path / "dataset.json").get("classes", [])]
+        if expected:
+            require_same_classes(images.class_ids, sorted(expected), f"{option} {path / 'train'}", "dataset.json")
+    return images
+
+
+def require_same_classes(found: list[str], expected: list[str], where: str, reference: str) -> None:
+    """UserError that lists the classes missing from and extra in WHERE, compared with REFERENCE."""
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or extra:
+        parts = [
+            f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+            for kind, names in (("missing", missing), ("extra", extra))
+            if names
+        ]
+        raise UserError(f"{where}: class folders differ from {reference}: {'; '.join(parts)}")

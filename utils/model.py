@@ -1,0 +1,170 @@
+"""The classifier: any torchvision architecture, with the paper's cosine head or a plain linear one.
+
+Both heads keep their weights where torchvision keeps them (`fc.weight` for a ResNet), so that an exported file loads
+into an unmodified torchvision model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed.nn.functional as distributed_functional
+from torch import nn
+from torch.nn import functional
+
+from utils.cli import UserError
+
+HEADS = ("cosine", "linear")
+TEMPERATURE = 0.1  # of the cosine softmax: t-ReX defaults
+SMALL = "resnet10"  # the demo's network
+
+
+class CosineLinear(nn.Linear):
+    """Cosine softmax: logits = cos(feature, class weight) / temperature (t-ReX, ICLR 2023, Sec. 3). No bias.
+
+    x: (B, D) features -> (B, K) logits in [-1/T, 1/T], computed in float32 also under autocast: the logits span
+    20 units, and bfloat16 keeps 8 bits of them.
+    """
+
+    def __init__(self, in_features: int, out_features: int, temperature: float = TEMPERATURE):
+        super().__init__(in_features, out_features, bias=False)
+        self.temperature = temperature
+        nn.init.normal_(self.weight)  # uniform on the sphere once normalised
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            features = functional.normalize(x.float(), dim=1)
+            weights = functional.normalize(self.weight.float(), dim=1)
+            return functional.linear(features, weights) / self.temperature
+
+
+def build_model(arch: str, num_classes: int, head: str = "cosine") -> nn.Module:
+    """A randomly initialised torchvision classifier `arch`, or the demo's small ResNet, with NUM_CLASSES outputs.
+
+    head "cosine" replaces the last linear layer by CosineLinear; "linear" leaves it. UserError for an unknown arch.
+    """
+    import torchvision
+
+    if head not in HEADS:
+        raise UserError(f"--head {head}: unknown; use one of {', '.join(HEADS)}")
+    if arch == SMALL:
+        model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
+    else:
+        known = torchvision.models.list_models(torchvision.models)
+        if arch not in known:
+            near = difflib.get_close_matches(arch, [*known, SMALL], 3)
+            raise UserError(f"--arch {arch}: unknown; {'did you mean ' + ' or '.join(near) if near else known}")
+        # The auxiliary outputs of these two would need a loss of their own.
+        extra = {"aux_logits": False, "init_weights": True} if arch in ("inception_v3", "googlenet") else {}
+        model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
+    if head == "cosine":
+        name = head_name(model)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        setattr(parent, name.rpartition(".")[2], CosineLinear(model.get_submodule(name).in_features, num_classes))
+    return model
+
+
+def head_name(model: nn.Module) -> str:
+    """Name of the layer that turns features into logits: `fc` of a ResNet, `heads.head` of a ViT."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    last = list(model.modules())[-1]
+    if not linear or isinstance(last, nn.Conv2d):
+        raise UserError(f"--arch: {type(model).__name__} ends in a convolution; use --head linear for it")
+    return linear[-1]
+
+
+def refuse_sizes(model: nn.Module, sizes: Sequence[int]) -> None:
+    """UserError if the model cannot take square images of each of SIZES (some transformers take one size only)."""
+    model.eval()
+    for size in sizes:
+        try:
+            with torch.inference_mode():
+                model(torch.zeros(1, 3, size, size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"--arch: {type(model).__name__} cannot take {size} px crops ({reason}); "
+                "try --recipe basic, which has one crop size"
+            ) from None
+    model.train()
+
+
+class MultiCrop(nn.Module):
+    """Runs the model once per crop size and concatenates: [(B*n1, 3, s1, s1), (B*n2, 3, s2, s2)] -> (B*n1 + B*n2, K).
+
+    One forward for DDP, whatever the number of sizes. Batch norm sees each size on its own, as in DINO and t-ReX.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, crops: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([self.model(crop).float() for crop in crops])
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay on matrices and kernels only: not on biases, nor on the scales and shifts of norms."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def export_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights for an unmodified torchvision model: float32, on the CPU, contiguous.
+
+    A cosine head's rows are stored with length 1. A plain `Linear(D, K, bias=False)` then ranks the classes exactly
+    as the cosine head does: the feature's own length scales all its logits alike.
+    """
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if isinstance(module, CosineLinear):
+            state[f"{name}.weight"] = functional.normalize(state[f"{name}.weight"].float(), dim=1)
+    return state
+
+
+# ===== batch norm over all processes =====
+
+
+def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Batch norm statistics over the global batch. torch's own needs a GPU; on the CPU ours does the same with gloo."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d | nn.BatchNorm1d):
+                child.__class__ = CpuSyncBatchNorm  # same parameters and buffers, another forward
+                setattr(module, name, child)
+    return model
+
+
+class CpuSyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm whose batch is that of all processes together (what nn.SyncBatchNorm does on CUDA).
+
+    Counts, sums and sums of squares are added over the processes; `distributed.nn` gives that sum its gradient.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            values = x.double()  # E[x^2] - E[x]^2 cancels in single precision
+            axes = [0, *range(2, x.ndim)]
+            count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64)
+            local = torch.cat([values.sum(axes), values.square().sum(axes), count])
+            total = distributed_functional.all_reduce(local)
+            channels = x.shape[1]
+            n = total[-1].detach()
+            mean = total[:channels] / n
+            variance = total[channels : 2 * channels] / n - mean.square()
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                unbiased = variance * n / (n - 1)
+                self.running_mean.lerp_(mean.float(), self.momentum)
+                self.running_var.lerp_(unbiased.float(), self.momentum)
+            scale = self.weight.double() * (variance + self.eps).rsqrt()
+            shift = self.bias.double() - mean * scale
+            shape = [1, channels] + [1] * (x.ndim - 2)
+            return (values * scale.view(shape) + shift.view(shape)).to(x.dtype)

@@ -1,0 +1,259 @@
+"""One optimizer step, its state, and how that state is saved: everything a resumed run needs and nothing else.
+
+Weights change only inside `Training.update`; until then a step can be abandoned and leaves no trace. Randomness comes
+from counters (utils/counters.py), so the state holds no generator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from utils import checkpoint
+from utils.augment import AugmentSpec, augment, draw
+from utils.cli import UserError
+from utils.counters import uniforms
+from utils.distributed import ranks, sum_counts
+from utils.images import normalize
+from utils.metrics import topk_correct
+from utils.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the recipe, the number of images and the number of processes."""
+
+    images: int
+    batch_size: int  # images of an optimizer step, over all processes
+    micro_batches: int  # of a step, on each process
+    world: int
+    steps_per_epoch: int
+    epochs: int
+    warmup_steps: int
+    peak_lr: float
+    final_lr: float
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.batch_size // (self.micro_batches * self.world)
+
+    def lr(self, step: int) -> float:
+        return learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, self.final_lr)
+
+
+@dataclass
+class Totals:
+    """Sums over images; a mean is taken once, when it is shown."""
+
+    loss: float = 0.0
+    correct: int = 0
+    seen: int = 0
+
+    def add(self, other: Totals) -> None:
+        self.loss += other.loss
+        self.correct += other.correct
+        self.seen += other.seen
+
+    def as_list(self) -> list[float]:
+        return [self.loss, self.correct, self.seen]
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / max(1, self.seen)
+
+    @property
+    def top1(self) -> float:
+        return 100 * self.correct / max(1, self.seen)
+
+
+@dataclass
+class Training:
+    """The state of a run and the step that advances it."""
+
+    model: nn.Module
+    forward: nn.Module  # the model over several crop sizes, compiled and wrapped for DDP as asked
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    dtype: torch.dtype
+    recipe: dict
+    plan: Plan
+    seed: int
+    step: int = 0  # optimizer steps done
+    interval: Totals = field(default_factory=Totals)  # of this process, since the last log line
+    epoch: Totals = field(default_factory=Totals)  # of all processes, up to the last log line
+    bad_images: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # Batch norm's running statistics: the only state that a forward pass changes.
+        self._buffers = [buffer for _, buffer in self.model.named_buffers()]
+        self._buffers_before = [buffer.clone() for buffer in self._buffers]
+        self._pending: list[torch.Tensor] = []
+        self._in_step = False
+        self.augmentations = make_augmentations(self.recipe)
+
+    def crops(self, batch: dict) -> list[torch.Tensor]:
+        """Loader batch -> [(B * n, 3, s, s) float] augmented on the device; a sample's n crops side by side."""
+        views = []
+        for number, (pixels, spec) in enumerate(zip(batch["crops"], self.augmentations, strict=True)):
+            images = pixels.to(self.device, non_blocking=True).flatten(0, 1).permute(0, 3, 1, 2)  # channels_last
+            count = pixels.shape[1]
+            views.append(
+                augment(images, draw(spec, f"view{number}", self.seed, batch["passes"], batch["samples"], count))
+            )
+        return views
+
+    def accumulate(self, batch: dict, last: bool) -> None:
+        """Forward and backward of one micro-batch; gradients add up, and processes exchange them on the LAST one."""
+        views = self.crops(batch)
+        labels = batch["labels"].to(self.device, non_blocking=True)
+        targets = torch.cat([labels.repeat_interleave(pixels.shape[1]) for pixels in batch["crops"]])
+        sync = isinstance(self.forward, nn.parallel.DistributedDataParallel) and not last
+        with self.forward.no_sync() if sync else torch.enable_grad():
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                logits = self.forward(views)
+            loss = functional.cross_entropy(logits.float(), targets)
+            self.scaler.scale(loss / self.plan.micro_batches).backward()
+        first = slice(0, len(views[0]))  # accuracy on the global crops
+        correct = (logits[first].argmax(1) == targets[first]).sum() / batch["crops"][0].shape[1]
+        self._pending.append(torch.stack([loss.detach() * len(labels), correct]))
+
+    def begin(self) -> None:
+        """Start step self.step: its learning rate, its random state for dropout, and a copy of what a forward changes."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.lr(self.step)
+        draws = uniforms(1, "dropout", self.seed, np.array([self.step]), np.array([ranks().rank]))
+        torch.manual_seed(int(draws[0, 0] * 2**53))
+        if self._buffers:
+            torch._foreach_copy_(self._buffers_before, self._buffers)
+        self._in_step = True
+        self.optimizer.zero_grad(set_to_none=True)
+        self._pending = []
+
+    def update(self) -> None:
+        """The optimizer step. A loss that is not finite stops the run before the weights are touched."""
+        loss, correct = torch.stack(self._pending).sum(0).tolist()
+        if not math.isfinite(loss):
+            self.abandon_step()
+            raise NonFiniteLoss(self.step, self.plan)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.interval.add(Totals(loss, round(correct), self.plan.batch_size // self.plan.world))
+        self.step += 1
+        self._in_step = False
+
+    def abandon_step(self) -> None:
+        """Undo what the unfinished step has done: batch norm's statistics. Weights were not touched yet."""
+        if self._in_step and self._buffers:
+            torch._foreach_copy_(self._buffers, self._buffers_before)
+        self._in_step = False
+
+    def flush_interval(self) -> Totals:
+        """Totals of all processes since the last call, which also join the epoch's."""
+        sums = sum_counts(vars(self.interval), self.device)
+        totals = Totals(sums["loss"], round(sums["correct"]), round(sums["seen"]))
+        self.epoch.add(totals)
+        self.interval = Totals()
+        return totals
+
+    def epoch_line_due(self) -> bool:
+        """Whether an epoch has ended whose log line is not written: the run was stopped while validating."""
+        return self.step % self.plan.steps_per_epoch == 0 and self.epoch.seen > 0
+
+    # ===== saving and resuming =====
+
+    def save(self, run: Path, identity: dict) -> None:
+        """Write the state after self.step steps. Weights that are not finite are refused: the last good ones stay."""
+        if not all(torch.isfinite(norm) for norm in torch._foreach_norm(list(self.model.parameters()))):
+            raise NonFiniteLoss(self.step, self.plan)
+        state = {
+            "identity": identity,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "interval": self.interval.as_list(),
+            "epoch": self.epoch.as_list(),
+            "bad_images": self.bad_images,
+        }
+        checkpoint.save_checkpoint(run, state)
+
+    def resume(self, run: Path, identity: dict) -> list[str]:
+        """Continue from RUN's newest undamaged checkpoint, if it has one; returns lines to show.
+
+        UserError if the checkpoint belongs to another run (the differences are named) or if all are damaged.
+        """
+        try:
+            found = checkpoint.load_checkpoint(run)
+        except checkpoint.DamagedCheckpoints as error:
+            raise UserError(f"--out {run}: no readable checkpoint ({error}); delete them to start again") from None
+        if found is None:
+            return []
+        state, path, problems = found
+        require_same_run(state["identity"], identity, run)
+        self.model.load_state_dict(state["model"], strict=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        self.epoch = Totals(*state["epoch"])
+        if ranks().is_main:  # the other processes' part of the interval was not saved: its means are rank 0's alone
+            self.interval = Totals(*state["interval"])
+            self.bad_images = state["bad_images"]
+        lines = [f"damaged checkpoint passed over: {problem}" for problem in problems]
+        return [*lines, f"resuming from {path} at step {self.step} of {self.plan.total_steps}"]
+
+
+def make_augmentations(recipe: dict) -> list[AugmentSpec]:
+    """One AugmentSpec a crop size."""
+    shared = {
+        key: recipe[key] for key in ("flip", "jitter", "brightness", "contrast", "saturation", "hue", "grayscale")
+    }
+    views = [AugmentSpec(**shared, blur=recipe["global_blur"], solarize=recipe["global_solarize"])]
+    if recipe["local_count"]:
+        views.append(AugmentSpec(**shared, blur=recipe["local_blur"], solarize=recipe["local_solarize"]))
+    return views
+
+
+class NonFiniteLoss(UserError):
+    def __init__(self, step: int, plan: Plan):
+        epoch, lr = step // plan.steps_per_epoch, plan.lr(min(step, plan.total_steps - 1))
+        super().__init__(
+            f"the loss is not finite at epoch {epoch}, step {step}, learning rate {lr:.3g}; the last good checkpoint "
+            "is kept: try --dtype fp32, or a smaller --lr in a new --out"
+        )
+
+
+def require_same_run(saved: dict, wanted: dict, run: Path) -> None:
+    """UserError that names what differs between a checkpoint's identity and the command's."""
+    differences = [
+        f"{key} was {saved.get(key)}, now {wanted.get(key)}"
+        for key in sorted({*saved, *wanted})
+        if saved.get(key) != wanted.get(key)
+    ]
+    if differences:
+        raise UserError(f"--out {run} holds another run: {'; '.join(differences)}; choose another --out or delete it")
+
+
+def validate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device, dtype) -> dict:
+    """{"top1": hits, "top5": hits, "n": images} over this process's (uint8 images (B, 3, H, W), labels (B,)) batches."""
+    totals = {"top1": 0, "top5": 0, "n": 0}
+    model.eval()
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for images, labels in batches:
+            logits = model(normalize(images.to(device, non_blocking=True))).float().cpu().numpy()
+            hits = topk_correct(logits, labels.numpy(), (1, 5))
+            for name, count in (("top1", hits[1]), ("top5", hits[5]), ("n", len(labels))):
+                totals[name] += count
+    model.train()
+    return totals
