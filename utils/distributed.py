@@ -1,0 +1,177 @@
+"""Several processes as one: ranks from the environment, the process group, and the few collectives the scripts need.
+
+The only contract is torchrun's variables: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+torchrun, `python -m utils.launch` and a shell all set the same; without them there is one process, and no set-up.
+Importing this module does not import torch: ranks are known before it is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from utils.cli import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# A peer that died is noticed after this long at the latest. Rank 0 may decode a validation set alone for minutes.
+TIMEOUT = timedelta(minutes=30)  # not in paper: our choice
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is: RANK of WORLD_SIZE in the job, LOCAL_RANK of LOCAL_WORLD_SIZE on its node."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def ranks() -> Ranks:
+    """Read the launcher's variables; half a set of them, or ranks that cannot be, is a UserError."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return Ranks()
+    values = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        text = os.environ.get(name)
+        if text is None and name == "LOCAL_WORLD_SIZE":
+            text = "1"
+        if text is None or not text.isdigit():
+            raise UserError(
+                f"{name} is {'not set' if text is None else repr(text)} but others of its kind are; start several "
+                "processes with `torchrun` or `python -m utils.launch`, or unset RANK and WORLD_SIZE for a single one"
+            )
+        values[name.lower()] = int(text)
+    found = Ranks(**values)
+    if found.rank >= found.world_size or found.local_rank >= found.world_size:
+        raise UserError(
+            f"RANK={found.rank} LOCAL_RANK={found.local_rank} do not fit WORLD_SIZE={found.world_size}; "
+            "ranks count from 0"
+        )
+    if found.world_size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise UserError(f"{name} is not set with WORLD_SIZE={found.world_size}; torchrun and utils.launch do")
+    return found
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0: the one that prints, writes checkpoints and logs."""
+    return ranks().is_main
+
+
+def print0(*values: Any, **options: Any) -> None:
+    """print(), by rank 0 only, flushed: logs of a job are read while it runs."""
+    if is_main():
+        print(*values, **{"flush": True, **options})
+
+
+def device_name(requested: str) -> str:
+    """This process's device: with several processes, `auto` and `cuda` become its own GPU, cuda:LOCAL_RANK."""
+    found = ranks()
+    if found.world_size > 1 and requested in ("auto", "cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            return f"cuda:{found.local_rank}"
+        return "cpu" if requested == "auto" else requested
+    return requested
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[Ranks]:
+    """Join the job's process group (nccl on CUDA, gloo elsewhere), yield the ranks, leave it at the end.
+
+    One process alone needs no group: nothing is set up. After an error the group is dropped without waiting for peers.
+    """
+    found = ranks()
+    if found.world_size == 1:
+        yield found
+        return
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:  # the store would try a name that nobody knows again and again until its time-out
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"MASTER_ADDR:MASTER_PORT {address} cannot be resolved on {socket.gethostname()} ({error}); "
+            "give a host name or address that every node knows, and a port number"
+        ) from None
+    import torch
+    import torch.distributed as dist
+
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo",
+            rank=found.rank,
+            world_size=found.world_size,
+            timeout=TIMEOUT,
+            device_id=device if on_cuda else None,
+        )
+    except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
+        raise UserError(
+            f"rank {found.rank} of {found.world_size} cannot join the others at MASTER_ADDR:MASTER_PORT {address} "
+            f"({str(error).strip().splitlines()[0]}); check that rank 0 runs there and the port is free"
+        ) from error
+    try:
+        yield found
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process of the group is here; nothing to wait for without a group."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum TENSOR over the processes, in place, and return it. Without a group it is returned as it is."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def sum_counts(counts: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Sum named counts over the processes (float64: exact up to 2^53). Every process passes the same names."""
+    import torch
+
+    names = sorted(counts)
+    # MPS has no float64, and never has a process group: keep its numbers on the CPU.
+    where = device if device.type == "cuda" else torch.device("cpu")
+    totals = all_reduce_sum(torch.tensor([counts[name] for name in names], dtype=torch.float64, device=where))
+    return dict(zip(names, totals.tolist(), strict=True))
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether FLAG holds on any process: how all ranks stop at the same step when one receives a signal."""
+    return sum_counts({"flag": float(flag)}, device)["flag"] > 0
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's VALUE (any picklable object) on every process."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
