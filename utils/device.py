@@ -33,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is fp16 on CUDA, bf16 on CPUs that multiply it in hardware, else fp32."""
+    """`auto` is fp16 on CUDA, bf16 on CPUs with AMX, else fp32."""
     if name == "auto":
         if device.type == "cuda":
             return torch.float16

@@ -1,0 +1,407 @@
+"""Draw a synthetic ImageNet from class names with Stable Diffusion: an ImageFolder that train.py reads.
+
+Reads  a diffusers pipeline (--model, a folder or a hub id) and a class table (--classes)
+Writes OUT/train/<id>/<id>_<index>.jpg, OUT/manifest/<id>.jsonl (one line an image) and OUT/dataset.json
+
+    python generate.py --classes digits --model models/digits-sd --images-per-class 200         # a CPU, two minutes
+    python generate.py --classes imagenet_100                                                    # the paper, one GPU
+    python -m utils.launch --launcher slurm --chunks 100 generate.py --classes imagenet_1k       # the paper, a cluster
+
+The same command continues where it was stopped, by whatever, and ends with the same bytes on the same hardware and
+software. Image k of a class depends on the recipe, --seed, the class and k alone. Batches are cut at fixed positions
+within a class and drawn whole, so chunks and interruptions change nothing. Several processes may share one OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from utils import dataset as datasets
+from utils.cli import UserError, make_parser, positive_float, positive_int, run
+from utils.dataset import ClassFolder, Dataset
+from utils.drawing import QUALITY, draw
+from utils.environment import snapshot
+from utils.pipeline_folder import PipelineFolder, find_pipeline
+from utils.prompts import (
+    NAMES,
+    ClassTable,
+    Template,
+    class_prompts,
+    images_per_class,
+    load_classes,
+    parse_template,
+    prompt_warnings,
+)
+from utils.storage import AlreadyOwned, free_bytes, require_writable
+
+# What an image costs and how it looks. Command-line options replace single values.
+RECIPES = {
+    # The released models: Stable Diffusion 1.4, guidance 2 (project page); 50 steps, PNDM, 512 px: SD 1.4's defaults.
+    "paper": {"scheduler": "pndm", "steps": 50, "guidance_scale": 2.0, "guidance_interval": None},
+    # Not in the paper: a third of the forwards. DPM-Solver++ 2M (Lu et al. 2022) needs 20 steps; guidance only at the
+    # noise levels where it matters, (0.28, 5.42] as Kynkäänniemi et al. (NeurIPS 2024) found for latent diffusion.
+    "fast": {"scheduler": "dpmpp_2m", "steps": 20, "guidance_scale": 2.0, "guidance_interval": (0.28, 5.42)},
+}
+SCHEDULERS = ("pndm", "ddim", "dpmpp_2m", "euler", "unipc")
+DTYPE_NAMES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
+FORMATS = tuple(datasets.SUFFIXES)
+# --dry-run's guess where nothing was measured: 85 TFLOP an image at 125 TFLOP/s, 40 % of an A100's fp16 peak.
+ASSUMED_IMAGES_PER_S = 1.5
+BYTES_PER_PIXEL = {"jpg": 0.35, "png": 1.6, "webp": 0.25}  # --dry-run's guess for photographs at QUALITY
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    # What to draw
+    parser.add_argument(
+        "--classes", default="imagenet_100", help="imagenet_100, imagenet_1k, digits, .tsv, .txt or list"
+    )
+    parser.add_argument("--prompt", default="c, d_c", help='"c", "c, h_c", "c, d_c", "c, h_c inside b" or {name} text')
+    parser.add_argument("--names", choices=NAMES, default="first", help="of a class: its first name or all")
+    parser.add_argument("--images-per-class", type=count_or_imagenet, default="imagenet", metavar="N|imagenet",
+                        help="a number, or as many as the real class has")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another dataset")
+    # How to draw it
+    parser.add_argument("--recipe", choices=list(RECIPES), default="paper", help="sets the next three options")
+    parser.add_argument("--guidance-scale", type=positive_float, help="1 is none (paper: 2, fast: 2)")
+    parser.add_argument("--steps", type=positive_int, help="denoising steps (paper: 50, fast: 20)")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help="sampler (paper: pndm, fast: dpmpp_2m)")
+    parser.add_argument("--height", type=positive_int, metavar="PIXELS", help="the model's own size if not given")
+    parser.add_argument("--width", type=positive_int, metavar="PIXELS", help="the model's own size if not given")
+    # With what
+    parser.add_argument("--model", default="CompVis/stable-diffusion-v1-4", help="pipeline folder or hub id")
+    parser.add_argument("--revision", help="commit or tag of a hub id")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--dtype", choices=("auto", "fp16", "bf16", "fp32"), default="auto", help="number format")
+    parser.add_argument("--attention", choices=("auto", "xformers", "sdpa"), default="auto", help="attention kernels")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at start, then faster")
+    parser.add_argument("--batch-size", type=auto_or_positive, default="auto", metavar="N|auto",
+                        help="images drawn together; auto keeps the folder's, else suits the device")  # fmt: skip
+    # What to keep
+    parser.add_argument("--out", help="dataset folder (default: data/<classes>_sd)")
+    parser.add_argument("--format", choices=FORMATS, default="jpg", help=f"of the images; jpg: quality {QUALITY}")
+    parser.add_argument("--save-size", type=positive_int, metavar="PIXELS", help="store with this shorter side")
+    parser.add_argument("--safety", choices=("redraw", "keep", "off"),
+                        help="images the safety checker flags (default: redraw if the model has one)")  # fmt: skip
+    parser.add_argument("--chunk", type=chunk, default=(0, 1), metavar="I/N", help="only every Nth class, from the Ith")
+    # Instead of drawing
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="print the plan: images, GPU hours, disk, first prompts")
+    mode.add_argument("--status", action="store_true", help="print what is done, missing, damaged; also while jobs run")
+    mode.add_argument("--verify", action="store_true", help="compare every file with its manifest")
+    mode.add_argument("--repair", action="store_true", help="verify, then draw again what is damaged or missing")
+    mode.add_argument("--preview", action="store_true", help="write contact sheets and OUT/index.html, a gallery")
+    mode.add_argument("--pack", action="store_true", help="write a complete dataset as WebDataset tar shards too")
+    parser.add_argument("--rate", type=positive_float, metavar="IMAGES_PER_S", help="of one GPU, for --dry-run's hours")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    # ===== checking the request =====
+    table, template = load_classes(args.classes), parse_template(args.prompt)
+    out = Path(args.out or f"data/{table.name}_sd")
+    if args.status or args.verify or args.preview or args.pack:
+        return look_at(datasets.open_dataset(out), args)
+    wanted = wanted_recipe(args, table, template)
+    datasets.refuse_foreign_folder(out)
+    existing = datasets.open_dataset(out) if (out / "dataset.json").exists() else None
+    recipe = datasets.settle_recipe(wanted, existing)
+    counts = images_per_class(table, args.images_per_class)
+    if args.dry_run:
+        return show_plan(args, table, template, recipe, counts, out)
+
+    # ===== finding the model =====
+    require_writable(out, "--out")
+    folder = find_pipeline(args.model, args.revision)
+    recipe = settle_with_model(recipe, folder)
+    hashes = folder.hashes(recipe["safety"] != "off")
+    if existing:
+        datasets.refuse_difference(existing, existing.info["model"]["files"], hashes, "model")
+
+    # ===== what is left to do =====
+    if existing and args.repair:
+        repair(existing, args)
+    if existing and not any(class_folder.open_batches() for class_folder in in_chunk(existing.folders, args.chunk)):
+        print(
+            f"{out}: nothing to do, all {sum(f.count for f in in_chunk(existing.folders, args.chunk))} images are here"
+        )
+        datasets.record_session(existing, {"images": 0, "seconds": 0})
+        return 0
+
+    # ===== loading the pipeline =====
+    from utils import diffusion
+    from utils.device import resolve_device, resolve_dtype
+
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(recipe["dtype"] or "auto", device)
+    asked = recipe | {"dtype": DTYPE_NAMES[str(dtype)]}
+    asked["attention"] = diffusion.resolve_attention(recipe["attention"] or "auto", device)
+    keys = ("scheduler", "steps", "guidance_scale", "guidance_interval", "height", "width")
+    sampler = diffusion.load_sampler(
+        folder,
+        diffusion.Sampling(**{key: recipe[key] for key in keys}),
+        device,
+        dtype,
+        asked["attention"],
+        recipe["compile"],
+        recipe["safety"] != "off",
+    )
+    batch_size = recipe["batch_size"] or diffusion.choose_batch_size(sampler)
+
+    # ===== drawing =====
+    dataset = datasets.create_dataset(
+        out,
+        {
+            "name": out.name,
+            "recipe": asked | {"batch_size": batch_size},
+            "unet_forwards_per_image": sampler.forwards_per_image,
+            "model": {"id": folder.name, "revision": folder.revision, "files": hashes},
+            "classes": class_list(table, counts),
+            "environment": snapshot(),
+        },
+    )
+    recipe = datasets.settle_recipe(asked, dataset)  # another process may have been first: its batch size counts
+    sampler.micro_batch = recipe["batch_size"]
+    session = draw(dataset, in_chunk(dataset.folders, args.chunk), sampler, table, template)
+    session |= {"device": str(device), "chunk": "/".join(map(str, args.chunk))}
+    totals = datasets.record_session(dataset, session)
+    print(
+        f"{out}: {totals['images']} of {totals['wanted']} images; this run drew {session['images']} in "
+        f"{session['seconds']:.1f} s, {session['images_per_s']:.2f} images/s, {session['unet_forwards']} UNet forwards"
+    )
+    return 0
+
+
+# ===== the request =====
+
+
+def count_or_imagenet(text: str) -> int | str:
+    return text if text == "imagenet" else positive_int(text)
+
+
+def auto_or_positive(text: str) -> int | None:
+    return None if text == "auto" else positive_int(text)
+
+
+def chunk(text: str) -> tuple[int, int]:
+    """ "3/8" -> (3, 8)"""
+    try:
+        part, parts = map(int, text.split("/"))
+    except ValueError:
+        part, parts = 0, 0
+    if not 0 <= part < parts:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N, such as 0/8 ... 7/8")
+    return part, parts
+
+
+def in_chunk(items: list, chunk: tuple[int, int]) -> list:
+    """Every Nth item from the Ith: the N chunks share the items without overlap, equal to within one."""
+    part, parts = chunk
+    return items[part::parts]
+
+
+def wanted_recipe(args: argparse.Namespace, table: ClassTable, template: Template) -> dict:
+    """Everything that decides what the images look like; None where the device or the model decides ("auto")."""
+    recipe = RECIPES[args.recipe]
+    if unknown := recipe.keys() - {"scheduler", "steps", "guidance_scale", "guidance_interval"}:
+        raise UserError(f"--recipe {args.recipe}: unknown keys {', '.join(sorted(unknown))} in RECIPES")
+    if args.guidance_scale is not None and args.guidance_scale < 1:
+        raise UserError(f"--guidance-scale {args.guidance_scale:g}: 1 means no guidance, less has no meaning here")
+    steps = args.steps or recipe["steps"]
+    if steps > 1000:
+        raise UserError(f"--steps {steps}: the models are trained with 1000 noise levels; take at most 1000")
+    interval = recipe["guidance_interval"]
+    return {
+        "name": args.recipe,
+        "classes": table.sha256,
+        "prompt": template.text,
+        "names": args.names,
+        "images_per_class": args.images_per_class,
+        "seed": args.seed,
+        "scheduler": args.scheduler or recipe["scheduler"],
+        "steps": steps,
+        "guidance_scale": args.guidance_scale or recipe["guidance_scale"],
+        "guidance_interval": list(interval) if interval else None,
+        "height": args.height,
+        "width": args.width,
+        "dtype": None if args.dtype == "auto" else args.dtype,
+        "attention": None if args.attention == "auto" else args.attention,
+        "compile": args.compile,
+        "batch_size": args.batch_size,
+        "safety": args.safety,
+        "format": args.format,
+        "quality": None if args.format == "png" else QUALITY,
+        "save_size": args.save_size,
+    }
+
+
+def settle_with_model(recipe: dict, folder: PipelineFolder) -> dict:
+    """RECIPE with the size and the safety policy settled by what the model is. UserError if they do not go together."""
+    recipe = recipe | {side: recipe[side] or folder.native_size for side in ("height", "width")}
+    for side in ("height", "width"):
+        if recipe[side] % folder.pixels_per_latent:
+            raise UserError(f"--{side} {recipe[side]}: this model draws multiples of {folder.pixels_per_latent} pixels")
+    if recipe["save_size"] and recipe["save_size"] > min(recipe["height"], recipe["width"]):
+        raise UserError(f"--save-size {recipe['save_size']} is larger than the images; it only makes them smaller")
+    if recipe["safety"] in ("redraw", "keep") and not folder.has_safety_checker:
+        raise UserError(f"--safety {recipe['safety']}: {folder.name} has no safety checker; use --safety off")
+    return recipe | {"safety": recipe["safety"] or ("redraw" if folder.has_safety_checker else "off")}
+
+
+def class_list(table: ClassTable, counts: dict[str, int]) -> list[dict]:
+    return [
+        {"id": r.wnid, "name": r.name, "hypernym": r.hypernym, "definition": r.definition, "images": counts[r.wnid]}
+        for r in table.rows
+    ]
+
+
+# ===== instead of drawing =====
+
+
+def look_at(dataset: Dataset, args: argparse.Namespace) -> int:
+    """--status, --verify, --preview, --pack: from the folder alone."""
+    folders = in_chunk(dataset.folders, args.chunk)
+    if args.status:
+        show_status(dataset, folders)
+    elif args.verify:
+        bad = verify(dataset, folders)
+        if bad:
+            raise UserError(
+                f"--verify: {bad} images of {dataset.root} are damaged or missing; --repair draws them again"
+            )
+    elif args.preview:
+        from utils.gallery import write_gallery
+
+        print(f"open {write_gallery(dataset)} in a browser")
+    else:
+        from utils.shards import write_shards
+
+        print(write_shards(dataset))
+    return 0
+
+
+def show_status(dataset: Dataset, folders: list[ClassFolder]) -> None:
+    """One line a class that is not complete, totals, and an ETA from the ages of the files."""
+    states = list(datasets.inspect_all(folders))
+    for state in states:
+        if state.done < state.count:
+            lost = f"{len(state.missing)} missing, {len(state.damaged)} damaged"
+            print(f"{state.id}: {state.done} of {state.count} done, {lost}")
+    complete = sum(state.done == state.count for state in states)
+    done, missing, damaged = (
+        sum(state.done for state in states), sum(len(s.missing) for s in states), sum(len(s.damaged) for s in states)
+    )  # fmt: skip
+    print(f"{dataset.root}: {done} of {done + missing + damaged} images done, {missing} missing, {damaged} damaged")
+    print(f"classes: {complete} of {len(states)} complete")
+    report_foreign(dataset, states)
+    rate, age = datasets.images_per_second([moment for state in states for moment in state.times])
+    if missing + damaged and rate:
+        hours = (missing + damaged) / rate / 3600
+        state = "newest image" if age < 1800 else "idle: newest image"
+        print(f"{state} {age:.0f} s old; at its last {rate:.2f} images/s the rest takes {hours:.2f} hours")
+
+
+def verify(dataset: Dataset, folders: list[ClassFolder]) -> int:
+    """Read every byte, print what is damaged or missing, return how many."""
+    from tqdm import tqdm
+
+    states = list(tqdm(datasets.inspect_all(folders, hashes=True), total=len(folders), unit="class", desc="verify"))
+    for state in states:
+        for word, indices in (("damaged", state.damaged), ("missing", state.missing)):
+            if indices:
+                shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+                print(f"{state.id}: {len(indices)} {word}: {shown}")
+    bad = sum(len(state.damaged) + len(state.missing) for state in states)
+    print(f"{dataset.root}: {sum(state.done for state in states)} images are as their manifests say, {bad} are not")
+    report_foreign(dataset, states)
+    return bad
+
+
+def report_foreign(dataset: Dataset, states: list) -> None:
+    for state in states:
+        if state.foreign:
+            print(f"warning: {state.id} holds files of other origin: {', '.join(state.foreign[:5])}", file=sys.stderr)
+    if strangers := datasets.foreign_classes(dataset):
+        print(f"warning: no class of this dataset, but in train/: {', '.join(strangers[:5])}", file=sys.stderr)
+
+
+def repair(dataset: Dataset, args: argparse.Namespace) -> None:
+    """Strike what is damaged from the manifests, class by class; drawing then fills the gaps."""
+    for folder in in_chunk(dataset.folders, args.chunk):
+        try:
+            with folder.lock():
+                state = datasets.inspect(folder, hashes=True)
+                if state.damaged or state.missing:
+                    print(f"{state.id}: {len(state.damaged)} damaged, {len(state.missing)} missing: to be drawn again")
+                    datasets.drop_damaged(folder, state)
+        except AlreadyOwned:
+            print(f"{folder.id}: being drawn by another process, not verified", file=sys.stderr)
+
+
+def show_plan(
+    args: argparse.Namespace, table: ClassTable, template: Template, recipe: dict, counts: dict[str, int], out: Path
+) -> int:
+    """--dry-run: what a run would draw and cost. Opens no model; sizes it does not know are those of SD 1.4."""
+    rows = in_chunk(list(table.rows), args.chunk)
+    images = sum(counts[row.wnid] for row in rows)
+    try:
+        recipe = settle_with_model(recipe, folder := find_pipeline(args.model, args.revision, download=False))
+        schedule = folder.scheduler_config
+    except UserError as error:
+        print(f"note: {error}", file=sys.stderr)
+        recipe, schedule = recipe | {side: recipe[side] or 512 for side in ("height", "width")}, {}
+    forwards = expected_forwards(recipe, schedule)
+    pixels = recipe["height"] * recipe["width"]
+    stored = (
+        pixels
+        if not recipe["save_size"]
+        else pixels * (recipe["save_size"] / min(recipe["height"], recipe["width"])) ** 2
+    )
+    size = images * (1000 + stored * BYTES_PER_PIXEL[recipe["format"]])
+    rate = args.rate or ASSUMED_IMAGES_PER_S * (102 / forwards) * (512 * 512 / pixels)
+    basis = (
+        "as given" if args.rate else "assumed for Stable Diffusion 1.4 on an A100, not measured; give yours with --rate"
+    )
+    part, parts = args.chunk
+    print(f"out: {out}")
+    print(f"classes: {len(rows)} of {table.name}" + (f" (chunk {part} of {parts})" if parts > 1 else ""))
+    print(f"images: {images:,} of {recipe['width']} x {recipe['height']} pixels")
+    print(
+        f"UNet forwards: about {forwards} an image, {images * forwards:,} in all ({args.recipe}: {recipe['scheduler']},"
+    )
+    print(f"  {recipe['steps']} steps, guidance {recipe['guidance_scale']:g})")
+    print(f"GPU hours: {images / rate / 3600:,.1f} at {rate:.2f} images/s a GPU ({basis})")
+    print(f"disk: about {size / 1e9:,.2f} GB as {recipe['format']}, {free_bytes(out) / 1e9:,.1f} GB free at {out}")
+    sizes = [sum(counts[row.wnid] for row in in_chunk(list(table.rows), (i, 8))) for i in range(8)]
+    print(f"chunks: --chunk 0/8 ... 7/8, for example, draw {min(sizes):,} to {max(sizes):,} images each")
+    for row in rows[:3]:
+        (first,) = class_prompts(row, template, 1, args.seed, args.names)
+        print(f"prompt: {first.wnid}_{0:06d}, seed {first.seed}: {first.text}")
+    for warning in prompt_warnings(table, template, args.names):
+        print(f"warning: {warning}", file=sys.stderr)
+    return 0
+
+
+def expected_forwards(recipe: dict, schedule: dict) -> int:
+    """UNet forwards an image, reckoned without the scheduler's code; exact but for a guidance interval's ends.
+
+    SCHEDULE is the model's scheduler_config.json; what it lacks is as in SD 1.4.
+    """
+    evaluations = recipe["steps"] + (recipe["scheduler"] == "pndm" and recipe["steps"] > 1)  # PNDM draws one step twice
+    if recipe["guidance_scale"] <= 1:
+        return evaluations
+    if not recipe["guidance_interval"]:
+        return 2 * evaluations
+    betas = np.linspace(schedule.get("beta_start", 0.00085) ** 0.5, schedule.get("beta_end", 0.012) ** 0.5, 1000) ** 2
+    signal = np.cumprod(1 - betas)
+    levels = np.sqrt((1 - signal) / signal)
+    low, high = recipe["guidance_interval"]
+    return evaluations + round(evaluations * float(np.mean((low < levels) & (levels <= high))))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, get_args_parser()))

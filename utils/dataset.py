@@ -1,0 +1,384 @@
+"""A synthetic dataset on disk: dataset.json, one manifest a class, image files; what is done, missing or damaged.
+
+    OUT/dataset.json            recipe, model, classes, where it was made, counts
+    OUT/manifest/<id>.jsonl     one line an image, sorted by index: id, index, prompt, seed, attempt, rejected, safety,
+                                bytes, sha256
+    OUT/train/<id>/<id>_<index:06d>.<suffix>
+    OUT/sessions.jsonl          one line a finished process: images, seconds, images/s
+    OUT/.locks/                 empty files; flock marks the classes that a living process draws
+
+An image counts as done when its manifest line is there and its file has the size the line says; --verify also compares
+the hashes. Lines of a batch are written after its files, in one synced write: a kill leaves at worst files without a
+line (drawn again, byte for byte) or half a last line (cut off). Imports no torch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from utils.cli import UserError
+from utils.environment import snapshot
+from utils.storage import (
+    AlreadyOwned,
+    append_jsonl,
+    atomic_write,
+    owner_lock,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    write_json,
+)
+
+FORMAT = "imagenet-sd dataset 1"
+SUFFIXES = {"jpg": ".jpg", "png": ".png", "webp": ".webp"}
+# Keys of the recipe that say how, not what: "auto" in a new command takes the value the folder was made with.
+AUTO_KEYS = ("height", "width", "dtype", "attention", "batch_size", "safety")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset folder and what its dataset.json says."""
+
+    root: Path
+    info: dict[str, Any]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.info["recipe"]
+
+    @cached_property
+    def folders(self) -> list[ClassFolder]:
+        """One for each class, in label order."""
+        suffix, batch = SUFFIXES[self.recipe["format"]], self.recipe["batch_size"]
+        return [ClassFolder(self.root, row["id"], row["images"], suffix, batch) for row in self.info["classes"]]
+
+    @property
+    def images(self) -> int:
+        return sum(folder.count for folder in self.folders)
+
+
+@dataclass(frozen=True)
+class ClassFolder:
+    """The files of one class. Who writes here holds `lock()`."""
+
+    root: Path
+    id: str
+    count: int  # images wanted
+    suffix: str
+    batch_size: int
+
+    @property
+    def images(self) -> Path:
+        return self.root / "train" / self.id
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest" / f"{self.id}.jsonl"
+
+    def path(self, index: int) -> Path:
+        return self.images / f"{self.id}_{index:06d}{self.suffix}"
+
+    def batches(self) -> list[range]:
+        """The indices of each batch: cut at fixed positions within the class, whatever is already done."""
+        return [
+            range(start, min(start + self.batch_size, self.count)) for start in range(0, self.count, self.batch_size)
+        ]
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Raises AlreadyOwned if a living process has the class; the kernel frees the lock of a dead one."""
+        with owner_lock(self.root / ".locks" / f"{self.id}.lock"):
+            yield
+
+    def entries(self) -> dict[int, dict]:
+        """{index: manifest line}, sorted; torn, foreign and surplus lines are left out, the last of two wins."""
+        entries = {}
+        for entry in read_jsonl(self.manifest):
+            if not isinstance(entry, dict) or not entry.keys() >= {"id", "index", "bytes", "sha256"}:
+                continue
+            if entry["id"] == self.id and isinstance(entry["index"], int) and 0 <= entry["index"] < self.count:
+                entries[entry["index"]] = entry
+        return dict(sorted(entries.items()))
+
+    def files(self) -> dict[str, os.stat_result]:
+        """{file name: stat} of what lies in the class folder, temporary files left out."""
+        try:
+            with os.scandir(self.images) as found:
+                return {entry.name: entry.stat() for entry in found if not entry.name.endswith(".tmp")}
+        except FileNotFoundError:
+            return {}
+
+    def done(self) -> dict[int, dict]:
+        """{index: manifest line} of the images whose file is there in full size."""
+        files = self.files()
+        entries = self.entries()
+        return {
+            index: entry
+            for index, entry in entries.items()
+            if (stat := files.get(self.path(index).name)) and stat.st_size == entry["bytes"]
+        }
+
+    def open_batches(self) -> list[range]:
+        """Batches of which an image is missing or has another size: to be drawn, each as a whole."""
+        done = self.done()
+        return [batch for batch in self.batches() if not all(index in done for index in batch)]
+
+    def prepare(self) -> None:
+        """Make the folders; remove what a killed process left: temporary files and half lines."""
+        self.images.mkdir(parents=True, exist_ok=True)
+        self.manifest.parent.mkdir(exist_ok=True)
+        for folder, pattern in ((self.images, ".*.tmp"), (self.manifest.parent, f".{self.manifest.name}.*.tmp")):
+            for leftover in folder.glob(pattern):
+                leftover.unlink(missing_ok=True)
+        self.rewrite(self.entries())
+
+    def rewrite(self, entries: dict[int, dict]) -> None:
+        """Make ENTRIES the manifest, sorted by index; untouched if it says so already."""
+        data = b"".join(as_line(entry) for _, entry in sorted(entries.items()))
+        if data != (self.manifest.read_bytes() if self.manifest.exists() else b""):
+            atomic_write(self.manifest, data, fsync=True)
+
+    def commit(self, batch: list[dict]) -> None:
+        """Record the entries of a batch whose files are written: appended, or merged if later ones are there."""
+        size, last = self._end()
+        if last >= batch[0]["index"]:
+            self.rewrite(self.entries() | {entry["index"]: entry for entry in batch})
+            return
+        data = b"".join(map(as_line, batch))
+        descriptor = os.open(self.manifest, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            if os.write(descriptor, data) != len(data):
+                os.ftruncate(descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.manifest))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _end(self) -> tuple[int, int]:
+        """(bytes of the manifest, index of its last line or -1): reads the end only, as a class may be large."""
+        try:
+            with open(self.manifest, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 65536))  # a line is a few hundred bytes
+                lines = file.read().splitlines()
+        except FileNotFoundError:
+            return 0, -1
+        return size, json.loads(lines[-1])["index"] if lines else -1
+
+
+def as_line(entry: dict) -> bytes:
+    return (json.dumps(entry, ensure_ascii=False) + "\n").encode()
+
+
+# ===== dataset.json =====
+
+
+def open_dataset(root: str | Path) -> Dataset:
+    """The dataset in ROOT; UserError if there is none."""
+    root = Path(root)
+    path = root / "dataset.json"
+    if not path.is_file():
+        raise UserError(f"--out {root}: no dataset here (no dataset.json); draw one first, or name its folder")
+    info = read_json(path)
+    if not isinstance(info, dict) or info.get("format") != FORMAT or not {"recipe", "classes", "model"} <= info.keys():
+        raise UserError(f"--out {root}: dataset.json was not written by this version; choose another --out")
+    return Dataset(root, info)
+
+
+def refuse_foreign_folder(root: Path) -> None:
+    """UserError if ROOT holds files but no dataset.json: someone else's folder, or a dataset without its passport."""
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise UserError(f"--out {root} is a file; name a folder")
+    foreign = [
+        entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and entry.name != "lost+found"
+    ]
+    if foreign and "dataset.json" not in foreign:
+        raise UserError(f"--out {root} holds {foreign[0]!r} but no dataset.json; choose an empty or new folder")
+
+
+def settle_recipe(wanted: dict[str, Any], existing: Dataset | None) -> dict[str, Any]:
+    """WANTED with each None ("auto") taken from the existing dataset; UserError with a diff if they disagree."""
+    if existing is None:
+        return wanted
+    recorded = existing.recipe
+    settled = {key: recorded.get(key) if value is None and key in AUTO_KEYS else value for key, value in wanted.items()}
+    refuse_difference(existing, recorded, settled, "recipe")
+    return settled
+
+
+def refuse_difference(existing: Dataset, recorded: dict, wanted: dict, what: str) -> None:
+    """UserError listing every key whose value differs."""
+    keys = [key for key in (recorded | wanted) if recorded.get(key) != wanted.get(key)]
+    if keys:
+        shown = "; ".join(f"{key} is {_short(recorded.get(key))}, asked {_short(wanted.get(key))}" for key in keys[:12])
+        more = f"; and {len(keys) - 12} more" if len(keys) > 12 else ""
+        raise UserError(
+            f"--out {existing.root} was made with another {what}: {shown}{more}; give the same options or another --out"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text[:14] + "..." if isinstance(value, str) and len(value) == 64 else text
+
+
+def create_dataset(root: Path, info: dict[str, Any]) -> Dataset:
+    """Write dataset.json unless another process was first; return what is there then."""
+    (root / ".locks").mkdir(parents=True, exist_ok=True)
+    with waiting_lock(root / ".locks" / "dataset.lock"):
+        if not (root / "dataset.json").exists():
+            write_json(root / "dataset.json", {"format": FORMAT, **info})
+    return open_dataset(root)
+
+
+def record_session(dataset: Dataset, session: dict[str, Any]) -> dict[str, Any]:
+    """Append SESSION to sessions.jsonl, bring the counts of dataset.json up to date and return them."""
+    with waiting_lock(dataset.root / ".locks" / "dataset.lock"):
+        info = read_json(dataset.root / "dataset.json")
+        environment = snapshot()
+        if environment == info["environment"]:
+            environment = "as in dataset.json"
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        if session["images"]:
+            append_jsonl(dataset.root / "sessions.jsonl", {"time": now, **session, "environment": environment})
+        counts = count_images(dataset)
+        info["counts"] = counts
+        if counts["images"] == counts["wanted"]:
+            info.setdefault("completed", now)
+        sessions = read_jsonl(dataset.root / "sessions.jsonl")
+        seconds, images = (sum(line[key] for line in sessions) for key in ("seconds", "images"))
+        info["time"] = {
+            "process_seconds": round(seconds, 1),  # of processes that ended by themselves; a killed one leaves none
+            "images_drawn": images,
+            "images_per_s_per_process": round(images / seconds, 3) if seconds else None,
+        }
+        write_json(dataset.root / "dataset.json", info)
+    return counts
+
+
+def count_images(dataset: Dataset) -> dict[str, Any]:
+    """Totals of the manifests: images, what was rejected on the way and why, what the safety checker flagged."""
+    counts = {"wanted": dataset.images, "images": 0, "safety_flagged": 0, "redrawn": {}}
+    for folder in dataset.folders:
+        try:
+            lines = folder.manifest.read_bytes().splitlines()
+        except FileNotFoundError:
+            continue
+        counts["images"] += len(lines)
+        for line in lines:
+            # Only the rare lines are parsed: a million of the others take a second this way.
+            if b'"rejected": []' in line and b'"safety": true' not in line:
+                continue
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                counts["images"] -= 1
+                continue
+            counts["safety_flagged"] += entry["safety"] is True
+            for reason in entry["rejected"]:
+                counts["redrawn"][reason] = counts["redrawn"].get(reason, 0) + 1
+    return counts
+
+
+@contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """owner_lock that waits for its turn; what it guards takes moments."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            with owner_lock(path):
+                yield
+                return
+        except AlreadyOwned:
+            time.sleep(0.05)
+
+
+# ===== status and verification =====
+
+
+@dataclass
+class ClassState:
+    """Indices of one class by state, and names of files that do not belong."""
+
+    id: str
+    count: int
+    done: int
+    missing: list[int]  # no line or no file
+    damaged: list[int]  # another size, or hash, than the line says
+    foreign: list[str]
+    times: list[float]  # modification times of the images done, seconds since the epoch
+
+
+def inspect(folder: ClassFolder, hashes: bool = False) -> ClassState:
+    """The state of one class by names and sizes; with HASHES every byte is read."""
+    files, entries = folder.files(), folder.entries()
+    missing, damaged, times = [], [], []
+    for index in range(folder.count):
+        path = folder.path(index)
+        stat, entry = files.pop(path.name, None), entries.get(index)
+        if entry is None or stat is None:
+            missing.append(index)
+        elif stat.st_size != entry["bytes"] or (hashes and not _same_hash(path, entry["sha256"])):
+            damaged.append(index)
+        else:
+            times.append(stat.st_mtime)
+    return ClassState(folder.id, folder.count, len(times), missing, damaged, sorted(files), times)
+
+
+def _same_hash(path: Path, sha256: str) -> bool:
+    try:
+        return sha256_file(path) == sha256
+    except OSError:  # unreadable: a failing disk, or gone meanwhile
+        return False
+
+
+def inspect_all(folders: Iterable[ClassFolder], hashes: bool = False) -> Iterator[ClassState]:
+    """inspect() of every class, in order, in parallel where bytes are read (hashing frees Python's lock)."""
+    if not hashes:
+        yield from map(inspect, folders)
+        return
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield from pool.map(lambda folder: inspect(folder, hashes=True), folders)
+
+
+def foreign_classes(dataset: Dataset) -> list[str]:
+    """Names in OUT/train that are no class of the dataset: ImageFolder would count them as classes."""
+    try:
+        names = {entry.name for entry in os.scandir(dataset.root / "train") if not entry.name.startswith(".")}
+    except FileNotFoundError:
+        return []
+    return sorted(names - {folder.id for folder in dataset.folders})
+
+
+def drop_damaged(folder: ClassFolder, state: ClassState) -> None:
+    """Strike damaged and missing images from the manifest, so that their batches count as not drawn."""
+    entries = folder.entries()
+    for index in [*state.damaged, *state.missing]:
+        entries.pop(index, None)
+    folder.rewrite(entries)
+
+
+def images_per_second(times: list[float], window_s: float = 600) -> tuple[float, float]:
+    """(images/s, seconds since the last image) from modification times: the rate of all processes, as files show it.
+
+    The rate is that of the last WINDOW_S seconds before the newest image.
+    """
+    if not times:
+        return 0.0, float("inf")
+    newest = max(times)
+    recent = [moment for moment in times if moment > newest - window_s]
+    span = newest - min(recent)
+    return (len(recent) - 1) / span if span > 0 else 0.0, time.time() - newest

@@ -1,0 +1,326 @@
+"""Drawing images with a Stable Diffusion 1.x/2.x pipeline, in batches whose pixels depend on the batch alone.
+
+What an image is made of, and from where:
+- its initial latents: float32, on the CPU, from its own generator; the same on every device;
+- its prompt's embedding: every distinct prompt passes the text encoder alone, so no neighbour changes its rounding;
+- the batch it is denoised in: matrix kernels round differently for different batch sizes, by about 1e-6 in float32,
+  which is why the caller draws a batch whole or not at all;
+- after an out-of-memory error the batch is split in halves: latents and prompts stay, rounding may not (see
+  docs/reproducibility.md for what was measured).
+No scheduler here draws noise of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from utils.cli import UserError
+from utils.device import memory_format
+from utils.pipeline_folder import PipelineFolder
+
+# name on the command line -> (diffusers class, settings beside the model's own scheduler settings)
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pndm": ("PNDMScheduler", {}),  # Liu et al., ICLR 2022: the scheduler SD 1.4 is released with
+    "ddim": ("DDIMScheduler", {}),  # Song et al., ICLR 2021, eta 0
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),  # Lu et al. 2022
+    "euler": ("EulerDiscreteScheduler", {}),  # Karras et al., NeurIPS 2022, Algorithm 2 without churn
+    "unipc": ("UniPCMultistepScheduler", {}),  # Zhao et al., NeurIPS 2023
+}
+CACHED_PROMPTS = 512  # embeddings kept: more than the 365 backgrounds of one class; 59 MB for SD 1.4 in fp16
+DECODE_PIXELS = 4 * 512 * 512  # pixels the VAE decodes at once: fixed, so that it never depends on free memory
+CPU_LATENTS = 6400  # batch x latent area on a CPU: 100 images of 8x8 latents, 1 of 64x64; larger gained nothing
+MOST_IMAGES_A_BATCH = 64  # CUDA: more images gain nothing and lose more to a kill
+WORTHWHILE = 1.03  # CUDA: a doubled batch must draw this many times faster to be taken
+BLACK = 3  # an image without a pixel above 3 of 255 is no picture
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How latents become images; every field changes pixels."""
+
+    scheduler: str
+    steps: int
+    guidance_scale: float
+    guidance_interval: tuple[float, float] | None  # noise levels (low, high]; None guides everywhere
+    height: int  # pixels
+    width: int
+
+
+class Sampler:
+    """A loaded pipeline, on its device and in its number format."""
+
+    def __init__(self, pipeline, sampling: Sampling, device: torch.device, dtype: torch.dtype, micro_batch: int = 1):
+        self.pipeline, self.sampling, self.device, self.dtype = pipeline, sampling, device, dtype
+        self.micro_batch = micro_batch  # images denoised at once; halved when memory runs out
+        self.unet, self.vae = pipeline.unet, pipeline.vae
+        self.layout = memory_format(device, dtype)
+        self.factor = pipeline.vae_scale_factor
+        self.decode_batch = max(1, DECODE_PIXELS // (sampling.height * sampling.width))
+        self.scheduler = build_scheduler(sampling.scheduler, pipeline.scheduler.config)
+        self.scheduler.set_timesteps(sampling.steps)
+        self.guided = guided_steps(self.scheduler, sampling)
+        self._embeddings: OrderedDict[str, torch.Tensor] = OrderedDict()
+        # VAE decoding runs beside the next batch's denoising on a GPU; a CPU has no idle half to give it.
+        self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def forwards_per_image(self) -> int:
+        """UNet forward passes an image costs: two where guidance is on, one where it is off."""
+        return sum(2 if guided else 1 for guided in self.guided)
+
+    # ----- text -----
+
+    @torch.inference_mode()
+    def embedding(self, text: str) -> torch.Tensor:
+        """(1, 77, width) hidden states of one prompt."""
+        if text not in self._embeddings:
+            while len(self._embeddings) >= CACHED_PROMPTS:
+                self._embeddings.popitem(last=False)
+            self._embeddings[text] = self.pipeline.encode_prompt(text, self.device, 1, False)[0]
+        self._embeddings.move_to_end(text)
+        return self._embeddings[text]
+
+    # ----- latents -----
+
+    def initial_latents(self, seeds: Sequence[int]) -> torch.Tensor:
+        """(B, 4, H/8, W/8) float32 on the CPU, unit variance; row k is what seed k alone gives."""
+        height, width = self.sampling.height // self.factor, self.sampling.width // self.factor
+        shape = (self.unet.config.in_channels, height, width)
+        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    def denoise(
+        self, seeds: Sequence[int], texts: Sequence[str], on_step: Callable[[int], None] | None = None
+    ) -> torch.Tensor:
+        """(B, 4, H/8, W/8) float32 clean latents on the device for B seeds and their prompts."""
+        while True:
+            try:
+                parts = [
+                    self._denoise(self.initial_latents(seeds[start:end]), texts[start:end], on_step)
+                    for start, end in spans(len(seeds), self.micro_batch)
+                ]
+                return torch.cat(parts)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                self.micro_batch = self._halved(error, min(self.micro_batch, len(seeds)), "--height and --width")
+
+    @torch.inference_mode()
+    def _denoise(self, latents: torch.Tensor, texts: Sequence[str], on_step) -> torch.Tensor:
+        """The loop of diffusers' StableDiffusionPipeline, less its repeated encoding and its unneeded forwards."""
+        self.scheduler.set_timesteps(self.sampling.steps)  # forgets the previous batch
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)  # spares a look-up that waits for the device
+        conditional = torch.cat([self.embedding(text) for text in texts])  # (B, 77, width)
+        both = torch.cat([self.embedding("").expand_as(conditional), conditional]) if any(self.guided) else conditional
+        timesteps = self.scheduler.timesteps.to(self.device)
+        latents = latents.to(self.device) * self.scheduler.init_noise_sigma
+        # Latents, guidance and the scheduler stay in float32: they cost nothing, and bf16 has 8 bits of mantissa.
+        for number, guided in enumerate(self.guided):
+            step = self.scheduler.timesteps[number]
+            scaled = self.scheduler.scale_model_input(latents, step).to(self.dtype, memory_format=self.layout)
+            if guided:
+                noise = self.unet(
+                    torch.cat([scaled, scaled]), timesteps[number], encoder_hidden_states=both, return_dict=False
+                )[0].float()
+                plain, prompted = noise.chunk(2)
+                noise = plain + self.sampling.guidance_scale * (prompted - plain)
+            else:
+                noise = self.unet(scaled, timesteps[number], encoder_hidden_states=conditional, return_dict=False)[0]
+            latents = self.scheduler.step(noise.float(), step, latents, return_dict=False)[0]
+            if on_step:
+                on_step(number + 1)
+        return latents
+
+    # ----- pixels -----
+
+    def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+        """uint8 (B, H, W, 3) on the CPU, and for each image its fault: "non-finite", "black" or ""."""
+        while True:
+            try:
+                if self.side_stream is None:
+                    return self._decode(latents)
+                self.side_stream.wait_stream(torch.cuda.default_stream(self.device))
+                with torch.cuda.stream(self.side_stream):
+                    latents.record_stream(self.side_stream)
+                    return self._decode(latents)
+            except RuntimeError as error:
+                limit = min(self.decode_batch, len(latents))
+                self.decode_batch = self._halved(error, limit, "--height and --width")
+
+    @torch.inference_mode()
+    def _decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+        pixels, faults = [], []
+        for start, end in spans(len(latents), self.decode_batch):
+            part = (latents[start:end] / self.vae.config.scaling_factor).to(self.dtype, memory_format=self.layout)
+            image = self.vae.decode(part, return_dict=False)[0].float()  # (b, 3, H, W), -1..1
+            finite = image.isfinite().flatten(1).all(1)
+            image = (image / 2 + 0.5).nan_to_num(0).clamp(0, 1).mul(255).round().to(torch.uint8)
+            black = image.flatten(1).amax(1) <= BLACK
+            pixels.append(image.permute(0, 2, 3, 1).cpu())
+            for is_finite, is_black in zip(finite.tolist(), black.tolist(), strict=True):
+                faults.append("" if is_finite and not is_black else "black" if is_finite else "non-finite")
+        return torch.cat(pixels), faults
+
+    @torch.inference_mode()
+    def flagged(self, pixels: torch.Tensor) -> list[bool]:
+        """What the pipeline's safety checker says of uint8 (B, H, W, 3) images. They stay as they are."""
+        checker = self.pipeline.safety_checker
+        inputs = self.pipeline.feature_extractor(list(pixels.numpy()), return_tensors="pt").pixel_values
+        blackened = torch.zeros(len(pixels), 1)  # the checker blackens the images it is given: not ours
+        return [bool(flag) for flag in checker(clip_input=inputs.to(self.device, self.dtype), images=blackened)[1]]
+
+    def _halved(self, error: RuntimeError, size: int, remedy: str) -> int:
+        """Half of SIZE after an out-of-memory error; any other error, or one at size 1, is raised."""
+        if not is_out_of_memory(error):
+            raise error
+        if size == 1:
+            raise UserError(f"--device {self.device}: out of memory with a single image; lower {remedy}") from None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return size // 2
+
+
+def spans(count: int, size: int) -> list[tuple[int, int]]:
+    """[(0, size), (size, 2 size), ...] that cover COUNT."""
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def build_scheduler(name: str, model_config):
+    """The scheduler NAME with the noise schedule and prediction type of the model."""
+    import diffusers
+
+    kind, settings = SCHEDULERS[name]
+    return getattr(diffusers, kind).from_config(model_config, **settings)
+
+
+def guided_steps(scheduler, sampling: Sampling) -> list[bool]:
+    """For each UNet evaluation whether guidance applies.
+
+    Guidance in a limited interval of noise levels, Kynkäänniemi et al., NeurIPS 2024, eq. 4: at high noise it takes
+    diversity away, at low noise it changes little; outside the interval the unconditional forward is not run.
+    """
+    if sampling.guidance_scale <= 1:
+        return [False] * len(scheduler.timesteps)
+    if sampling.guidance_interval is None:
+        return [True] * len(scheduler.timesteps)
+    low, high = sampling.guidance_interval
+    alphas = scheduler.alphas_cumprod[scheduler.timesteps.round().long().cpu()]
+    levels = ((1 - alphas) / alphas).sqrt()
+    return [low < level <= high for level in levels.tolist()]
+
+
+def load_sampler(
+    folder: PipelineFolder,
+    sampling: Sampling,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    compile_unet: bool,
+    safety: bool,
+) -> Sampler:
+    """Load FOLDER for drawing. UserError if its weights do not fit its settings or ATTENTION cannot run here."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums on every run, also with two streams
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    without_checker = {} if safety else {"safety_checker": None, "feature_extractor": None}
+    try:
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+            folder.path, dtype=dtype, local_files_only=True, requires_safety_checker=False, **without_checker
+        )
+    except Exception as error:  # each library raises its own kinds for the same trouble
+        raise UserError(
+            f"--model {folder.name} cannot be loaded: {str(error).splitlines()[0]}; copy or download it again"
+        ) from error
+    pipeline.to(device)
+    for part in (pipeline.unet, pipeline.vae):
+        part.to(memory_format=memory_format(device, dtype))
+    if attention == "xformers":
+        use_xformers(pipeline, device)
+    if compile_unet:
+        pipeline.unet.compile(dynamic=False)  # one program a batch size; a class has two: full and last
+    return Sampler(pipeline, sampling, device, dtype)
+
+
+# ===== choices by device =====
+
+
+def resolve_attention(name: str, device: torch.device) -> str:
+    """`auto` is xformers on CUDA where its operators load, else torch's scaled_dot_product_attention."""
+    usable = device.type == "cuda" and _xformers_loads()
+    if name == "xformers" and not usable:
+        where = "is not installed or does not fit this torch" if device.type == "cuda" else f"has no {device.type} code"
+        raise UserError(f"--attention xformers: xformers {where}; use --attention sdpa or auto")
+    return ("xformers" if usable else "sdpa") if name == "auto" else name
+
+
+def _xformers_loads() -> bool:
+    try:
+        from xformers.ops import memory_efficient_attention_forward  # noqa: F401
+    except Exception:  # built for another torch or CUDA: it fails in many ways
+        return False
+    return True
+
+
+def use_xformers(pipeline, device: torch.device) -> None:
+    try:
+        pipeline.enable_xformers_memory_efficient_attention()
+    except Exception as error:
+        raise UserError(
+            f"--attention xformers fails on {device} ({str(error).splitlines()[0]}); use --attention sdpa"
+        ) from error
+
+
+def choose_batch_size(sampler: Sampler) -> int:
+    """Images a batch when the user leaves it to us: by size on a CPU, by trial on a GPU. Recorded, then kept.
+
+    On a GPU the batch doubles as long as it fits and draws at least WORTHWHILE times faster.
+    """
+    area = (sampler.sampling.height // sampler.factor) * (sampler.sampling.width // sampler.factor)
+    if sampler.device.type != "cuda":
+        return max(1, min(CPU_LATENTS // area, 100))
+    best, best_rate, size = 1, 0.0, 1
+    while size <= MOST_IMAGES_A_BATCH:
+        try:
+            rate = size / _seconds_a_step(sampler, size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            torch.cuda.empty_cache()
+            break
+        if rate < WORTHWHILE * best_rate:
+            break
+        best, best_rate, size = size, rate, size * 2
+    return best
+
+
+@torch.inference_mode()
+def _seconds_a_step(sampler: Sampler, size: int) -> float:
+    """Seconds of one guided UNet forward for SIZE images, after one that warms up; decodes too, to prove it fits."""
+    latents = sampler.initial_latents(range(size)).to(sampler.device)
+    scaled = torch.cat([latents, latents]).to(sampler.dtype, memory_format=sampler.layout)
+    text = sampler.embedding("").expand(2 * size, -1, -1)
+    step = sampler.scheduler.timesteps[0].to(sampler.device)
+    for _ in range(2):
+        torch.cuda.synchronize(sampler.device)
+        started = time.perf_counter()
+        sampler.unet(scaled, step, encoder_hidden_states=text, return_dict=False)
+        torch.cuda.synchronize(sampler.device)
+    seconds = time.perf_counter() - started
+    sampler._decode(latents)
+    return seconds
