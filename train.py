@@ -15,18 +15,18 @@ Several --data PATH[:WEIGHT] are mixed in proportion to their weights; all must 
 
 import argparse
 import datetime
-import json
 import math
 import os
+import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run
 from utils.environment import snapshot
-from utils.storage import AlreadyOwned, owner_lock, read_json, require_writable, write_json
+from utils.storage import AlreadyOwned, atomic_path, owner_lock, read_json, require_writable, write_json
 
 # Every key of a recipe is read; --set changes any of them. Where no source is named: "t-ReX" is the default of the
 # paper authors' public trainer of the same line of work (t-ReX, ICLR 2023).
@@ -94,8 +94,7 @@ DEMO = BASIC | {
 }
 RECIPES = {"paper": PAPER, "basic": BASIC, "demo": DEMO}
 PROBE_STEPS, PROBE_SECONDS = 20, 60  # of --dry-run: whichever ends first
-CURVES_SECONDS = 300  # between two drawings of curves.png
-MOST_WORKERS = 16  # loader processes of a GPU: at some 300 img/s each, more than a GPU trains on
+CURVES_SECONDS = 300  # at least, between two drawings of curves.png
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -133,18 +132,22 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    with ExitStack() as group:  # the process group, left whatever happens
-        return train_from_scratch(args, group)
+    # Idle threads sleep instead of spinning: on a busy machine a step is then ten times faster. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with ExitStack() as closing:  # the process group and the run folder's lock, given back whatever happens
+        return train_from_scratch(args, closing)
 
 
-def train_from_scratch(args: argparse.Namespace, group: ExitStack) -> int:
+def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
+    from utils.image_sets import open_sources, open_validation
+
     # ===== what to do =====
     recipe = make_recipe(args)
-    sources = [parse_source(text) for text in args.data]
-    name = args.name or "+".join(dataset_name(path) for path, _ in sources)
+    paths, weights = zip(*(parse_source(text) for text in args.data), strict=True)
+    name = args.name or "+".join(dataset_name(path) for path in paths)
     out = Path(args.out or f"runs/{name}")
-    images = open_sources(sources, args.images_per_class)
-    identity = make_identity(recipe, images, [weight for _, weight in sources], args.seed)
+    images = open_sources(paths, args.images_per_class)
+    identity = make_identity(recipe, images, weights, args.seed)
     if not args.dry_run and is_finished(out, name, identity):
         print(f"{out}/{name}.pth: finished already; delete {out} to train again")
         return 0
@@ -154,59 +157,63 @@ def train_from_scratch(args: argparse.Namespace, group: ExitStack) -> int:
     import torch
 
     from utils import distributed
-    from utils.device import resolve_device
+    from utils.device import memory_format, resolve_device, resolve_dtype
     from utils.model import MultiCrop, build_model, parameter_groups, refuse_sizes, sync_batchnorm
     from utils.stop_signals import StopRequested, StopSignals
-    from utils.training import Training
+    from utils.training import Training, make_plan
 
     stop = StopSignals()
     stop.install()
     device = resolve_device(distributed.device_name(args.device))
-    dtype, layout = number_format(args, device)
-    processes = distributed.ranks()
+    dtype = resolve_dtype(args.dtype, device)
+    layout = {None: memory_format(device, dtype), True: torch.channels_last, False: torch.contiguous_format}
+    processes = closing.enter_context(distributed.process_group(device))
     plan = make_plan(recipe, sum(map(len, images)), processes.world_size)
-    group.enter_context(distributed.process_group(device))
 
     # ===== creating model =====
     torch.manual_seed(args.seed)
     model = build_model(recipe["arch"], len(images[0].class_ids), recipe["head"])
-    refuse_sizes(model, [recipe["global_size"], *([recipe["local_size"]] if recipe["local_count"] else [])])
-    model = model.to(device=device, memory_format=layout)
+    refuse_sizes(
+        model, [recipe["global_size"], recipe["local_size"]] if recipe["local_count"] else [recipe["global_size"]]
+    )
+    model = model.to(device=device, memory_format=layout[args.channels_last])
     if processes.world_size > 1:
         model = sync_batchnorm(model, device)
     forward: torch.nn.Module = MultiCrop(model)
     if args.compile:
         forward = torch.compile(forward)
     if processes.world_size > 1:
-        ids = [device] if device.type == "cuda" else None
-        forward = torch.nn.parallel.DistributedDataParallel(forward, ids)
+        forward = torch.nn.parallel.DistributedDataParallel(forward, [device] if device.type == "cuda" else None)
     groups = parameter_groups(model, recipe["weight_decay"])
     optimizer = torch.optim.SGD(groups, lr=plan.peak_lr, momentum=recipe["momentum"])
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     training = Training(model, forward, optimizer, scaler, device, dtype, recipe, plan, args.seed)
-    batches = make_batches(images, [weight for _, weight in sources], recipe, args.seed)
+    batches = make_batches(images, weights, recipe, args.seed)
     distributed.print0(describe_plan(args, recipe, training, images, out))
     if args.dry_run:
         distributed.print0(probe(training, batches, args))
         return 0
 
     # ===== training =====
-    with own_run(out):
-        for line in training.resume(out, identity):
-            distributed.print0(line)
-        if distributed.is_main():
-            write_json(out / "args.json", describe_run(args, recipe, name, images, identity, training))
-        try:
-            train(training, batches, validation, stop, out, identity, args)
-        except StopRequested:
-            training.abandon_step()
-            if distributed.is_main():
-                training.save(out, identity)
-            distributed.print0(f"stopped by a signal at step {training.step}, saved; the same command continues")
-            return stop.exit_code
-        if distributed.is_main():
-            export(training, out, name)
-        distributed.print0(f"wrote {out}/{name}.pth")
+    if processes.is_main:
+        closing.enter_context(own_run(out))
+    for line in training.resume(out, identity):
+        distributed.print0(line)
+    if processes.is_main:
+        write_json(out / "args.json", describe_run(args, recipe, name, images, identity, training))
+    try:
+        train(training, batches, validation, stop, out, identity, args)
+    except StopRequested:
+        training.abandon_step()
+        if processes.is_main:
+            training.save(out, identity)
+        distributed.print0(f"stopped by a signal; step {training.step} is saved, the same command continues from there")
+        return stop.exit_code
+
+    # ===== exporting =====
+    if processes.is_main:
+        export(training, out, name)
+        print(f"wrote {out}/{name}.pth", flush=True)
     return 0
 
 
@@ -259,37 +266,12 @@ def dataset_name(path: Path) -> str:
     return path.parent.name if path.name in ("train", "shards") else path.name
 
 
-def open_sources(sources: list[tuple[Path, float]], images_per_class: int | None) -> list:
-    """The ImageSets of --data, which must agree on their classes."""
-    from utils.image_sets import open_images, require_same_classes
-
-    images = [open_images(path) for path, _ in sources]
-    for (path, _), other in zip(sources[1:], images[1:], strict=True):
-        require_same_classes(other.class_ids, images[0].class_ids, f"--data {path}", f"--data {sources[0][0]}")
-    if images_per_class:
-        for one in images:
-            one.limit(images_per_class)
-    return images
-
-
-def open_validation(path: str, class_ids: list[str]):
-    """Validation images with the labels of the training classes; folders of other classes are refused."""
-    from utils.image_sets import FolderImages
-
-    images = FolderImages(Path(path), "--val")
-    unknown = sorted(set(images.class_ids) - set(class_ids))
-    if unknown:
-        raise UserError(f"--val {path}: {len(unknown)} class folders the training data lacks, e.g. {unknown[0]}")
-    images.relabel(class_ids)
-    return images
-
-
-def make_identity(recipe: dict, images: list, weights: list[float], seed: int) -> dict:
+def make_identity(recipe: dict, images: Sequence, weights: Sequence[float], seed: int) -> dict:
     """What the final weights depend on, in plain types: a checkpoint is continued only by the same."""
     identity = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
-    # How a batch is spread over devices may change when a run is resumed; see "batch norm" in docs/training.md.
+    # How a step is spread over devices may change between stop and resume: only batch norm's batches feel it.
     del identity["batch_per_device"]
-    return identity | {"seed": seed, "weights": weights, "data": [one.fingerprint() for one in images]}
+    return identity | {"seed": seed, "weights": list(weights), "data": [one.fingerprint() for one in images]}
 
 
 def is_finished(out: Path, name: str, identity: dict) -> bool:
@@ -299,46 +281,7 @@ def is_finished(out: Path, name: str, identity: dict) -> bool:
     return read_json(out / "args.json").get("identity") == identity
 
 
-def number_format(args: argparse.Namespace, device) -> tuple:
-    """(dtype of the forward pass, memory format of the weights)."""
-    import torch
-
-    from utils.device import memory_format, resolve_dtype
-
-    dtype = resolve_dtype(args.dtype, device)
-    if args.channels_last is None:
-        return dtype, memory_format(device, dtype)
-    return dtype, torch.channels_last if args.channels_last else torch.contiguous_format
-
-
-def make_plan(recipe: dict, images: int, world: int):
-    """Steps and learning rates; the batch is cut into equal micro-batches of at most batch_per_device images."""
-    from utils.schedule import scaled_lr
-    from utils.training import Plan
-
-    batch = recipe["batch_size"]
-    if images < batch:
-        raise UserError(f"--batch-size {batch}: only {images} images; choose at most {images}")
-    micro = math.ceil(batch / (world * recipe["batch_per_device"]))
-    while batch % (micro * world) and micro * world < batch:
-        micro += 1
-    if batch % (micro * world):
-        raise UserError(f"--batch-size {batch} cannot be shared by {world} processes; use a multiple of {world}")
-    steps = images // batch
-    return Plan(
-        images=images,
-        batch_size=batch,
-        micro_batches=micro,
-        world=world,
-        steps_per_epoch=steps,
-        epochs=recipe["epochs"],
-        warmup_steps=recipe["warmup_epochs"] * steps,
-        peak_lr=scaled_lr(recipe["lr"], batch),
-        final_lr=recipe["final_lr"],
-    )
-
-
-def make_batches(images: list, weights: list[float], recipe: dict, seed: int):
+def make_batches(images: Sequence, weights: Sequence[float], recipe: dict, seed: int):
     from utils.loader import CropBatches, CropSpec
 
     how = recipe["interpolation"]
@@ -348,28 +291,42 @@ def make_batches(images: list, weights: list[float], recipe: dict, seed: int):
     return CropBatches(images, weights, crops, seed)
 
 
-def describe_plan(args: argparse.Namespace, recipe: dict, training, images: list, out: Path) -> str:
+def open_loader(training, batches, steps: range, args: argparse.Namespace):
+    """The micro-batches of this process for optimizer steps STEPS, prepared ahead by workers."""
+    from utils.distributed import ranks
+    from utils.loader import make_loader, requests, worker_count
+
+    plan = training.plan
+    wanted = requests(steps, plan.steps_per_epoch, plan.batch_size, plan.micro_batches, ranks().rank, plan.world)
+    on_cuda = training.device.type == "cuda"
+    return make_loader(batches, wanted, worker_count(args.workers, training.device), pin=on_cuda)
+
+
+def describe_plan(args: argparse.Namespace, recipe: dict, training, images: Sequence, out: Path) -> str:
     """Everything derived, once, before the first step."""
     plan = training.plan
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     sources = ", ".join(f"{one.root} ({len(one)})" for one in images)
-    lines = [
-        f"data       {plan.images} images, {len(images[0].class_ids)} classes: {sources}",
-        f"model      {recipe['arch']}, {recipe['head']} head, {parameters / 1e6:.2f} M parameters, seed {args.seed}",
-        f"device     {training.device} x {plan.world}, forward in {str(training.dtype).removeprefix('torch.')}",
-        f"batch      {plan.batch_size} = {plan.world} processes x {plan.micro_batches} micro-batches"
-        f" x {plan.micro_batch_size}",
-        f"steps      {plan.epochs} epochs x {plan.steps_per_epoch} = {plan.total_steps}",
-        f"lr         peak {plan.peak_lr:g} = {recipe['lr']:g} x {plan.batch_size} / 256,"
-        f" {plan.warmup_steps} steps warm-up, then cosine to {plan.final_lr:g}",
-        f"recipe     {args.recipe}: {json.dumps(recipe)}",
-        f"run        {out}, git {snapshot()['git_commit']}",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"data    {plan.images} images, {len(images[0].class_ids)} classes: {sources}",
+            f"model   {recipe['arch']}, {recipe['head']} head, {parameters / 1e6:.2f} M parameters, seed {args.seed}",
+            f"device  {training.device} x {plan.world}, forward in {str(training.dtype).removeprefix('torch.')}",
+            f"batch   {plan.batch_size} images = {plan.world} process{'es' if plan.world > 1 else ''}"
+            f" x {plan.micro_batches} micro-batch{'es' if plan.micro_batches > 1 else ''} x {plan.micro_batch_size}",
+            f"steps   {plan.total_steps} = {plan.epochs} epochs x {plan.steps_per_epoch}",
+            f"lr      peak {plan.peak_lr:g} = {recipe['lr']:g} x {plan.batch_size} / 256; {plan.warmup_steps} steps"
+            f" of warm-up, then cosine to {plan.final_lr:g}",
+            f"recipe  {args.recipe}: {', '.join(f'{key}={as_text(value)}' for key, value in recipe.items())}",
+            f"run     {out}; source {snapshot()['git_commit']}",
+        ]
+    )
 
 
-def describe_run(args: argparse.Namespace, recipe: dict, name: str, images: list, identity: dict, training) -> dict:
+def describe_run(args: argparse.Namespace, recipe: dict, name: str, images: Sequence, identity: dict, training) -> dict:
     """RUN/args.json: what evaluate.py needs to rebuild the model, and how the run was made."""
+    from utils.image_sets import class_names
+
     class_ids = images[0].class_ids
     return {
         "arch": recipe["arch"],
@@ -381,12 +338,11 @@ def describe_run(args: argparse.Namespace, recipe: dict, name: str, images: list
         "image_size": recipe["val_crop"],
         "resize": recipe["val_resize"],
         "dataset": name,
-        "images": training.plan.images,
         "seed": args.seed,
         "values": recipe,
         "plan": vars(training.plan),
+        "options": vars(args),
         "command": sys.argv,
-        "options": {key: value for key, value in vars(args).items()},
         "device": str(training.device),
         "dtype": str(training.dtype).removeprefix("torch."),
         "identity": identity,
@@ -394,28 +350,11 @@ def describe_run(args: argparse.Namespace, recipe: dict, name: str, images: list
     }
 
 
-def class_names(class_ids: list[str], images: list) -> list[str]:
-    """Names from dataset.json beside the images, else from ImageNet's and the digits' tables, else the ids."""
-    from utils.prompts import load_classes
-
-    names = {row.wnid: row.first_name for table in ("imagenet_1k", "digits") for row in load_classes(table).rows}
-    for one in images:
-        described = one.root.parent / "dataset.json"
-        if described.exists():
-            rows = read_json(described).get("classes", [])
-            names |= {row["id"]: row["name"].split(",")[0].strip() for row in rows}
-    return [names.get(class_id, class_id) for class_id in class_ids]
-
-
 @contextmanager
 def own_run(out: Path) -> Iterator[None]:
-    """Rank 0 owns the run folder: two commands into one --out would overwrite each other's checkpoints."""
-    from utils import distributed
+    """Two commands into one --out would overwrite each other's checkpoints: the first one owns the folder."""
     from utils.checkpoint import remove_leftovers
 
-    if not distributed.is_main():
-        yield
-        return
     require_writable(out, "--out")
     try:
         with owner_lock(out / ".lock"):
@@ -423,26 +362,25 @@ def own_run(out: Path) -> Iterator[None]:
             yield
     except AlreadyOwned:
         raise UserError(
-            f"--out {out}: another process is training there; wait for it or choose another folder"
+            f"--out {out}: another process is training there; wait for it or choose another --out"
         ) from None
 
 
 def train(training, batches, validation, stop, out: Path, identity: dict, args: argparse.Namespace) -> None:
     """The loop: from training.step to the end, with log lines, validation and checkpoints on the way."""
-    from utils import distributed
-    from utils.loader import make_loader, requests
-    from utils.run_log import RunLog, draw_curves
+    from utils.distributed import is_main
+    from utils.run_log import Clock, RunLog, draw_curves
     from utils.stop_signals import StopRequested
 
-    plan, processes = training.plan, distributed.ranks()
-    log = RunLog(out, training.step, tensorboard=not args.no_tensorboard) if processes.is_main else None
+    plan = training.plan
+    log = RunLog(out, training.step, tensorboard=not args.no_tensorboard) if is_main() else None
+    if training.epoch_line_due():  # stopped while validating
+        with stop.interruptible():
+            finish_epoch(training, validation, log, args)
     steps = range(training.step, plan.total_steps)
-    wanted = requests(steps, plan.steps_per_epoch, plan.batch_size, plan.micro_batches, processes.rank, plan.world)
-    loader = make_loader(batches, wanted, worker_count(args, training.device), training.device.type == "cuda")
-    if training.step and training.epoch_line_due():  # stopped while validating
-        log_epoch(training, validation, log, args)
-    clock = Clock()
-    saved_at = time.monotonic()
+    loader = open_loader(training, batches, steps, args)
+    clock = Clock(training.step)
+    saved_at = drawn_at = time.monotonic()
     for _ in steps:
         with stop.interruptible():
             training.begin()
@@ -452,60 +390,23 @@ def train(training, batches, validation, stop, out: Path, identity: dict, args: 
                 note_bad_images(training, batch["bad"], args.max_bad_images)
                 training.accumulate(batch, last=micro == plan.micro_batches - 1)
         training.update()
-        clock.step()
-        end_of_epoch = training.step % plan.steps_per_epoch == 0
-        if training.step % args.log_every == 0 or end_of_epoch:
-            log_interval(training, clock, log)
-        if end_of_epoch:
+        epoch_ended = training.step % plan.steps_per_epoch == 0
+        if training.step % args.log_every == 0 or epoch_ended:
+            totals = training.flush_interval()
+            if log:
+                log.interval(training, totals, clock)
+        if epoch_ended:
             with stop.interruptible():
-                log_epoch(training, validation, log, args)
+                finish_epoch(training, validation, log, args)
         stopping = stop.received is not None
-        if processes.is_main and (
-            stopping or end_of_epoch or time.monotonic() - saved_at > 60 * args.checkpoint_minutes
-        ):
+        if is_main() and (stopping or epoch_ended or time.monotonic() - saved_at > 60 * args.checkpoint_minutes):
             training.save(out, identity)
             saved_at = time.monotonic()
-        if processes.is_main and end_of_epoch and clock.curves_due():
+        if is_main() and epoch_ended and time.monotonic() - drawn_at > CURVES_SECONDS:
             draw_curves(out)
+            drawn_at = time.monotonic()
         if stopping and training.step < plan.total_steps:
             raise StopRequested
-
-
-class Clock:
-    """Where the time of an interval went."""
-
-    def __init__(self) -> None:
-        self.started = self.interval_started = time.monotonic()
-        self.steps = self.interval_steps = 0  # since the start of this process; since the last log line
-        self.waited = 0.0  # seconds of the interval spent waiting for the loader
-        self._curves_at = 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.waited += time.monotonic() - start
-
-    def step(self) -> None:
-        self.steps += 1
-        self.interval_steps += 1
-
-    def interval(self) -> tuple[float, int, float]:
-        """(seconds, steps, share of the seconds spent waiting for data) since the last call."""
-        now = time.monotonic()
-        seconds, steps, waited = now - self.interval_started, self.interval_steps, self.waited
-        self.interval_started, self.interval_steps, self.waited = now, 0, 0.0
-        return seconds, steps, waited / max(seconds, 1e-9)
-
-    def eta(self, steps_left: int) -> float:
-        return steps_left * (time.monotonic() - self.started) / max(1, self.steps)
-
-    def curves_due(self) -> bool:
-        """At most once in CURVES_SECONDS: drawing takes a second, an epoch of a small run less."""
-        if time.monotonic() - max(self._curves_at, self.started) < CURVES_SECONDS:
-            return False
-        self._curves_at = time.monotonic()
-        return True
 
 
 def note_bad_images(training, found: list[str], allowed: int) -> None:
@@ -513,85 +414,25 @@ def note_bad_images(training, found: list[str], allowed: int) -> None:
     for message in found:
         if message not in training.bad_images:
             training.bad_images.append(message)
-            print(
-                f"damaged image {len(training.bad_images)}, its neighbour takes its place: {message}", file=sys.stderr
-            )
+            print(f"damaged image {len(training.bad_images)}, the next one takes its place: {message}", file=sys.stderr)
     if len(training.bad_images) > allowed:
-        listed = "; ".join(training.bad_images)
         raise UserError(
-            f"--max-bad-images {allowed}: {len(training.bad_images)} damaged images: {listed}; "
+            f"--max-bad-images {allowed}: {len(training.bad_images)} damaged: {'; '.join(training.bad_images)}; "
             "repair or delete them, or allow more"
         )
 
 
-def log_interval(training, clock: Clock, log) -> None:
-    """One line for people and one for machines about the steps since the last ones."""
-    from utils import distributed
-
-    totals = training.flush_interval()
-    seconds, steps, waited = clock.interval()
-    if log is None:
-        return
-    plan, step = training.plan, training.step
-    eta = clock.eta(plan.total_steps - step)
-    values = {
-        "epoch": (step - 1) // plan.steps_per_epoch,
-        "loss": totals.mean_loss,
-        "top1": totals.top1,
-        "lr": plan.lr(step - 1),
-        "images_per_s": steps * plan.batch_size / seconds,
-        "data_wait": waited,
-        "eta_s": round(eta),
-        "memory_mb": memory_mb(training.device),
-        "bad_images": len(training.bad_images),
-    }
-    log.write("train", step, **values)
-    distributed.print0(
-        f"epoch {values['epoch'] + 1}/{plan.epochs} step {step}/{plan.total_steps} loss {values['loss']:.4f} "
-        f"top-1 {values['top1']:.1f} lr {values['lr']:.3g} {values['images_per_s']:.1f} img/s "
-        f"data wait {100 * waited:.1f}% memory {values['memory_mb']} MB eta {duration(eta)}"
-    )
-
-
-def log_epoch(training, validation, log, args: argparse.Namespace) -> None:
-    """Means over the epoch and, if asked for, accuracy on the validation images."""
-    from utils import distributed
+def finish_epoch(training, validation, log, args: argparse.Namespace) -> None:
+    """Validate if it is due, and write the epoch's line."""
+    from utils.loader import worker_count
+    from utils.training import validate
 
     epoch = training.step // training.plan.steps_per_epoch
     due = validation is not None and (epoch % args.val_every == 0 or epoch == training.plan.epochs)
-    scores = validate_all(training, validation, args) if due else {}
-    if log is not None:
-        log.write(
-            "epoch", training.step, epoch=epoch, loss=training.epoch.mean_loss, top1=training.epoch.top1, **scores
-        )
-    if scores:
-        distributed.print0(
-            f"epoch {epoch}: validation top-1 {scores['val_top1']:.2f} top-5 {scores['val_top5']:.2f} "
-            f"of {scores['val_n']} images"
-        )
-    training.epoch = type(training.epoch)()
-
-
-def validate_all(training, validation, args: argparse.Namespace) -> dict:
-    """Top-1 and top-5 in percent; every image is counted once, whatever the number of processes."""
-    import torch
-
-    from utils import distributed
-    from utils.loader import EvalImages
-    from utils.training import validate
-
-    values = training.recipe
-    dataset = EvalImages(validation, values["val_resize"], values["val_crop"])
-    processes = distributed.ranks()
-    mine = range(processes.rank, len(dataset), processes.world_size)  # no padding: shares may differ by one
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(dataset, mine), batch_size=256, num_workers=worker_count(args, training.device)
-    )
-    counts = validate(training.model, loader, training.device, training.dtype)
-    total = distributed.sum_counts(counts, training.device)
-    if total["n"] != len(dataset):
-        raise RuntimeError(f"validation saw {total['n']:.0f} images of {len(dataset)}")
-    return {f"val_{name}": 100 * total[name] / total["n"] for name in ("top1", "top5")} | {"val_n": int(total["n"])}
+    scores = validate(training, validation, worker_count(args.workers, training.device)) if due else {}
+    if log:
+        log.epoch(training, epoch, scores)
+    training.start_epoch()
 
 
 def export(training, out: Path, name: str) -> None:
@@ -600,7 +441,6 @@ def export(training, out: Path, name: str) -> None:
 
     from utils.model import export_state_dict
     from utils.run_log import draw_curves
-    from utils.storage import atomic_path
 
     draw_curves(out)
     with atomic_path(out / f"{name}.pth", fsync=True) as temporary:
@@ -609,62 +449,33 @@ def export(training, out: Path, name: str) -> None:
 
 def probe(training, batches, args: argparse.Namespace) -> str:
     """Time some real steps and extrapolate. The weights they change are thrown away with the process."""
-    from utils.loader import make_loader, requests
-
     plan = training.plan
     steps = range(min(PROBE_STEPS, plan.total_steps))
-    wanted = requests(steps, plan.steps_per_epoch, plan.batch_size, plan.micro_batches, 0, plan.world)
-    loader = make_loader(batches, wanted, worker_count(args, training.device), training.device.type == "cuda")
-    started, done = time.monotonic(), 0
+    durations: list[float] = []
+    started = time.monotonic()
     training.begin()
-    for micro, batch in enumerate(loader):
-        if micro % plan.micro_batches == 0:
-            training.begin()
-        last = (micro + 1) % plan.micro_batches == 0
+    for number, batch in enumerate(open_loader(training, batches, steps, args), 1):
+        last = number % plan.micro_batches == 0
         training.accumulate(batch, last)
         if last:
             training.update()
-        if micro == 0:
-            started = time.monotonic()  # the first one also warms up
-        else:
-            done += 1
-        if time.monotonic() - started > PROBE_SECONDS:
+            training.begin()
+        durations.append(time.monotonic() - started - sum(durations))
+        if sum(durations) > PROBE_SECONDS:
             break
-    if not done:
-        return "probe      too few steps to time"
-    seconds = (time.monotonic() - started) / done
-    total = seconds * plan.micro_batches * plan.total_steps
+    seconds = statistics.median(durations[1:] or durations)  # the first micro-batch also warms up
     return (
-        f"probe      {done} micro-batches of {plan.micro_batch_size}: {plan.micro_batch_size / seconds:.1f} img/s a process; "
-        f"the whole run about {duration(total)}"
+        f"probe   {len(durations)} micro-batches, median {seconds:.3f} s = {plan.micro_batch_size / seconds:.1f} img/s"
+        f" a process; {plan.total_steps} steps take about {duration(seconds * plan.micro_batches * plan.total_steps)}"
     )
 
 
-def worker_count(args: argparse.Namespace, device) -> int:
-    """Loader processes: asked for, or this process's share of the cores; on the CPU one, the model needs the rest."""
-    from utils import distributed
-
-    if args.workers is not None:
-        return args.workers
-    if device.type == "cpu":
-        return 1
-    local = distributed.ranks().local_world_size
-    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // local - 1))
-
-
-def memory_mb(device) -> int:
-    """Peak memory: of the GPU, else of this process."""
-    import resource
-
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) // 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # kilobytes on Linux
+def as_text(value) -> str:
+    """(0.25, 1.0) -> "0.25,1.0", as --set reads it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def duration(seconds: float) -> str:
-    """3 -> "0:00:03"; days before the hours."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 

@@ -8,6 +8,7 @@ after each operation; here values stay real numbers, which is where the (tested)
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,21 +160,19 @@ def gaussian_blur(values: torch.Tensor, deviation: np.ndarray) -> torch.Tensor:
 
     Two batched matrix products with banded matrices: at these sizes cheaper than N different convolutions.
     """
-    rows = _blur_matrices(values.shape[2], deviation).to(values.device)  # (N, H, H)
-    columns = (
-        rows if values.shape[3] == values.shape[2] else _blur_matrices(values.shape[3], deviation).to(values.device)
-    )
-    return torch.matmul(torch.matmul(rows[:, None], values), columns[:, None].transpose(2, 3))
+    sigma = torch.from_numpy(deviation.astype(np.float32)).to(values.device, non_blocking=True)
+    rows, columns = (_blur_matrices(size, sigma) for size in values.shape[2:])  # (N, H, H), (N, W, W)
+    return rows[:, None] @ values @ columns[:, None].transpose(2, 3)
 
 
-def _blur_matrices(size: int, deviation: np.ndarray) -> torch.Tensor:
-    """(N, size, size) matrices that blur a line of `size` pixels, whose ends are repeated beyond it."""
-    reach = int(np.ceil(3 * BLUR_RADIUS[1]))  # 3 standard deviations hold 99.7 % of a Gaussian
-    offsets = np.arange(-reach, reach + 1)
-    weights = np.exp(-(offsets**2) / (2 * deviation[:, None] ** 2))  # (N, taps)
-    weights /= weights.sum(1, keepdims=True)
-    matrices = np.zeros((len(deviation), size, size), dtype=np.float32)
-    lines = np.arange(size)
-    for tap, offset in enumerate(offsets):
-        np.add.at(matrices, (slice(None), lines, np.clip(lines + offset, 0, size - 1)), weights[:, tap, None])
-    return torch.from_numpy(matrices)
+def _blur_matrices(size: int, sigma: torch.Tensor) -> torch.Tensor:
+    """(N, size, size) matrices that blur a line of `size` pixels whose end pixels are repeated beyond it."""
+    reach = math.ceil(3 * BLUR_RADIUS[1])  # 3 deviations hold 99.7 % of a Gaussian
+    line = torch.arange(size, device=sigma.device)
+    offsets = torch.arange(-reach, size + reach, device=sigma.device)[None, :] - line[:, None]  # (size, size + 2 reach)
+    weights = torch.exp(-(offsets**2) / (2 * sigma[:, None, None] ** 2)) * (offsets.abs() <= reach)
+    weights /= weights.sum(2, keepdim=True)
+    inside = weights[:, :, reach : reach + size].clone()
+    inside[:, :, 0] += weights[:, :, :reach].sum(2)
+    inside[:, :, -1] += weights[:, :, reach + size :].sum(2)
+    return inside

@@ -1,4 +1,4 @@
-"""Random numbers by their position, not by history: a draw depends on (seed, purpose, epoch, sample) and on nothing else.
+"""Random numbers by position, not by history: a draw depends on (seed, purpose, epoch, sample) and nothing else.
 
 So neither the number of workers or processes nor a resume changes what a sample gets, and there is no generator state
 to save. The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) used as a counter-based one.

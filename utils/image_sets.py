@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.class_tables import load_classes
 from utils.cli import UserError
 from utils.images import IMAGE_SUFFIXES, BadImage, list_image_folder
 from utils.storage import read_json
@@ -49,7 +50,7 @@ class ImageSet:
         """Hash of which images of which classes these are: a resumed run must see the same list."""
         digest = hashlib.sha256("\n".join(self.class_ids).encode())
         digest.update(self.labels.tobytes())
-        digest.update(b"\n".join(os.path.basename(name) for name in self.names.tolist()))
+        digest.update(b"\n".join(name.rpartition(b"/")[2] for name in self.names.tolist()))
         return digest.hexdigest()
 
 
@@ -152,3 +153,35 @@ def require_same_classes(found: list[str], expected: list[str], where: str, refe
             if names
         ]
         raise UserError(f"{where}: class folders differ from {reference}: {'; '.join(parts)}")
+
+
+def open_sources(paths: list[Path], images_per_class: int | None) -> list[ImageSet]:
+    """The ImageSets of --data, which must agree on their classes."""
+    images = [open_images(path) for path in paths]
+    for path, other in zip(paths[1:], images[1:], strict=True):
+        require_same_classes(other.class_ids, images[0].class_ids, f"--data {path}", f"--data {paths[0]}")
+    if images_per_class:
+        for one in images:
+            one.limit(images_per_class)
+    return images
+
+
+def open_validation(path: str, class_ids: list[str]) -> ImageSet:
+    """Validation images with the labels of the training classes; folders of other classes are refused."""
+    images = FolderImages(Path(path), "--val")
+    unknown = sorted(set(images.class_ids) - set(class_ids))
+    if unknown:
+        raise UserError(f"--val {path}: {len(unknown)} class folders the training data lacks, e.g. {unknown[0]}")
+    images.relabel(class_ids)
+    return images
+
+
+def class_names(class_ids: list[str], images: list[ImageSet]) -> list[str]:
+    """Names from dataset.json beside the images, else from ImageNet's and the digits' tables, else the ids."""
+    names = {row.wnid: row.first_name for table in ("imagenet_1k", "digits") for row in load_classes(table).rows}
+    for one in images:
+        described = one.root.parent / "dataset.json"
+        if described.exists():
+            rows = read_json(described).get("classes", [])
+            names |= {row["id"]: row["name"].split(",")[0].strip() for row in rows}
+    return [names.get(class_id, class_id) for class_id in class_ids]

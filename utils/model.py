@@ -50,27 +50,43 @@ def build_model(arch: str, num_classes: int, head: str = "cosine") -> nn.Module:
     if head not in HEADS:
         raise UserError(f"--head {head}: unknown; use one of {', '.join(HEADS)}")
     if arch == SMALL:
-        model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
+        model: nn.Module = small_resnet(num_classes)
     else:
         known = torchvision.models.list_models(torchvision.models)
         if arch not in known:
             near = difflib.get_close_matches(arch, [*known, SMALL], 3)
-            raise UserError(f"--arch {arch}: unknown; {'did you mean ' + ' or '.join(near) if near else known}")
+            raise UserError(f"--arch {arch}: unknown; did you mean {' or '.join(near or [SMALL, 'resnet50'])}?")
         # The auxiliary outputs of these two would need a loss of their own.
         extra = {"aux_logits": False, "init_weights": True} if arch in ("inception_v3", "googlenet") else {}
         model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
     if head == "cosine":
-        name = head_name(model)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], CosineLinear(model.get_submodule(name).in_features, num_classes))
+        parent, _, attribute = head_name(model).rpartition(".")
+        linear = getattr(model.get_submodule(parent), attribute)
+        setattr(model.get_submodule(parent), attribute, CosineLinear(linear.in_features, num_classes))
+    return model
+
+
+def small_resnet(num_classes: int) -> nn.Module:
+    """A ResNet of one basic block a stage and half the usual width, 1.2 M parameters: for 32-pixel images on a CPU."""
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes)
+    model.inplanes = 32
+    model.conv1 = nn.Conv2d(3, 32, kernel_size=7, stride=2, padding=3, bias=False)
+    model.bn1 = nn.BatchNorm2d(32)
+    for stage, (width, stride) in enumerate([(32, 1), (64, 2), (128, 2), (256, 2)], 1):
+        setattr(model, f"layer{stage}", model._make_layer(BasicBlock, width, 1, stride))
+    model.fc = nn.Linear(256, num_classes)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # as ResNet.__init__ does for the layers replaced here
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model
 
 
 def head_name(model: nn.Module) -> str:
     """Name of the layer that turns features into logits: `fc` of a ResNet, `heads.head` of a ViT."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    last = list(model.modules())[-1]
-    if not linear or isinstance(last, nn.Conv2d):
+    if not linear:
         raise UserError(f"--arch: {type(model).__name__} ends in a convolution; use --head linear for it")
     return linear[-1]
 
@@ -149,6 +165,8 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
+        assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None
         with torch.autocast(x.device.type, enabled=False):
             values = x.double()  # E[x^2] - E[x]^2 cancels in single precision
             axes = [0, *range(2, x.ndim)]
@@ -160,7 +178,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
             mean = total[:channels] / n
             variance = total[channels : 2 * channels] / n - mean.square()
             with torch.no_grad():
-                self.num_batches_tracked += 1
+                self.num_batches_tracked.add_(1)
                 unbiased = variance * n / (n - 1)
                 self.running_mean.lerp_(mean.float(), self.momentum)
                 self.running_var.lerp_(unbiased.float(), self.momentum)

@@ -30,7 +30,7 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """128 + signal number, as shells report it: 143 for SIGTERM, 138 for SIGUSR1, 140 for SIGUSR2, 130 for SIGINT."""
+        """128 + signal number, as shells report it: SIGTERM 143, SIGUSR1 138, SIGUSR2 140, SIGINT 130."""
         return 128 + (self.received or 0)
 
     @contextmanager

@@ -7,9 +7,10 @@ from counters (utils/counters.py), so the state holds no generator.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ from utils.augment import AugmentSpec, augment, draw
 from utils.cli import UserError
 from utils.counters import uniforms
 from utils.distributed import ranks, sum_counts
+from utils.image_sets import ImageSet
 from utils.images import normalize
+from utils.loader import EvalImages
 from utils.metrics import topk_correct
-from utils.schedule import learning_rate
+from utils.schedule import learning_rate, scaled_lr
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,30 @@ class Plan:
 
     def lr(self, step: int) -> float:
         return learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, self.final_lr)
+
+
+def make_plan(recipe: dict, images: int, world: int) -> Plan:
+    """Steps and learning rates; the batch is cut into equal micro-batches of at most batch_per_device images."""
+    batch = recipe["batch_size"]
+    if images < batch:
+        raise UserError(f"--batch-size {batch}: only {images} images; choose at most {images}")
+    micro = math.ceil(batch / (world * recipe["batch_per_device"]))
+    while batch % (micro * world) and micro * world < batch:
+        micro += 1
+    if batch % (micro * world):
+        raise UserError(f"--batch-size {batch} cannot be shared by {world} processes; use a multiple of {world}")
+    steps = images // batch
+    return Plan(
+        images=images,
+        batch_size=batch,
+        micro_batches=micro,
+        world=world,
+        steps_per_epoch=steps,
+        epochs=recipe["epochs"],
+        warmup_steps=recipe["warmup_epochs"] * steps,
+        peak_lr=scaled_lr(recipe["lr"], batch),
+        final_lr=recipe["final_lr"],
+    )
 
 
 @dataclass
@@ -119,10 +146,11 @@ class Training:
         views = self.crops(batch)
         labels = batch["labels"].to(self.device, non_blocking=True)
         targets = torch.cat([labels.repeat_interleave(pixels.shape[1]) for pixels in batch["crops"]])
-        sync = isinstance(self.forward, nn.parallel.DistributedDataParallel) and not last
-        with self.forward.no_sync() if sync else torch.enable_grad():
+        forward = self.forward
+        alone = isinstance(forward, nn.parallel.DistributedDataParallel) and not last
+        with cast(nn.parallel.DistributedDataParallel, forward).no_sync() if alone else nullcontext():
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                logits = self.forward(views)
+                logits = forward(views)
             loss = functional.cross_entropy(logits.float(), targets)
             self.scaler.scale(loss / self.plan.micro_batches).backward()
         first = slice(0, len(views[0]))  # accuracy on the global crops
@@ -130,7 +158,7 @@ class Training:
         self._pending.append(torch.stack([loss.detach() * len(labels), correct]))
 
     def begin(self) -> None:
-        """Start step self.step: its learning rate, its random state for dropout, and a copy of what a forward changes."""
+        """Start a step: its learning rate, its random state for dropout, a copy of what a forward pass changes."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.lr(self.step)
         draws = uniforms(1, "dropout", self.seed, np.array([self.step]), np.array([ranks().rank]))
@@ -166,6 +194,9 @@ class Training:
         self.epoch.add(totals)
         self.interval = Totals()
         return totals
+
+    def start_epoch(self) -> None:
+        self.epoch = Totals()
 
     def epoch_line_due(self) -> bool:
         """Whether an epoch has ended whose log line is not written: the run was stopped while validating."""
@@ -245,15 +276,23 @@ def require_same_run(saved: dict, wanted: dict, run: Path) -> None:
         raise UserError(f"--out {run} holds another run: {'; '.join(differences)}; choose another --out or delete it")
 
 
-def validate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device, dtype) -> dict:
-    """{"top1": hits, "top5": hits, "n": images} over this process's (uint8 images (B, 3, H, W), labels (B,)) batches."""
-    totals = {"top1": 0, "top5": 0, "n": 0}
-    model.eval()
+def validate(training: Training, images: ImageSet, workers: int) -> dict:
+    """{"val_top1", "val_top5": percent, "val_n"}: each image counted once, whatever the number of processes."""
+    crops = EvalImages(images, training.recipe["val_resize"], training.recipe["val_crop"])
+    processes = ranks()
+    share = range(processes.rank, len(crops), processes.world_size)  # no padding: shares may differ by one image
+    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(crops, share), batch_size=256, num_workers=workers)
+    device, dtype = training.device, training.dtype
+    counts: dict[str, float] = {"top1": 0, "top5": 0, "n": 0}
+    training.model.eval()
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for images, labels in batches:
-            logits = model(normalize(images.to(device, non_blocking=True))).float().cpu().numpy()
+        for pixels, labels in loader:
+            logits = training.model(normalize(pixels.to(device, non_blocking=True))).float().cpu().numpy()
             hits = topk_correct(logits, labels.numpy(), (1, 5))
             for name, count in (("top1", hits[1]), ("top5", hits[5]), ("n", len(labels))):
-                totals[name] += count
-    model.train()
-    return totals
+                counts[name] += count
+    training.model.train()
+    total = sum_counts(counts, device)
+    if total["n"] != len(crops):
+        raise RuntimeError(f"validation saw {total['n']:.0f} images of {len(crops)}")
+    return {f"val_{name}": 100 * total[name] / total["n"] for name in ("top1", "top5")} | {"val_n": len(crops)}
