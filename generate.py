@@ -15,6 +15,7 @@ within a class and drawn whole, so chunks and interruptions change nothing. Seve
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save-size", type=positive_int, metavar="PIXELS", help="store with this shorter side")
     parser.add_argument("--safety", choices=("redraw", "keep", "off"),
                         help="images the safety checker flags (default: redraw if the model has one)")  # fmt: skip
-    parser.add_argument("--chunk", type=chunk, default=(0, 1), metavar="I/N", help="only every Nth class, from the Ith")
+    parser.add_argument("--chunk", type=chunk, metavar="I/N", help="only every Nth class, from the Ith")
     # Instead of drawing
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="print the plan: images, GPU hours, disk, first prompts")
@@ -133,6 +134,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
 
     # ===== loading the pipeline =====
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle CPU threads sleep: a shared machine stays usable
     from utils import diffusion
     from utils.device import resolve_device, resolve_dtype
 
@@ -167,7 +169,7 @@ def main(args: argparse.Namespace) -> int:
     recipe = datasets.settle_recipe(asked, dataset)  # another process may have been first: its batch size counts
     sampler.micro_batch = recipe["batch_size"]
     session = draw(dataset, in_chunk(dataset.folders, args.chunk), sampler, table, template)
-    session |= {"device": str(device), "chunk": "/".join(map(str, args.chunk))}
+    session |= {"device": str(device), "chunk": args.chunk and "/".join(map(str, args.chunk))}
     totals = datasets.record_session(dataset, session)
     print(
         f"{out}: {totals['images']} of {totals['wanted']} images; this run drew {session['images']} in "
@@ -198,9 +200,9 @@ def chunk(text: str) -> tuple[int, int]:
     return part, parts
 
 
-def in_chunk(items: list, chunk: tuple[int, int]) -> list:
+def in_chunk(items: list, chunk: tuple[int, int] | None) -> list:
     """Every Nth item from the Ith: the N chunks share the items without overlap, equal to within one."""
-    part, parts = chunk
+    part, parts = chunk or (0, 1)
     return items[part::parts]
 
 
@@ -366,7 +368,7 @@ def show_plan(
     basis = (
         "as given" if args.rate else "assumed for Stable Diffusion 1.4 on an A100, not measured; give yours with --rate"
     )
-    part, parts = args.chunk
+    part, parts = args.chunk or (0, 1)
     print(f"out: {out}")
     print(f"classes: {len(rows)} of {table.name}" + (f" (chunk {part} of {parts})" if parts > 1 else ""))
     print(f"images: {images:,} of {recipe['width']} x {recipe['height']} pixels")

@@ -109,7 +109,7 @@ def claim_batches(
         bar.update(pending[folder.id] - sum(map(len, batches)))  # drawn by another process meanwhile
         prompts = class_prompts(rows[folder.id], template, folder.count, recipe["seed"], recipe["names"])
         for number, batch in enumerate(batches, 1):
-            chosen = []
+            chosen: list[Prompt] = []
             while len(chosen) < len(batch):  # one walk over the class's prompts, skipping those of done batches
                 prompt = next(prompts)
                 if prompt.index in batch:
