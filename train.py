@@ -271,7 +271,11 @@ def make_identity(recipe: dict, images: Sequence, weights: Sequence[float], seed
     identity = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
     # How a step is spread over devices may change between stop and resume: only batch norm's batches feel it.
     del identity["batch_per_device"]
-    return identity | {"seed": seed, "weights": list(weights), "data": [one.fingerprint() for one in images]}
+    return identity | {
+        "seed": seed,
+        "weights": list(weights),
+        "data": [f"{len(one)} images {one.fingerprint()[:16]}" for one in images],
+    }
 
 
 def is_finished(out: Path, name: str, identity: dict) -> bool:
@@ -453,13 +457,13 @@ def probe(training, batches, args: argparse.Namespace) -> str:
     steps = range(min(PROBE_STEPS, plan.total_steps))
     durations: list[float] = []
     started = time.monotonic()
-    training.begin()
-    for number, batch in enumerate(open_loader(training, batches, steps, args), 1):
-        last = number % plan.micro_batches == 0
+    for number, batch in enumerate(open_loader(training, batches, steps, args)):
+        if number % plan.micro_batches == 0:
+            training.begin()
+        last = (number + 1) % plan.micro_batches == 0
         training.accumulate(batch, last)
         if last:
             training.update()
-            training.begin()
         durations.append(time.monotonic() - started - sum(durations))
         if sum(durations) > PROBE_SECONDS:
             break

@@ -107,7 +107,7 @@ def test_architectures_of_torchvision_give_k_outputs(arch, head):
 def test_transformers_keep_their_heads_name_and_refuse_small_crops():
     model = build_model("vit_b_32", 5, "cosine")
     assert head_name(model) == "heads.head"
-    with pytest.raises(UserError, match="cannot take 96 px crops.*--recipe basic"):
+    with pytest.raises(UserError, match=r"cannot take 96 px crops.*--recipe basic"):
         refuse_sizes(model, [224, 96])
 
 
