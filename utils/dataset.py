@@ -248,12 +248,12 @@ def record_session(dataset: Dataset, session: dict[str, Any]) -> dict[str, Any]:
     """Append SESSION to sessions.jsonl, bring the counts of dataset.json up to date and return them."""
     with waiting_lock(dataset.root / ".locks" / "dataset.lock"):
         info = read_json(dataset.root / "dataset.json")
-        environment = snapshot()
-        if environment == info["environment"]:
-            environment = "as in dataset.json"
+        here: dict | str = snapshot()
+        if here == info["environment"]:
+            here = "as in dataset.json"
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         if session["images"]:
-            append_jsonl(dataset.root / "sessions.jsonl", {"time": now, **session, "environment": environment})
+            append_jsonl(dataset.root / "sessions.jsonl", {"time": now, **session, "environment": here})
         counts = count_images(dataset)
         info["counts"] = counts
         if counts["images"] == counts["wanted"]:
@@ -271,26 +271,27 @@ def record_session(dataset: Dataset, session: dict[str, Any]) -> dict[str, Any]:
 
 def count_images(dataset: Dataset) -> dict[str, Any]:
     """Totals of the manifests: images, what was rejected on the way and why, what the safety checker flagged."""
-    counts = {"wanted": dataset.images, "images": 0, "safety_flagged": 0, "redrawn": {}}
+    images, flagged = 0, 0
+    redrawn: dict[str, int] = {}
     for folder in dataset.folders:
         try:
             lines = folder.manifest.read_bytes().splitlines()
         except FileNotFoundError:
             continue
-        counts["images"] += len(lines)
+        images += len(lines)
         for line in lines:
             # Only the rare lines are parsed: a million of the others take a second this way.
             if b'"rejected": []' in line and b'"safety": true' not in line:
                 continue
             try:
                 entry = json.loads(line)
-            except ValueError:
-                counts["images"] -= 1
+            except ValueError:  # half a line: its writer is at work or was killed
+                images -= 1
                 continue
-            counts["safety_flagged"] += entry["safety"] is True
+            flagged += entry["safety"] is True
             for reason in entry["rejected"]:
-                counts["redrawn"][reason] = counts["redrawn"].get(reason, 0) + 1
-    return counts
+                redrawn[reason] = redrawn.get(reason, 0) + 1
+    return {"wanted": dataset.images, "images": images, "redrawn": redrawn, "safety_flagged": flagged}
 
 
 @contextmanager
