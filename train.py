@@ -166,7 +166,9 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     stop.install()
     device = resolve_device(distributed.device_name(args.device))
     dtype = resolve_dtype(args.dtype, device)
-    layout = {None: memory_format(device, dtype), True: torch.channels_last, False: torch.contiguous_format}
+    # ResNet50's step on a CPU is 1.13 times as fast with channels_last in fp32 too (row train_step_vs_fp32).
+    automatic = torch.channels_last if device.type == "cpu" else memory_format(device, dtype)
+    layout = {None: automatic, True: torch.channels_last, False: torch.contiguous_format}
     processes = closing.enter_context(distributed.process_group(device))
     plan = make_plan(recipe, sum(map(len, images)), processes.world_size)
 

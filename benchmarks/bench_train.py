@@ -1,0 +1,341 @@
+"""Speed of train.py's parts: the loader, the training step, the wait for data, and augmentation on the device."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image, ImageFilter
+from torch.nn import functional
+from torchvision import models, transforms
+
+ROOT = Path(__file__).resolve().parent.parent
+SIDE = 512  # pixels of a generated image
+ROUNDS = 5  # of ours and the peer in turn; medians are compared
+STEP_IMAGES = 4  # images of a step: 36 crops
+CURVE_STEPS, CURVE_TOLERANCE = 50, 0.1  # nats: mean distance of bf16 and fp32 losses, which fall from 2.4 to 0.2
+
+
+def write_images(folder: Path, count: int, classes: int = 2, side: int = SIDE) -> None:
+    """JPEGs with the detail of a photograph: quality 90, 4:2:0, about 80 kB at 512 pixels."""
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        pixels = np.zeros((side, side, 3), dtype=np.float32)
+        for cells, weight in ((4, 0.5), (16, 0.3), (128, 0.2)):  # shapes, parts, texture
+            layer = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+            pixels += weight * np.asarray(layer.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float32)
+        path = folder / f"n{index % classes:08d}" / f"n{index % classes:08d}_{index:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(simplejpeg.encode_jpeg(pixels.astype(np.uint8), quality=90, colorsubsampling="420"))
+
+
+def in_turns(ours: Callable[[], None], peer: Callable[[], None], clock=time.perf_counter) -> tuple[float, float]:
+    """Median seconds of both over ROUNDS, after one warm-up each."""
+    seconds: dict[Callable, list[float]] = {ours: [], peer: []}
+    for number in range(ROUNDS + 1):
+        for function in (ours, peer):
+            start = clock()
+            function()
+            if number:
+                seconds[function].append(clock() - start)
+    return statistics.median(seconds[ours]), statistics.median(seconds[peer])
+
+
+# ===== loader_vs_dino =====
+
+
+class RandomBlur:
+    """Gaussian blur of a random radius with Pillow, as DINO's and t-ReX's pipelines do."""
+
+    def __init__(self, p: float):
+        self.p = p
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if torch.rand(1).item() >= self.p:
+            return image
+        return image.filter(ImageFilter.GaussianBlur(radius=torch.empty(1).uniform_(0.1, 2.0).item()))
+
+
+def dino_transform(size: int, scale: tuple[float, float], blur: float, solarize: float) -> transforms.Compose:
+    jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomApply([jitter], p=0.8),
+            transforms.RandomGrayscale(0.2),
+            RandomBlur(blur),
+            transforms.RandomSolarize(128, solarize),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+
+
+def loader_vs_dino() -> dict:
+    from utils.image_sets import FolderImages
+    from utils.loader import CropBatches, CropSpec, Request
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder), 32)
+        paths = sorted(Path(folder).rglob("*.jpg"))
+        size = statistics.mean(path.stat().st_size for path in paths) / 1000
+        crops = [CropSpec(224, 1, (0.25, 1.0)), CropSpec(96, 8, (0.05, 0.25))]
+        batches = CropBatches([FolderImages(Path(folder))], [1.0], crops, seed=0)
+        large = dino_transform(224, (0.25, 1.0), 0.2, 0.2)
+        small = dino_transform(96, (0.05, 0.25), 0.5, 0.0)
+
+        def ours() -> None:
+            batches[Request(0, 0, len(paths))]
+
+        def peer() -> None:
+            for path in paths:
+                with Image.open(path) as file:
+                    image = file.convert("RGB")
+                [large(image), *(small(image) for _ in range(8))]
+
+        mine, theirs = in_turns(ours, peer, clock=time.process_time)
+    return {
+        "row": "loader_vs_dino",
+        "ours": len(paths) / mine,
+        "peer": len(paths) / theirs,
+        "unit": "img/s/core",
+        "ratio": theirs / mine,
+        "target": 5.0,
+        "what": "From a 512 px JPEG file to 1 crop of 224 px and 8 of 96 px on one core, in CPU seconds.",
+        "notes": [
+            "ours: uint8 crops; flip, colour, blur, solarize, normalisation follow on the device (row augment_share)",
+            "peer: the multi-crop of DINO and t-ReX, each image and crop on its own: Pillow and torchvision's v1 "
+            "transforms, to normalised float tensors",
+            f"{len(paths)} synthetic pictures of {size:.0f} kB on average, quality 90, 4:2:0",
+        ],
+    }
+
+
+# ===== train_step_vs_fp32 =====
+
+
+def train_step_vs_fp32() -> dict:
+    """ResNet50 on 1 x 224 + 8 x 96 pixel crops: train.py's automatic number format and layout against fp32 NCHW."""
+    from utils.device import resolve_dtype
+
+    chosen = resolve_dtype("auto", torch.device("cpu"))
+
+    def make(layout: torch.memory_format) -> tuple:
+        torch.manual_seed(0)
+        model = models.resnet50(num_classes=100).to(memory_format=layout)
+        return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    torch.manual_seed(1)
+    crops = [torch.randn(STEP_IMAGES, 3, 224, 224), torch.randn(8 * STEP_IMAGES, 3, 96, 96)]
+    targets = torch.cat([torch.arange(STEP_IMAGES), torch.arange(STEP_IMAGES).repeat_interleave(8)])
+
+    def stepper(layout: torch.memory_format, dtype: torch.dtype) -> Callable[[], float]:
+        model, optimizer = make(layout)
+        views = [crop.to(memory_format=layout) for crop in crops]
+
+        def step() -> float:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                logits = torch.cat([model(view).float() for view in views])
+            loss = functional.cross_entropy(logits, targets)
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        return step
+
+    ours, peer = stepper(torch.channels_last, chosen), stepper(torch.contiguous_format, torch.float32)
+    mine, theirs = in_turns(ours, peer)
+    if chosen == torch.bfloat16:
+        reason = "this CPU has AMX tiles, so --dtype auto is bf16"
+    else:  # show that leaving bf16 out is right here
+        in_bf16 = stepper(torch.channels_last, torch.bfloat16)
+        in_bf16()
+        start = time.perf_counter()
+        in_bf16()
+        rate = STEP_IMAGES / (time.perf_counter() - start)
+        reason = (
+            f"the target assumes AMX tiles; this CPU has none, so --dtype auto is fp32: bf16 makes {rate:.2f} img/s"
+        )
+    distance, last = loss_curves()
+    return {
+        "row": "train_step_vs_fp32",
+        "ours": STEP_IMAGES / mine,
+        "peer": STEP_IMAGES / theirs,
+        "unit": "img/s",
+        "ratio": theirs / mine,
+        "target": 2.5,
+        "what": "A training step of ResNet50 on 1 crop of 224 px and 8 of 96 px: train.py's automatic number "
+        "format with channels_last against plain fp32 NCHW.",
+        "notes": [
+            f"{torch.get_num_threads()} threads, {STEP_IMAGES} images a step",
+            reason,
+            f"losses of the first {CURVE_STEPS} steps of a run (resnet10, digits): bf16 is {distance:.3f} from fp32 on "
+            f"average, tolerance {CURVE_TOLERANCE} ({'kept' if distance <= CURVE_TOLERANCE else 'not kept'}); "
+            f"the last losses are {last[0]:.3f} and {last[1]:.3f}",
+        ],
+    }
+
+
+def loss_curves() -> tuple[float, tuple[float, float]]:
+    """(mean |bf16 - fp32| loss over CURVE_STEPS steps of train.py on real digits, (last bf16, last fp32))."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [sys.executable, ROOT / "models/export_digits.py", "--out", f"{folder}/digits"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        losses = {}
+        for dtype in ("bf16", "fp32"):
+            run_train(
+                "--recipe",
+                "demo",
+                "--data",
+                f"{folder}/digits",
+                "--out",
+                f"{folder}/{dtype}",
+                "--epochs",
+                4,
+                "--log-every",
+                1,
+                "--dtype",
+                dtype,
+            )
+            losses[dtype] = [line["loss"] for line in log_lines(Path(folder) / dtype)][:CURVE_STEPS]
+    pairs = list(zip(losses["bf16"], losses["fp32"], strict=True))
+    if len(pairs) != CURVE_STEPS:
+        raise RuntimeError(f"{len(pairs)} steps were logged, not {CURVE_STEPS}")
+    return statistics.mean(abs(a - b) for a, b in pairs), pairs[-1]
+
+
+# ===== train_data_wait =====
+
+
+def run_train(*options: object) -> None:
+    command = [sys.executable, ROOT / "train.py", *map(str, options), "--device", "cpu", "--no-tensorboard"]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
+def log_lines(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
+
+
+def train_data_wait() -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder) / "images", 40)
+        run_train(
+            "--data",
+            f"{folder}/images",
+            "--out",
+            f"{folder}/run",
+            "--epochs",
+            1,
+            "--batch-size",
+            4,
+            "--batch-per-device",
+            4,
+            "--set",
+            "warmup_epochs=0",
+            "--log-every",
+            1,
+        )
+        lines = log_lines(Path(folder) / "run")[1:]  # the first step starts the workers
+    return {
+        "row": "train_data_wait",
+        "ours": 100 * statistics.mean(line["data_wait"] for line in lines),
+        "peer": None,
+        "unit": "% of a step",
+        "ratio": None,
+        "target": 5.0,
+        "lower_is_better": True,
+        "what": "Share of a training step's time spent waiting for the loader: `train.py`, paper recipe, CPU.",
+        "notes": [
+            f"{len(lines)} steps of 4 images at {statistics.median(line['images_per_s'] for line in lines):.2f} img/s, "
+            "one loader process beside the model's threads",
+        ],
+    }
+
+
+# ===== augment_share =====
+
+
+def augment_share() -> dict:
+    """Device-side augmentation as a share of forward + backward + augmentation, in turn on the same batch."""
+    from utils.augment import AugmentSpec, augment, draw
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = 64 if device.type == "cuda" else STEP_IMAGES
+    shared = dict(flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grayscale=0.2)
+    specs = [AugmentSpec(**shared, blur=0.2, solarize=0.2), AugmentSpec(**shared, blur=0.5)]
+    generator = torch.Generator().manual_seed(0)
+    pixels = [
+        torch.randint(0, 256, (count * n, size, size, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+        for n, size in ((1, 224), (8, 96))
+    ]
+    samples, calls = np.arange(count), iter(range(10**6))
+    model = models.resnet50(num_classes=100).to(device)
+    targets = torch.zeros(9 * count, dtype=torch.int64, device=device)
+
+    def views() -> list[torch.Tensor]:
+        epoch = np.full(count, next(calls))
+        return [
+            augment(images.to(device), draw(spec, f"view{i}", 0, epoch, samples, n))
+            for i, (images, spec, n) in enumerate(zip(pixels, specs, (1, 8), strict=True))
+        ]
+
+    ready = views()
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def augmentation() -> None:
+        views()
+        wait()
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+            logits = torch.cat([model(view).float() for view in ready])
+        functional.cross_entropy(logits, targets).backward()
+        wait()
+
+    mine, rest = in_turns(augmentation, step)
+    where = (
+        torch.cuda.get_device_name() if device.type == "cuda" else "CPU; no GPU was at hand, where the target is meant"
+    )
+    return {
+        "row": "augment_share",
+        "ours": 100 * mine / (mine + rest),
+        "peer": None,
+        "unit": "% of a step",
+        "ratio": None,
+        "target": 10.0,
+        "lower_is_better": True,
+        "what": "Flip, colour jitter, grayscale, blur, solarize and normalisation of a batch on the device: share of "
+        "the training step of ResNet50 on its 1 + 8 crops.",
+        "notes": [f"measured on the {where}; {count} images: {1000 * mine:.0f} ms of {1000 * (mine + rest):.0f} ms"],
+    }
+
+
+ROWS = {
+    "loader_vs_dino": loader_vs_dino,
+    "train_step_vs_fp32": train_step_vs_fp32,
+    "train_data_wait": train_data_wait,
+    "augment_share": augment_share,
+}
