@@ -80,7 +80,7 @@ BASIC = PAPER | {
 DEMO = BASIC | {
     "arch": "resnet10",
     "head": "cosine",
-    "epochs": 16,
+    "epochs": 12,
     "batch_size": 64,
     "lr": 0.4,
     "final_lr": 1e-3,
