@@ -158,7 +158,7 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
 
     from utils import distributed
     from utils.device import memory_format, resolve_device, resolve_dtype
-    from utils.model import MultiCrop, build_model, parameter_groups, refuse_sizes, sync_batchnorm
+    from utils.model import MultiCrop, build_model, compiled, parameter_groups, refuse_sizes, sync_batchnorm
     from utils.stop_signals import StopRequested, StopSignals
     from utils.training import Training, make_plan
 
@@ -183,7 +183,7 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
         model = sync_batchnorm(model, device)
     forward: torch.nn.Module = MultiCrop(model)
     if args.compile:
-        forward = torch.compile(forward)
+        forward = compiled(forward)
     if processes.world_size > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, [device] if device.type == "cuda" else None)
     groups = parameter_groups(model, recipe["weight_decay"])

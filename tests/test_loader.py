@@ -208,6 +208,18 @@ def test_tar_shards_give_the_same_batches_as_folders(folder, tmp_path, flat):
     assert len(packed) == 2 and packed.read(1) == images.read(5)
 
 
+def test_ids_with_dots_survive_packing(tmp_path):
+    """WebDataset's stems have no dots: dataset.json tells how the class is really called."""
+    shards = tmp_path / "set" / "shards"
+    shards.mkdir(parents=True)
+    (tmp_path / "plain" / "v1.0").mkdir(parents=True)
+    (tmp_path / "plain" / "v1.0" / "v1_0_000000.jpg").write_bytes(jpeg(0))
+    with tarfile.open(shards / "set-000000.tar", "w") as tar:
+        tar.add(tmp_path / "plain" / "v1.0" / "v1_0_000000.jpg", "v1_0_000000.jpg")
+    write_json(tmp_path / "set" / "dataset.json", {"classes": [{"id": "v1.0", "name": "old"}]})
+    assert open_images(tmp_path / "set").class_ids == open_images(shards).class_ids == ["v1.0"]
+
+
 def test_a_truncated_shard_is_named(folder, tmp_path):
     pack(folder, tmp_path / "shards", flat=True)
     shard = tmp_path / "shards" / "shard-000000.tar"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from utils.cli import UserError
 from utils.model import (
+    COMPILERS,
     TEMPERATURE,
     CosineLinear,
     MultiCrop,
@@ -135,3 +138,26 @@ def test_multi_crop_concatenates_crop_sizes_in_order():
     large, small = torch.randn(2, 3, 48, 48), torch.randn(6, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(MultiCrop(model)([large, small]), torch.cat([model(large), model(small)]))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
+def test_compiled_gradients_are_those_of_eager_mode():
+    """Inductor (torch 2.10, CPU, channels_last) computes wrong gradients through the head's normalisation."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), CosineLinear(16, 5)
+    ).to(memory_format=torch.channels_last)
+    images = torch.randn(8, 3, 12, 12).to(memory_format=torch.channels_last)
+    gradients = []
+    for forward in (model, torch.compile(model)):
+        model.zero_grad()
+        nn.functional.cross_entropy(forward(images), torch.arange(8) % 5).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name in (
+        "0.weight",
+        "1.weight",
+        "1.bias",
+        "5.weight",
+    ):  # 0.bias has no gradient before batch norm: rounding only
+        torch.testing.assert_close(gradients[1][name], gradients[0][name], atol=1e-5, rtol=1e-3, msg=name)

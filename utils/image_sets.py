@@ -92,7 +92,9 @@ class TarImages(ImageSet):
                 raise UserError(f"{option}: {shard} is no readable tar file ({error}); pack it again") from None
         if not found:
             raise UserError(f"{option}: the tar files in {root} hold no image")
-        found.sort()
+        # WebDataset cuts names at their first dot, so a packed id has none: dataset.json knows how it was written.
+        spelt = {class_id.replace(".", "_"): class_id for class_id in _dataset_ids(root.parent)}
+        found = sorted((spelt.get(row[0], row[0]), *row[1:]) for row in found)
         ids = sorted({row[0] for row in found})
         number_of = {class_id: label for label, class_id in enumerate(ids)}
         names = np.array([os.fsencode(row[1]) for row in found])
@@ -129,18 +131,23 @@ def open_images(path: str | Path, option: str = "--data") -> ImageSet:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{option}: no folder {path}; generate it first, or name a folder of class folders")
-    if shards := sorted(path.glob("*.tar")):
-        return TarImages(path, shards, option)
-    if not (path / "train").is_dir():
-        if shards := sorted((path / "shards").glob("*.tar")):
-            return TarImages(path / "shards", shards, option)
+    if (path / "train").is_dir():
+        images: ImageSet = FolderImages(path / "train", option)
+    elif shards := sorted(path.glob("*.tar")):
+        images = TarImages(path, shards, option)
+    elif shards := sorted((path / "shards").glob("*.tar")):
+        images = TarImages(path / "shards", shards, option)
+    else:
         return FolderImages(path, option)
-    images = FolderImages(path / "train", option)
-    if (path / "dataset.json").exists():
-        expected = [row["id"] for row in read_json(path / "dataset.json").get("classes", [])]
-        if expected:
-            require_same_classes(images.class_ids, sorted(expected), f"{option} {path / 'train'}", "dataset.json")
+    if expected := _dataset_ids(images.root.parent):
+        require_same_classes(images.class_ids, sorted(expected), f"{option} {images.root}", "dataset.json")
     return images
+
+
+def _dataset_ids(folder: Path) -> list[str]:
+    """The class ids that FOLDER/dataset.json names; none without one."""
+    described = folder / "dataset.json"
+    return [row["id"] for row in read_json(described).get("classes", [])] if described.exists() else []
 
 
 def require_same_classes(found: list[str], expected: list[str], where: str, reference: str) -> None:

@@ -7,7 +7,9 @@ into an unmodified torchvision model.
 from __future__ import annotations
 
 import difflib
+import shutil
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.distributed.nn.functional as distributed_functional
@@ -18,6 +20,7 @@ from utils.cli import UserError
 
 HEADS = ("cosine", "linear")
 TEMPERATURE = 0.1  # of the cosine softmax: t-ReX defaults
+COMPILERS = ("g++", "c++", "clang++")  # torch.compile needs one of them
 SMALL = "resnet10"  # the demo's network
 
 
@@ -33,6 +36,9 @@ class CosineLinear(nn.Linear):
         self.temperature = temperature
         nn.init.normal_(self.weight)  # uniform on the sphere once normalised
 
+    # Inductor (torch 2.10, CPU, channels_last) computes wrong gradients through this normalisation: --compile leaves
+    # the head, a thousandth of the work, as it is.
+    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             features = functional.normalize(x.float(), dim=1)
@@ -105,6 +111,13 @@ def refuse_sizes(model: nn.Module, sizes: Sequence[int]) -> None:
                 "try --recipe basic, which has one crop size"
             ) from None
     model.train()
+
+
+def compiled(forward: nn.Module) -> nn.Module:
+    """torch.compile, refused at the door where it could only fail at the first step."""
+    if not any(map(shutil.which, COMPILERS)):
+        raise UserError("--compile: no C++ compiler here, which torch.compile needs; install g++ or leave it out")
+    return cast(nn.Module, torch.compile(forward))
 
 
 class MultiCrop(nn.Module):
