@@ -76,17 +76,24 @@ def list_image_folder(root: str | Path, option: str = "--data") -> tuple[list[st
 
 
 def load_eval_image(
-    path: str | Path | bytes, resize: int, crop: int, interpolation: str = "bilinear", name: str | None = None
+    path: str | Path | bytes,
+    resize: int,
+    crop: int,
+    interpolation: str = "bilinear",
+    name: str | None = None,
+    border: int = 0,
 ) -> torch.Tensor:
     """The test transform: shorter side to RESIZE, centre crop: uint8 (3, crop, crop), RGB.
 
-    Pixel for pixel torchvision's Resize(RESIZE) and CenterCrop(CROP) on a Pillow image. Raises BadImage. The caller
-    normalises on its device: `normalize`.
+    Pixel for pixel torchvision's Resize(RESIZE) and CenterCrop(CROP) on a Pillow image. BORDER pixels are cut off
+    every side first (ObjectNet's red frame). Raises BadImage. The caller normalises on its device: `normalize`.
     """
     import torch
 
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     image = Image.fromarray(decode_rgb(path, name=name))
+    if border:
+        image = image.crop((border, border, image.width - border, image.height - border))
     width, height = image.size
     short, long = min(width, height), max(width, height)
     if short != resize:

@@ -1,0 +1,510 @@
+"""Judge frozen models on real images: ImageNet's test sets, fifteen transfer datasets, or any folder of classes.
+
+Reads checkpoints (a run folder of train.py, a weights file, or a name of torchvision's) and the datasets it finds
+below --data-root. Writes OUT/results.jsonl (one line a metric), OUT/eval/*.json (per class, confusion) and
+OUT/features/ (the cache); OUT is the checkpoint's folder unless --out is given. Pairs of checkpoint and dataset that
+are in results.jsonl already are not computed again: run the same command to continue.
+
+    # without a GPU, in seconds: two models side by side on one folder of real images
+    python evaluate.py --checkpoint runs/digits_sd runs/digits_real --test digits=data/digits/test
+
+    # one GPU: everything found below data/, then the report with tables and the radar plot
+    python evaluate.py --checkpoint runs/imagenet_100_sd --data-root data
+    python evaluate.py --report runs/imagenet_100_sd/results.jsonl docs/paper_results.jsonl --out runs/report
+
+    # SLURM
+    python -m utils.launch --launcher slurm evaluate.py --checkpoint runs/imagenet_1k_sd --datasets imagenet small
+
+What is missing and where to get it: python evaluate.py --list-datasets
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from utils import pretrained, testsets
+from utils.cli import UserError, make_parser, non_negative_int, positive_int, run
+from utils.environment import snapshot
+from utils.storage import append_jsonl, read_jsonl, require_writable, write_json
+
+GROUPS = ("imagenet", "small", "inat", "cog")  # as the paper's tables and the radar plot group the datasets
+METRICS = ("top1", "top5", "mean_per_class", "ece")  # of a set the model classifies itself
+PROBE_METRICS = ("top1", "mean_per_class")  # of a transfer dataset, one of each a seed
+MAX_CONFUSION = 200  # classes: a larger matrix is no longer read by anyone
+FORMAT = 1  # raise it when numbers change: finished pairs are then computed again
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    # Models
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        default=[],
+        metavar="[LABEL=]MODEL",
+        help="run folder, weights file (.pth, .safetensors) or torchvision name (resnet50, resnet50:IMAGENET1K_V1)",
+    )
+    parser.add_argument("--classes", help="classes of the outputs, if the checkpoint has no record: 100, 1000, a .txt")
+    # Data
+    parser.add_argument("--data-root", default="data", help="folder that holds the datasets; see --list-datasets")
+    parser.add_argument(
+        "--datasets",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names or groups (imagenet, small, inat, cog, all); default: those found, or --test's alone",
+    )
+    parser.add_argument(
+        "--test", action="append", default=[], metavar="NAME=DIR", help="a folder DIR/<class id>/<images>; repeatable"
+    )
+    parser.add_argument("--list-datasets", action="store_true", help="each dataset: what, where from, whether found")
+    # Protocol
+    parser.add_argument(
+        "--interpolation",
+        choices=("bilinear", "bicubic"),
+        help="of resizing; default: as torchvision published its weights, else bilinear; bicubic for transfer",
+    )
+    parser.add_argument(
+        "--protocol", choices=("fast", "paper"), default="fast", help="linear probes: fast, or the suite's own search"
+    )
+    parser.add_argument("--seeds", nargs="+", type=non_negative_int, default=[0], help="of the linear probes")
+    # Runtime
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "fp16", "bf16", "fp32"),
+        help="auto: fp16 on CUDA; bf16 on CPUs with AMX; else fp32",
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="images a batch")
+    parser.add_argument("--workers", type=positive_int, default=min(16, os.cpu_count() or 1), help="decoding threads")
+    parser.add_argument("--out", help="folder of the results (default: the checkpoint's folder)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be computed, and stop")
+    # Reports
+    parser.add_argument("--report", nargs="+", metavar="JSONL", help="draw report.md, report.html and the radar plot")
+    parser.add_argument("--title", help="with --report: its heading")
+    parser.add_argument(
+        "--show-data", action="append", default=[], metavar="NAME=DIR", help="with --report: images to show; repeatable"
+    )
+    parser.add_argument("--dataset-report", metavar="DATASET", help="look at a synthetic dataset: duplicates, FID ...")
+    parser.add_argument("--real", metavar="DIR", help="with --dataset-report: real images to compare with")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.list_datasets:
+        return list_datasets(args.data_root)
+    if args.dataset_report:
+        from utils import dataset_report
+
+        return dataset_report.run(args)
+    if args.report:
+        return draw_report(args)
+    if not args.checkpoint:
+        raise UserError("--checkpoint is required (or --report, --dataset-report, --list-datasets); see --help")
+
+    # ===== finding checkpoints and datasets =====
+    sources = [pretrained.locate(spec, download=not args.dry_run) for spec in args.checkpoint]
+    refuse_twins(sources)
+    datasets = chosen_datasets(args)
+    jobs = [Job(args, source, dataset) for source in sources for dataset in datasets]
+
+    # ===== what is left to do =====
+    for job in jobs:
+        if args.dry_run or job.done:
+            print(f"{job.source.label} on {job.dataset.name}: {'done already' if job.done else job.plan()}", flush=True)
+    if args.dry_run:
+        return 0
+    todo = [job for job in jobs if not job.done]
+    for folder in dict.fromkeys(job.out for job in todo):
+        require_writable(folder / "eval", "--out")
+
+    # ===== computing: one model at a time =====
+    model = None
+    for job in todo:
+        if model is None or model.source is not job.source:
+            model = LoadedModel(args, job.source, need_head=not all(dataset.transfer for dataset in datasets))
+        try:
+            rows, sidecar = (judge_by_probe if job.dataset.transfer else judge_by_logits)(args, job, model)
+        except testsets.NoSharedClass as error:
+            if job.dataset.asked_for:
+                raise
+            print(f"{job.source.label} on {job.dataset.name}: left out; {error}", flush=True)
+            continue
+        save(job, rows, sidecar)
+
+    # ===== telling =====
+    print_table(jobs)
+    return 0
+
+
+# ===== datasets =====
+
+
+@dataclass
+class Dataset:
+    """A dataset of this call; it is read from disk once, when the first job needs it."""
+
+    name: str
+    group: str
+    folder: str  # --data-root, or DIR of --test
+    asked_for: bool  # by name: then a model without its classes is an error
+
+    @property
+    def transfer(self) -> bool:
+        return self.group in GROUPS[1:]
+
+    @cached_property
+    def loaded(self):
+        if self.group == "folder":
+            return testsets.load_folder(self.name, self.folder)
+        if self.group == "imagenet":
+            return testsets.load(self.name, self.folder)
+        from utils import transfer
+
+        return transfer.load(self.name, self.folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        if self.transfer:
+            return self.loaded.fingerprint
+        from utils.features import fingerprint
+
+        return fingerprint(self.loaded.samples)
+
+
+def known_datasets() -> dict[str, str]:
+    """name -> group of every dataset with a row in a table."""
+    from utils import transfer
+
+    names = {name: row.group for name, row in testsets.DATASETS.items()}
+    return names | {name: row.group for name, row in transfer.DATASETS.items()}
+
+
+def find(name: str, data_root: str) -> tuple[bool, str]:
+    from utils import transfer
+
+    return (testsets if name in testsets.DATASETS else transfer).found(name, data_root)
+
+
+def chosen_datasets(args: argparse.Namespace) -> list[Dataset]:
+    """--test and --datasets; without either, every dataset found below --data-root."""
+    chosen = []
+    for spec in args.test:
+        name, _, folder = spec.partition("=")
+        if not name or not folder or "/" in name:
+            raise UserError(f"--test {spec}: expected NAME=DIR, such as digits=data/digits/test")
+        if name in (dataset.name for dataset in chosen) or name in testsets.DATASETS:
+            raise UserError(f"--test {spec}: the name {name} is taken; choose another")
+        chosen.append(Dataset(name, "folder", folder, True))
+    if args.test and not args.datasets:
+        return chosen
+    groups = known_datasets()
+    unknown = [name for name in args.datasets if name not in (*groups, *GROUPS, "all")]
+    if unknown:
+        allowed = ", ".join((*GROUPS, "all", *groups))
+        raise UserError(f"--datasets {unknown[0]}: unknown; use {allowed}")
+    for name, group in groups.items():
+        if name in args.datasets:
+            chosen.append(Dataset(name, group, args.data_root, True))
+        elif (not args.datasets or {group, "all"} & set(args.datasets)) and find(name, args.data_root)[0]:
+            chosen.append(Dataset(name, group, args.data_root, False))
+    if not chosen:
+        raise UserError(
+            f"--data-root {args.data_root}: none of the datasets is there; --list-datasets says where to get them, "
+            "--test NAME=DIR judges on any folder"
+        )
+    return chosen
+
+
+def list_datasets(data_root: str) -> int:
+    from utils import transfer
+
+    for name in known_datasets():
+        there, where = find(name, data_root)
+        row = testsets.DATASETS.get(name) or transfer.DATASETS[name]
+        print(f"{name:14} {'found at ' + where if there else 'not found'}")
+        print(f"{'':14} layout   {data_root}/{row.layout}")
+        print(f"{'':14} content  {row.counts}")
+        print(f"{'':14} source   {row.where}\n")
+    print("any folder     --test NAME=DIR with DIR/<class id>/<images>")
+    return 0
+
+
+# ===== jobs: one checkpoint on one dataset =====
+
+
+@dataclass
+class Job:
+    args: argparse.Namespace
+    source: pretrained.Source
+    dataset: Dataset
+
+    @property
+    def out(self) -> Path:
+        if self.args.out:
+            return Path(self.args.out)
+        return Path("runs") / self.source.label if self.source.torchvision else Path(self.source.path).parent
+
+    @cached_property
+    def transform(self) -> tuple[int, int, str]:
+        """(short side, crop, interpolation). The suite resizes to the crop's own size, with bicubic (t-ReX)."""
+        resize, crop, interpolation = pretrained.transform_of(self.source)
+        if self.dataset.transfer:
+            resize, interpolation = crop, "bicubic"
+        return resize, crop, self.args.interpolation or interpolation
+
+    @cached_property
+    def protocol(self) -> str:
+        resize, crop, interpolation = self.transform
+        text = f"resize {resize} {interpolation}, crop {crop}, {number_format(self.args)}"
+        return f"{text}, {self.args.protocol} linear probe" if self.dataset.transfer else text
+
+    @cached_property
+    def key(self) -> str:
+        """What a result depends on, hashed: rows of results.jsonl with this key need not be computed again."""
+        facts = [FORMAT, self.source.sha256, self.dataset.name, self.dataset.fingerprint, self.protocol]
+        facts += [self.args.classes, self.source.args.get("class_ids")]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    @property
+    def sidecar(self) -> Path:
+        return self.out / "eval" / f"{self.dataset.name}.{self.source.sha256[:12]}.json"
+
+    def rows(self) -> list[dict]:
+        """This job's finished rows; of rows written twice by a killed and a continued run, the newer."""
+        newest = {
+            (row["metric"], row.get("seed") if self.dataset.transfer else None): row
+            for row in read_jsonl(self.out / "results.jsonl")
+            if row.get("key") == self.key
+        }
+        return list(newest.values())
+
+    @property
+    def done(self) -> bool:
+        if not self.source.sha256 or not self.sidecar.exists():
+            return False
+        rows = self.rows()
+        if self.dataset.transfer:
+            return not self.missing_seeds(rows)
+        return {row["metric"] for row in rows} >= {"top1", "mean_per_class", "ece"}
+
+    def missing_seeds(self, rows: list[dict]) -> list[int]:
+        have = {(row["seed"], row["metric"]) for row in rows}
+        return [seed for seed in self.args.seeds if any((seed, metric) not in have for metric in PROBE_METRICS)]
+
+    def plan(self) -> str:
+        loaded = self.dataset.loaded
+        if self.dataset.transfer:
+            counts = ", ".join(f"{len(samples):,} {split}" for split, samples in loaded.splits.items())
+            return f"to do: {loaded.num_classes} classes, {counts}; {self.protocol}; seeds {self.args.seeds}"
+        return f"to do: {len(loaded.class_ids)} classes, {len(loaded.samples):,} images; {self.protocol}"
+
+    def row(self, metric: str, value: float, interval: tuple[float, float] | None, **facts) -> dict:
+        low, high = interval or (None, None)
+        return {
+            "model": self.source.label,
+            "checkpoint": self.source.path,
+            "checkpoint_sha256": self.source.sha256,
+            "dataset": self.dataset.name,
+            "group": self.dataset.group,
+            "metric": metric,
+            "value": round(value, 4),
+            "low": None if low is None else round(low, 4),
+            "high": None if high is None else round(high, 4),
+            "protocol": self.protocol,
+            **facts,
+            "source": "measured",
+            "key": self.key,
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+
+
+def refuse_twins(sources: list[pretrained.Source]) -> None:
+    """Two models of one name could not be told apart in a table."""
+    seen: dict[str, str] = {}
+    for source in sources:
+        if (other := seen.setdefault(source.label, source.path)) is not source.path:
+            raise UserError(
+                f"--checkpoint: {other} and {source.path} are both called {source.label}; name them: A={other} "
+                f"B={source.path}"
+            )
+
+
+def number_format(args: argparse.Namespace) -> str:
+    """fp32, fp16 or bf16, as --dtype and --device come out here."""
+    if args.dtype != "auto":
+        return args.dtype
+    from utils.device import resolve_device, resolve_dtype
+
+    device = resolve_device(args.device)
+    return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(resolve_dtype("auto", device))[6:]]
+
+
+class LoadedModel:
+    """A checkpoint in memory with the machine it runs on."""
+
+    def __init__(self, args: argparse.Namespace, source: pretrained.Source, need_head: bool):
+        from utils.device import resolve_device, resolve_dtype
+        from utils.features import Extractor
+
+        self.source = source
+        self.classifier = pretrained.load(source, args.classes, need_head)
+        if self.classifier.classes_from.startswith("assumed"):
+            print(f"{source.label}: outputs {self.classifier.classes_from} (else give --classes)", flush=True)
+        device = resolve_device(args.device)
+        dtype = resolve_dtype(args.dtype, device)
+        self.extract = Extractor(self.classifier.backbone, source.sha256, device, dtype, args.batch_size, args.workers)
+
+
+def judge_by_logits(args: argparse.Namespace, job: Job, model: LoadedModel) -> tuple[list[dict], dict]:
+    """Accuracy of the model's own classifier on a set whose classes it knows."""
+    import numpy as np
+    import torch
+
+    from utils import metrics
+    from utils.features import Transform
+
+    classifier = model.classifier
+    matched = testsets.match(job.dataset.loaded, classifier.class_ids)
+    transform = Transform(*job.transform, border=matched.border)
+    title = f"{job.source.label} on {job.dataset.name}"
+    features = model.extract(matched.samples, transform, job.out / "features", title)
+    with torch.inference_mode():
+        blocks = (np.asarray(features[at : at + 8192], dtype=np.float32) for at in range(0, len(features), 8192))
+        head = classifier.head.cpu()
+        logits = np.concatenate([head(torch.from_numpy(block.copy())).numpy() for block in blocks])
+    logits = logits[:, matched.columns]  # (N, compared classes)
+
+    # ===== counts first, one division at the end =====
+    ranks = metrics.best_ranks(logits, matched.labels)
+    n, correct = len(ranks), ranks == 0
+    labels = np.array([label for _, label in matched.samples])
+    facts = {
+        "n": n,
+        "num_classes": len(matched.class_ids),
+        "compared": len(matched.columns),  # classes the argmax is over
+        "seed": job.source.args.get("seed"),
+    }
+    rows = [job.row("top1", 100 * int(correct.sum()) / n, metrics.wilson_interval(int(correct.sum()), n), **facts)]
+    if len(matched.columns) > 5:
+        hits = int((ranks < 5).sum())
+        rows.append(job.row("top5", 100 * hits / n, metrics.wilson_interval(hits, n), **facts))
+    mean, *interval = metrics.mean_per_class(correct, labels, len(matched.class_ids))
+    rows.append(job.row("mean_per_class", mean, tuple(interval), **facts))
+    error, *interval = metrics.ece_with_interval(logits, correct)
+    rows.append(job.row("ece", error, tuple(interval), **facts))
+
+    # ===== class by class =====
+    counts, accuracies = metrics.per_class(correct, labels, len(matched.class_ids))
+    names = dict(zip(classifier.class_ids, classifier.class_names, strict=True))
+    sidecar = {
+        "class_ids": matched.class_ids,
+        "class_names": [names.get(class_id, class_id) for class_id in matched.class_ids],
+        "classes_in_set": matched.classes_in_set,
+        "images_in_set": matched.images_in_set,
+        "per_class": [
+            {"id": class_id, "n": int(count), "top1": round(float(accuracy), 4)}
+            for class_id, count, accuracy in zip(matched.class_ids, counts, accuracies, strict=True)
+        ],
+    }
+    compared = [classifier.class_ids[column] for column in matched.columns]
+    if matched.single_answer and compared == matched.class_ids and len(compared) <= MAX_CONFUSION:
+        table = metrics.confusion(logits.argmax(1), matched.labels, len(compared))
+        sidecar["confusion"] = table.tolist()
+    return rows, sidecar
+
+
+def judge_by_probe(args: argparse.Namespace, job: Job, model: LoadedModel) -> tuple[list[dict], dict]:
+    """Accuracy of a linear classifier trained on the frozen features, once a seed."""
+    import numpy as np
+
+    from utils import metrics, probe
+    from utils.features import Transform
+
+    loaded = job.dataset.loaded
+    transform = Transform(*job.transform)
+    features = {}
+    for split, samples in loaded.splits.items():
+        title = f"{job.source.label} on {job.dataset.name}, {split}"
+        labels = np.array([label for _, label in samples])
+        features[split] = (model.extract(samples, transform, job.out / "features", title), labels)
+    n = len(loaded.splits["test"])
+    kind = "logreg" if job.dataset.group == "small" else "sgd"
+    rows, runs = [], []
+    for seed in job.missing_seeds(job.rows()):
+        result = probe.run_probe(features, protocol=args.protocol, seed=seed, kind=kind)
+        facts = {"n": n, "num_classes": loaded.num_classes, "seed": seed}
+        correct = round(result["top1"] * n / 100)
+        rows.append(job.row("top1", result["top1"], metrics.wilson_interval(correct, n), **facts))
+        rows.append(job.row("mean_per_class", result["mean_per_class"], None, **facts))
+        runs.append({"seed": seed, **{key: value for key, value in result.items() if key in ("top1", "chosen")}})
+    return rows, {"class_ids": [], "class_names": [], "per_class": [], "runs": runs}
+
+
+def save(job: Job, rows: list[dict], sidecar: dict) -> None:
+    """The sidecar first: a pair counts as finished when all of its rows are there."""
+    head = {"dataset": job.dataset.name, "model": job.source.label, "checkpoint_sha256": job.source.sha256}
+    command = shlex.join([Path(sys.executable).name, *sys.argv])
+    write_json(job.sidecar, head | sidecar | {"commands": [command], "environment": snapshot()})
+    for row in rows:
+        append_jsonl(job.out / "results.jsonl", row)
+
+
+# ===== telling =====
+
+
+def print_table(jobs: list[Job]) -> None:
+    """One line a pair: accuracy with its 95 % interval, or mean +- deviation over seeds; always n and classes."""
+    from utils.metrics import mean_and_std
+
+    width = max(len(job.source.label) for job in jobs)
+    print(f"\n{'model':{width}}  {'dataset':14} {'top-1':>22} {'top-5':>7} {'images':>8} {'classes':>8}")
+    for job in jobs:
+        by_metric: dict[str, list[dict]] = {}
+        for row in job.rows():
+            by_metric.setdefault(row["metric"], []).append(row)
+        if "top1" not in by_metric:
+            continue
+        top1 = by_metric["top1"]
+        if len(top1) > 1:
+            mean, deviation = mean_and_std(row["value"] for row in top1)
+            first = f"{mean:.2f} ± {deviation:.2f} ({len(top1)} seeds)"
+        else:
+            first = f"{top1[0]['value']:.2f} ({top1[0]['low']:.1f} to {top1[0]['high']:.1f})"
+        top5 = f"{by_metric['top5'][0]['value']:.2f}" if "top5" in by_metric else ""
+        row = top1[0]
+        print(
+            f"{job.source.label:{width}}  {job.dataset.name:14} {first:>22} {top5:>7} {row['n']:>8,} "
+            f"{row['num_classes']:>8}"
+        )
+    for folder in dict.fromkeys(job.out for job in jobs):
+        print(f"written: {folder / 'results.jsonl'}")
+
+
+def draw_report(args: argparse.Namespace) -> int:
+    from utils.report import write_report
+
+    shown = []
+    for spec in args.show_data:
+        name, _, folder = spec.partition("=")
+        if not name or not folder:
+            raise UserError(f"--show-data {spec}: expected NAME=DIR")
+        shown.append((name, Path(folder)))
+    results = [Path(path) for path in args.report]
+    for path in write_report(results, Path(args.out or results[0].parent), title=args.title, show_data=shown):
+        print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, get_args_parser()))

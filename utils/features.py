@@ -1,0 +1,244 @@
+"""Features of many images by a frozen model: decoded ahead of it, computed in fixed blocks, kept on disk.
+
+A cache entry is a folder named by what determines its content: the checkpoint's hash, the images (path, size, time),
+the transform and the number format. Blocks are written as they are ready, so a killed run continues; a lock that the
+kernel frees makes a second run wait for the first one's features instead of computing them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.cli import UserError
+from utils.images import BadImage, load_eval_image, normalize
+from utils.metrics import refuse_nan
+from utils.storage import AlreadyOwned, atomic_path, owner_lock, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1  # raise it when the numbers change: old cache entries are then left alone
+BLOCK = 4096  # images a cache block: a killed run loses at most this many
+COMPILE_FROM = 1e7  # pixels (200 images of 224) from which tracing the model on a CPU, some seconds, pays
+CPU_PIXELS = 8 * 224**2  # a forward pass on a CPU: activations of 8 images stay in its caches (measured: 2 to 64)
+Samples = Sequence[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Short side to `resize`, then the centre `crop`; both in pixels."""
+
+    resize: int
+    crop: int
+    interpolation: str
+    border: int = 0  # cut off every side first (ObjectNet)
+
+    def __str__(self) -> str:
+        return f"resize {self.resize} {self.interpolation}, crop {self.crop}"
+
+    def load(self, path: str) -> torch.Tensor:
+        """Image file -> (crop, crop, 3) uint8 RGB."""
+        pixels = load_eval_image(path, self.resize, self.crop, self.interpolation, border=self.border)
+        return pixels.permute(1, 2, 0)  # back to the decoder's own order, which is channels_last
+
+
+def fingerprint(samples: Samples) -> str:
+    """Hash of what the images are: folder and file name, size and time of change of each."""
+    digest = hashlib.sha256()
+    for path, _ in samples:
+        try:
+            stat = Path(path).stat()
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror}); restore the dataset's folder") from None
+        place = "/".join(Path(path).parts[-2:])
+        digest.update(f"{place}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+class Extractor:
+    """One model on one device, ready to turn image files into features."""
+
+    def __init__(self, backbone, sha256: str, device, dtype, batch_size: int, workers: int) -> None:
+        self.backbone, self.sha256 = backbone, sha256
+        self.device, self.dtype = device, dtype
+        self.batch_size, self.workers = batch_size, workers
+
+    def __call__(self, samples: Samples, transform: Transform, cache: Path | None, what: str) -> np.ndarray:
+        """(N, D) features in the order of SAMPLES: float32, or float16 where the model computes in 16 bits.
+
+        With a cache the result is a read-only memory map. UserError for an image that cannot be decoded.
+        """
+        if cache is None:
+            return np.concatenate(list(self._blocks(samples, transform, what, range(0, len(samples), BLOCK))))
+        key = {
+            "format": FORMAT,
+            "checkpoint": self.sha256,
+            "images": fingerprint(samples),
+            "transform": asdict(transform),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        return self._cached(cache / name, key, samples, transform, what)
+
+    def _cached(self, entry: Path, key: dict, samples: Samples, transform: Transform, what: str) -> np.ndarray:
+        complete = entry / "features.npy"
+        entry.mkdir(parents=True, exist_ok=True)
+        waited = False
+        while True:
+            if (kept := _read_block(complete, len(samples))) is not None:
+                return kept
+            try:
+                with owner_lock(entry / "lock"):
+                    self._fill(entry, key, samples, transform, what)
+            except AlreadyOwned:
+                if not waited:
+                    print(f"{what}: another run is computing these features; waiting for it", flush=True)
+                waited = True
+                time.sleep(0.5)
+
+    def _fill(self, entry: Path, key: dict, samples: Samples, transform: Transform, what: str) -> None:
+        """Compute the blocks that are missing and join them. The caller owns the entry."""
+        complete = entry / "features.npy"
+        if _read_block(complete, len(samples)) is not None:
+            return
+        write_json(entry / "key.json", key | {"what": what, "count": len(samples)})
+        starts = range(0, len(samples), BLOCK)
+        missing = [s for s in starts if _read_block(_block_path(entry, s), min(BLOCK, len(samples) - s)) is None]
+        for start, block in zip(missing, self._blocks(samples, transform, what, missing), strict=True):
+            with atomic_path(_block_path(entry, start), fsync=True) as temporary, open(temporary, "wb") as file:
+                np.save(file, block)
+        paths = [_block_path(entry, start) for start in starts]
+        first = np.load(paths[0], mmap_mode="r")
+        with atomic_path(complete, fsync=True) as temporary:
+            joined = np.lib.format.open_memmap(
+                temporary, mode="w+", dtype=first.dtype, shape=(len(samples), first.shape[1])
+            )
+            for start, path in zip(starts, paths, strict=True):
+                joined[start : start + BLOCK] = np.load(path)
+            joined.flush()
+            del joined
+        for path in paths:
+            path.unlink()
+
+    def _blocks(self, samples: Samples, transform: Transform, what: str, starts: Sequence[int]) -> Iterator[np.ndarray]:
+        """Features of the blocks that begin at STARTS, one after the other."""
+        import torch
+        from tqdm import tqdm
+
+        spans = [samples[start : start + BLOCK] for start in starts]
+        total = sum(map(len, spans))
+        keep = np.float32 if self.dtype == torch.float32 else np.float16
+        with tqdm(total=total, desc=what, unit="img", leave=False, disable=None) as bar:
+            batches = read_ahead(
+                [path for span in spans for path, _ in span], transform, self._cut(spans), self.workers
+            )
+            forward = self._prepare(total, transform.crop)
+            for span in spans:
+                parts: list[np.ndarray] = []
+                done = 0
+                while done < len(span):
+                    pixels = next(batches)
+                    parts.append(forward(pixels))
+                    done += len(pixels)
+                    bar.update(len(pixels))
+                block = np.concatenate(parts)
+                refuse_nan(block, f"{what}: the features")
+                if not np.isfinite(block).all() or (keep == np.float16 and np.abs(block).max() > 65504):
+                    raise UserError(f"{what}: the features overflow; check the checkpoint or use --dtype fp32")
+                yield block.astype(keep)
+
+    def _cut(self, spans: Sequence[Samples]) -> list[int]:
+        """Batch sizes: batches do not cross blocks, so that a resumed run computes the same batches."""
+        return [min(self.batch_size, len(span) - at) for span in spans for at in range(0, len(span), self.batch_size)]
+
+    def _prepare(self, images: int, side: int) -> Callable[[torch.Tensor], np.ndarray]:
+        """The forward pass: (B, side, side, 3) uint8 -> (B, D) float32 numpy."""
+        import torch
+
+        model = self.backbone.to(self.device)
+        at_once = self.batch_size
+        if self.device.type == "cpu":
+            at_once = max(1, CPU_PIXELS // side**2)
+            if self.dtype == torch.float32 and images * side**2 >= COMPILE_FROM:
+                model = optimize_for_cpu(model, side)
+        elif self.device.type == "cuda":
+            model = model.to(memory_format=torch.channels_last)
+        sixteen_bit = self.dtype != torch.float32
+
+        def forward(pixels: torch.Tensor) -> np.ndarray:
+            parts = []
+            with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype, enabled=sixteen_bit):
+                for part in pixels.split(at_once):
+                    batch = part.to(self.device).permute(0, 3, 1, 2)  # (B, 3, H, W), channels last in memory
+                    parts.append(model(normalize(batch)).flatten(1).float().cpu().numpy())
+            return np.concatenate(parts)
+
+        return forward
+
+
+def optimize_for_cpu(model: torch.nn.Module, side: int) -> torch.nn.Module:
+    """Batch norm folded into convolutions, ReLU and the residual sum fused into them, weights laid out for oneDNN.
+
+    The result is compared with the plain model; where tracing a model would change it, the model stays as it is.
+    """
+    import torch
+
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    probe = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+    probe = probe.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        wanted = model(probe)
+        try:
+            traced = torch.jit.optimize_for_inference(torch.jit.trace(model, probe[:2], check_trace=False))
+            if torch.allclose(traced(probe), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())):
+                return traced
+        except (RuntimeError, torch.jit.TracingCheckError):
+            pass  # a model with control flow, or an operator that tracing does not know
+    return model
+
+
+def read_ahead(
+    paths: Sequence[str], transform: Transform, batches: Sequence[int], workers: int
+) -> Iterator[torch.Tensor]:
+    """Decoded batches (B, crop, crop, 3) uint8 in order, a few batches ahead of the reader, on threads.
+
+    Threads suffice: decoding and resizing release Python's lock. UserError names an image that cannot be decoded.
+    """
+    import torch
+
+    ahead = 2 * workers + 2 * max(batches, default=0)  # images in flight: bounds the memory
+    queue: deque[Future[torch.Tensor]] = deque()
+    upcoming = iter(paths)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for count in batches:
+            while len(queue) < ahead and (path := next(upcoming, None)) is not None:
+                queue.append(pool.submit(transform.load, path))
+            yield torch.stack([queue.popleft().result() for _ in range(count)])
+    except BadImage as error:
+        raise UserError(f"damaged image {error}; restore it from the dataset's archive") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _block_path(entry: Path, start: int) -> Path:
+    return entry / f"block_{start:08d}.npy"
+
+
+def _read_block(path: Path, rows: int) -> np.ndarray | None:
+    """The array in PATH if it is there and whole, else None: it is then computed again."""
+    try:
+        kept = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return kept if kept.ndim == 2 and len(kept) == rows else None
