@@ -96,7 +96,7 @@ def _locate_torchvision(spec: str, label: str, download: bool) -> Source:
         raise UserError(f"--checkpoint {spec}: neither a file nor a model of torchvision (such as resnet50)")
     table = get_model_weights(name)
     if version and version not in table.__members__:
-        raise UserError(f"--checkpoint {spec}: torchvision has {', '.join(table.__members__)} for {name}")
+        raise UserError(f"--checkpoint {spec}: torchvision has {', '.join(member.name for member in table)} for {name}")
     weights = table[version] if version else table.DEFAULT
     path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
     if not path.is_file() and download:
@@ -195,7 +195,7 @@ def _build(source: Source, weights: dict[str, torch.Tensor], arch: str | None) -
     rest = [name for name in list_models(module=torchvision.models) if name not in families]
     complaint = ""
     for name in [arch] if arch else [*families, *rest]:
-        model, head, problem = _fit(name, weights)
+        model, head, problem = _fit(name, weights, named=arch is not None)
         if model is not None:
             return model, name, head
         complaint = complaint or f"{name}: {problem}"
@@ -205,7 +205,7 @@ def _build(source: Source, weights: dict[str, torch.Tensor], arch: str | None) -
     )
 
 
-def _fit(arch: str, weights: dict[str, torch.Tensor]) -> tuple[torch.nn.Module | None, str, str]:
+def _fit(arch: str, weights: dict[str, torch.Tensor], named: bool) -> tuple[torch.nn.Module | None, str, str]:
     """(module, classifier's name, "") if WEIGHTS are those of ARCH, else (None, "", the first difference).
 
     The classifier may be absent; its name is "" then.
@@ -217,7 +217,13 @@ def _fit(arch: str, weights: dict[str, torch.Tensor]) -> tuple[torch.nn.Module |
     matrices = [tensor for key, tensor in weights.items() if tensor.ndim == 2 and key.endswith("weight")]
     outputs = len(matrices[-1]) if matrices else 1
     with torch.device("meta"):  # shapes only: initialising numbers that are about to be replaced takes seconds
-        model = build_model(arch, outputs, "linear")
+        try:
+            model = build_model(arch, outputs, "linear")
+        except NotImplementedError:  # a few architectures compute with tensors while they are built
+            if not named:
+                return None, "", "it must be named (arch in args.json)"
+            with torch.device("cpu"):
+                model = build_model(arch, outputs, "linear")
     try:
         name = head_name(model)
     except UserError:
