@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -196,7 +197,8 @@ def optimize_for_cpu(model: torch.nn.Module, side: int) -> torch.nn.Module:
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     probe = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     probe = probe.to(memory_format=torch.channels_last)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing warns of what the comparison below settles
         wanted = model(probe)
         try:
             traced = torch.jit.optimize_for_inference(torch.jit.trace(model, probe[:2], check_trace=False))
