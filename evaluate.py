@@ -33,7 +33,7 @@ from pathlib import Path
 
 from utils import pretrained, testsets
 from utils.cli import UserError, make_parser, non_negative_int, positive_int, run
-from utils.environment import snapshot
+from utils.environment import cpu_has_bf16, snapshot
 from utils.storage import append_jsonl, read_jsonl, require_writable, write_json
 
 GROUPS = ("imagenet", "small", "inat", "cog")  # as the paper's tables and the radar plot group the datasets
@@ -344,6 +344,8 @@ def number_format(args: argparse.Namespace) -> str:
     """fp32, fp16 or bf16, as --dtype and --device come out here."""
     if args.dtype != "auto":
         return args.dtype
+    if args.device == "cpu":  # known without torch: keeps a dry run instant
+        return "bf16" if cpu_has_bf16() else "fp32"
     from utils.device import resolve_device, resolve_dtype
 
     device = resolve_device(args.device)
