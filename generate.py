@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import dataset as datasets
+from utils import inspection
 from utils.cli import UserError, make_parser, positive_float, positive_int, run
 from utils.dataset import ClassFolder, Dataset
 from utils.drawing import QUALITY, draw
@@ -116,9 +117,9 @@ def main(args: argparse.Namespace) -> int:
         return show_plan(args, table, template, recipe, counts, out)
 
     # ===== finding the model =====
-    require_writable(out, "--out")
     folder = find_pipeline(args.model, args.revision)
     recipe = settle_with_model(recipe, folder)
+    require_writable(out, "--out")
     hashes = folder.hashes(recipe["safety"] != "off")
     if existing:
         datasets.refuse_difference(existing, existing.info["model"]["files"], hashes, "model")
@@ -135,15 +136,15 @@ def main(args: argparse.Namespace) -> int:
 
     # ===== loading the pipeline =====
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle CPU threads sleep: a shared machine stays usable
-    from utils import diffusion
+    from utils import diffusion, diffusion_setup
     from utils.device import resolve_device, resolve_dtype
 
     device = resolve_device(args.device)
     dtype = resolve_dtype(recipe["dtype"] or "auto", device)
     asked = recipe | {"dtype": DTYPE_NAMES[str(dtype)]}
-    asked["attention"] = diffusion.resolve_attention(recipe["attention"] or "auto", device)
+    asked["attention"] = diffusion_setup.resolve_attention(recipe["attention"] or "auto", device)
     keys = ("scheduler", "steps", "guidance_scale", "guidance_interval", "height", "width")
-    sampler = diffusion.load_sampler(
+    sampler = diffusion_setup.load_sampler(
         folder,
         diffusion.Sampling(**{key: recipe[key] for key in keys}),
         device,
@@ -152,7 +153,7 @@ def main(args: argparse.Namespace) -> int:
         recipe["compile"],
         recipe["safety"] != "off",
     )
-    batch_size = recipe["batch_size"] or diffusion.choose_batch_size(sampler)
+    batch_size = recipe["batch_size"] or diffusion_setup.choose_batch_size(sampler)
 
     # ===== drawing =====
     dataset = datasets.create_dataset(
@@ -288,7 +289,7 @@ def look_at(dataset: Dataset, args: argparse.Namespace) -> int:
 
 def show_status(dataset: Dataset, folders: list[ClassFolder]) -> None:
     """One line a class that is not complete, totals, and an ETA from the ages of the files."""
-    states = list(datasets.inspect_all(folders))
+    states = list(inspection.inspect_all(folders))
     for state in states:
         if state.done < state.count:
             lost = f"{len(state.missing)} missing, {len(state.damaged)} damaged"
@@ -300,7 +301,7 @@ def show_status(dataset: Dataset, folders: list[ClassFolder]) -> None:
     print(f"{dataset.root}: {done} of {done + missing + damaged} images done, {missing} missing, {damaged} damaged")
     print(f"classes: {complete} of {len(states)} complete")
     report_foreign(dataset, states)
-    rate, age = datasets.images_per_second([moment for state in states for moment in state.times])
+    rate, age = inspection.images_per_second([moment for state in states for moment in state.times])
     if missing + damaged and rate:
         hours = (missing + damaged) / rate / 3600
         state = "newest image" if age < 1800 else "idle: newest image"
@@ -311,7 +312,7 @@ def verify(dataset: Dataset, folders: list[ClassFolder]) -> int:
     """Read every byte, print what is damaged or missing, return how many."""
     from tqdm import tqdm
 
-    states = list(tqdm(datasets.inspect_all(folders, hashes=True), total=len(folders), unit="class", desc="verify"))
+    states = list(tqdm(inspection.inspect_all(folders, hashes=True), total=len(folders), unit="class", desc="verify"))
     for state in states:
         for word, indices in (("damaged", state.damaged), ("missing", state.missing)):
             if indices:
@@ -327,7 +328,7 @@ def report_foreign(dataset: Dataset, states: list) -> None:
     for state in states:
         if state.foreign:
             print(f"warning: {state.id} holds files of other origin: {', '.join(state.foreign[:5])}", file=sys.stderr)
-    if strangers := datasets.foreign_classes(dataset):
+    if strangers := inspection.foreign_classes(dataset):
         print(f"warning: no class of this dataset, but in train/: {', '.join(strangers[:5])}", file=sys.stderr)
 
 
@@ -336,10 +337,10 @@ def repair(dataset: Dataset, args: argparse.Namespace) -> None:
     for folder in in_chunk(dataset.folders, args.chunk):
         try:
             with folder.lock():
-                state = datasets.inspect(folder, hashes=True)
+                state = inspection.inspect(folder, hashes=True)
                 if state.damaged or state.missing:
                     print(f"{state.id}: {len(state.damaged)} damaged, {len(state.missing)} missing: to be drawn again")
-                    datasets.drop_damaged(folder, state)
+                    inspection.drop_damaged(folder, state)
         except AlreadyOwned:
             print(f"{folder.id}: being drawn by another process, not verified", file=sys.stderr)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from generate import in_chunk
 from utils import dataset as datasets
+from utils import inspection
 from utils.cli import UserError
 from utils.dataset import ClassFolder
 from utils.shards import write_shards
@@ -88,7 +89,7 @@ def test_a_batch_is_open_until_each_of_its_images_is_there_in_full(folder):
 def test_a_file_without_a_line_counts_as_missing(folder):
     fill(folder, range(4))
     folder.path(4).write_bytes(b"image 4")
-    state = datasets.inspect(folder)
+    state = inspection.inspect(folder)
     assert (state.done, state.missing, state.damaged) == (4, [4, 5, 6, 7, 8, 9], [])
 
 
@@ -126,18 +127,18 @@ def test_foreign_lines_of_a_manifest_are_left_out(folder):
 def test_inspection_by_hash_sees_a_changed_byte_and_by_size_does_not(folder):
     fill(folder, range(10))
     folder.path(3).write_bytes(b"IMAGE 3")
-    assert datasets.inspect(folder).damaged == []
-    state = datasets.inspect(folder, hashes=True)
+    assert inspection.inspect(folder).damaged == []
+    state = inspection.inspect(folder, hashes=True)
     assert state.damaged == [3]
-    datasets.drop_damaged(folder, state)
+    inspection.drop_damaged(folder, state)
     assert folder.open_batches() == [range(0, 4)]
 
 
 def test_foreign_files_and_classes_are_reported(dataset):
     (dataset.folders[0].images / "Thumbs.db").write_bytes(b"x")
     (dataset.root / "train" / "extra").mkdir()
-    assert datasets.inspect(dataset.folders[0]).foreign == ["Thumbs.db"]
-    assert datasets.foreign_classes(dataset) == ["extra"]
+    assert inspection.inspect(dataset.folders[0]).foreign == ["Thumbs.db"]
+    assert inspection.foreign_classes(dataset) == ["extra"]
 
 
 def test_a_class_has_one_owner(folder):
@@ -202,9 +203,9 @@ def test_sessions_add_up(dataset):
 
 def test_rate_is_that_of_the_last_minutes():
     times = [0.0, 1.0, 2.0] + [10_000 + 2 * k for k in range(301)]
-    rate, age = datasets.images_per_second(times)
+    rate, age = inspection.images_per_second(times)
     assert rate == pytest.approx(0.5) and age > 0
-    assert datasets.images_per_second([])[0] == 0
+    assert inspection.images_per_second([])[0] == 0
 
 
 # ===== without torch =====

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.tiny_sd import build_tiny_sd
-from utils import diffusion
+from utils import diffusion, diffusion_setup
 from utils.cli import UserError
 from utils.pipeline_folder import find_pipeline, safetensors_problem
 
@@ -32,7 +32,7 @@ def tiny_safe(tmp_path_factory):
 def sampler_for(folder, scheduler="pndm", steps=4, guidance=2.0, interval=None, size=(16, 16), safety=False, **changes):
     sampling = diffusion.Sampling(scheduler, steps, guidance, interval, *size)
     settings = {"attention": "sdpa", "compile_unet": False, "safety": safety} | changes
-    sampler = diffusion.load_sampler(find_pipeline(str(folder)), sampling, CPU, torch.float32, **settings)
+    sampler = diffusion_setup.load_sampler(find_pipeline(str(folder)), sampling, CPU, torch.float32, **settings)
     sampler.micro_batch = 64
     return sampler
 
@@ -217,15 +217,15 @@ def test_compile_compiles_the_unet_and_nothing_else(tiny, monkeypatch):
 
 
 def test_attention_by_device():
-    assert diffusion.resolve_attention("auto", CPU) == "sdpa"
-    assert diffusion.resolve_attention("sdpa", CPU) == "sdpa"
+    assert diffusion_setup.resolve_attention("auto", CPU) == "sdpa"
+    assert diffusion_setup.resolve_attention("sdpa", CPU) == "sdpa"
     with pytest.raises(UserError, match=r"--attention xformers.*cpu.*sdpa"):
-        diffusion.resolve_attention("xformers", CPU)
+        diffusion_setup.resolve_attention("xformers", CPU)
 
 
 def test_automatic_batch_on_a_cpu_depends_on_the_size_alone(tiny):
-    assert diffusion.choose_batch_size(sampler_for(tiny)) == 100
-    assert diffusion.choose_batch_size(sampler_for(tiny, size=(64, 64))) == 6  # 32x32 latents
+    assert diffusion_setup.choose_batch_size(sampler_for(tiny)) == 100
+    assert diffusion_setup.choose_batch_size(sampler_for(tiny, size=(64, 64))) == 6  # 32x32 latents
 
 
 # ===== folders that cannot be used =====

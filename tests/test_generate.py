@@ -15,7 +15,7 @@ from PIL import Image
 
 import generate
 from tests.tiny_sd import build_tiny_sd
-from utils import diffusion, drawing
+from utils import diffusion, diffusion_setup, drawing
 from utils.cli import run
 from utils.prompts import image_seed
 
@@ -90,7 +90,7 @@ def test_pixels_are_those_of_the_seed_alone(tmp_path, tiny):
 
     sampling = diffusion.Sampling("pndm", 2, 2.0, None, 16, 16)
     cpu = torch.device("cpu")
-    sampler = diffusion.load_sampler(find_pipeline(str(tiny)), sampling, cpu, torch.float32, "sdpa", False, False)
+    sampler = diffusion_setup.load_sampler(find_pipeline(str(tiny)), sampling, cpu, torch.float32, "sdpa", False, False)
     entry = entries(out, TWO)[5]
     (pixels,), _ = sampler.decode(sampler.denoise([entry["seed"]], [entry["prompt"]]))
     stored = np.asarray(Image.open(out / "train" / TWO / f"{TWO}_000005.png")).astype(int)
@@ -131,7 +131,7 @@ def test_chunks_in_any_order_give_the_same_files(tmp_path, tiny, reference):
 def test_nothing_to_do_is_said_at_once_and_loads_no_pipeline(tmp_path, tiny, monkeypatch, capsys):
     assert call(tmp_path / "out", tiny) == 0
     before = files_of(tmp_path / "out")
-    monkeypatch.setattr(diffusion, "load_sampler", None)
+    monkeypatch.setattr(diffusion_setup, "load_sampler", None)
     assert call(tmp_path / "out", tiny, batch=None) == 0
     assert "nothing to do, all 21 images" in capsys.readouterr().out
     assert files_of(tmp_path / "out") == before
@@ -310,7 +310,7 @@ def test_dry_run_reckons_the_forwards_that_are_run(tmp_path, tiny, recipe):
     folder = generate.find_pipeline(str(tiny))
     keys = ("scheduler", "steps", "guidance_scale", "guidance_interval")
     sampling = diffusion.Sampling(**{key: wanted[key] for key in keys}, height=16, width=16)
-    sampler = diffusion.load_sampler(folder, sampling, torch.device("cpu"), torch.float32, "sdpa", False, False)
+    sampler = diffusion_setup.load_sampler(folder, sampling, torch.device("cpu"), torch.float32, "sdpa", False, False)
     assert abs(generate.expected_forwards(wanted, folder.scheduler_config) - sampler.forwards_per_image) <= 1
 
 

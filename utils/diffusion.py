@@ -12,11 +12,9 @@ No scheduler here draws noise of its own.
 
 from __future__ import annotations
 
-import logging
-import os
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +22,6 @@ import torch
 
 from utils.cli import UserError
 from utils.device import memory_format
-from utils.pipeline_folder import PipelineFolder
 
 # name on the command line -> (diffusers class, settings beside the model's own scheduler settings)
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,9 +33,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CACHED_PROMPTS = 512  # embeddings kept: more than the 365 backgrounds of one class; 59 MB for SD 1.4 in fp16
 DECODE_PIXELS = 4 * 512 * 512  # pixels the VAE decodes at once: fixed, so that it never depends on free memory
-CPU_LATENTS = 6400  # batch x latent area on a CPU: 100 images of 8x8 latents, 1 of 64x64; larger gained nothing
-MOST_IMAGES_A_BATCH = 64  # CUDA: more images gain nothing and lose more to a kill
-WORTHWHILE = 1.03  # CUDA: a doubled batch must draw this many times faster to be taken
 BLACK = 3  # an image without a pixel above 3 of 255 is no picture
 
 
@@ -139,16 +133,26 @@ class Sampler:
 
     # ----- pixels -----
 
+    def ready(self) -> torch.cuda.Event | None:
+        """A mark behind the work given to the GPU so far, for `beside`; None on other devices."""
+        return torch.cuda.current_stream(self.device).record_event() if self.side_stream else None
+
+    @contextmanager
+    def beside(self, latents: torch.Tensor, ready: torch.cuda.Event | None) -> Iterator[None]:
+        """Work of this block on LATENTS starts after READY, next to whatever the GPU is given meanwhile."""
+        if ready is None or self.side_stream is None:
+            yield
+            return
+        self.side_stream.wait_event(ready)
+        with torch.cuda.stream(self.side_stream):
+            latents.record_stream(self.side_stream)
+            yield
+
     def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
         """uint8 (B, H, W, 3) on the CPU, and for each image its fault: "non-finite", "black" or ""."""
         while True:
             try:
-                if self.side_stream is None:
-                    return self._decode(latents)
-                self.side_stream.wait_stream(torch.cuda.default_stream(self.device))
-                with torch.cuda.stream(self.side_stream):
-                    latents.record_stream(self.side_stream)
-                    return self._decode(latents)
+                return self._decode(latents)
             except RuntimeError as error:
                 limit = min(self.decode_batch, len(latents))
                 self.decode_batch = self._halved(error, limit, "--height and --width")
@@ -217,110 +221,3 @@ def guided_steps(scheduler, sampling: Sampling) -> list[bool]:
     alphas = scheduler.alphas_cumprod[scheduler.timesteps.round().long().cpu()]
     levels = ((1 - alphas) / alphas).sqrt()
     return [low < level <= high for level in levels.tolist()]
-
-
-def load_sampler(
-    folder: PipelineFolder,
-    sampling: Sampling,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-    compile_unet: bool,
-    safety: bool,
-) -> Sampler:
-    """Load FOLDER for drawing. UserError if its weights do not fit its settings or ATTENTION cannot run here."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums on every run, also with two streams
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    without_checker = {} if safety else {"safety_checker": None, "feature_extractor": None}
-    try:
-        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-            folder.path, dtype=dtype, local_files_only=True, requires_safety_checker=False, **without_checker
-        )
-    except Exception as error:  # each library raises its own kinds for the same trouble
-        raise UserError(
-            f"--model {folder.name} cannot be loaded: {str(error).splitlines()[0]}; copy or download it again"
-        ) from error
-    pipeline.to(device)
-    for part in (pipeline.unet, pipeline.vae):
-        part.to(memory_format=memory_format(device, dtype))
-    if attention == "xformers":
-        use_xformers(pipeline, device)
-    if compile_unet:
-        pipeline.unet.compile(dynamic=False)  # one program a batch size; a class has two: full and last
-    return Sampler(pipeline, sampling, device, dtype)
-
-
-# ===== choices by device =====
-
-
-def resolve_attention(name: str, device: torch.device) -> str:
-    """`auto` is xformers on CUDA where its operators load, else torch's scaled_dot_product_attention."""
-    usable = device.type == "cuda" and _xformers_loads()
-    if name == "xformers" and not usable:
-        where = "is not installed or does not fit this torch" if device.type == "cuda" else f"has no {device.type} code"
-        raise UserError(f"--attention xformers: xformers {where}; use --attention sdpa or auto")
-    return ("xformers" if usable else "sdpa") if name == "auto" else name
-
-
-def _xformers_loads() -> bool:
-    try:
-        from xformers.ops import memory_efficient_attention_forward  # noqa: F401
-    except Exception:  # built for another torch or CUDA: it fails in many ways
-        return False
-    return True
-
-
-def use_xformers(pipeline, device: torch.device) -> None:
-    try:
-        pipeline.enable_xformers_memory_efficient_attention()
-    except Exception as error:
-        raise UserError(
-            f"--attention xformers fails on {device} ({str(error).splitlines()[0]}); use --attention sdpa"
-        ) from error
-
-
-def choose_batch_size(sampler: Sampler) -> int:
-    """Images a batch when the user leaves it to us: by size on a CPU, by trial on a GPU. Recorded, then kept.
-
-    On a GPU the batch doubles as long as it fits and draws at least WORTHWHILE times faster.
-    """
-    area = (sampler.sampling.height // sampler.factor) * (sampler.sampling.width // sampler.factor)
-    if sampler.device.type != "cuda":
-        return max(1, min(CPU_LATENTS // area, 100))
-    best, best_rate, size = 1, 0.0, 1
-    while size <= MOST_IMAGES_A_BATCH:
-        try:
-            rate = size / _seconds_a_step(sampler, size)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            torch.cuda.empty_cache()
-            break
-        if rate < WORTHWHILE * best_rate:
-            break
-        best, best_rate, size = size, rate, size * 2
-    return best
-
-
-@torch.inference_mode()
-def _seconds_a_step(sampler: Sampler, size: int) -> float:
-    """Seconds of one guided UNet forward for SIZE images, after one that warms up; decodes too, to prove it fits."""
-    latents = sampler.initial_latents(range(size)).to(sampler.device)
-    scaled = torch.cat([latents, latents]).to(sampler.dtype, memory_format=sampler.layout)
-    text = sampler.embedding("").expand(2 * size, -1, -1)
-    step = sampler.scheduler.timesteps[0].to(sampler.device)
-    for _ in range(2):
-        torch.cuda.synchronize(sampler.device)
-        started = time.perf_counter()
-        sampler.unet(scaled, step, encoder_hidden_states=text, return_dict=False)
-        torch.cuda.synchronize(sampler.device)
-    seconds = time.perf_counter() - started
-    sampler._decode(latents)
-    return seconds

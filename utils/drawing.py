@@ -125,14 +125,14 @@ class Studio:
     def __init__(self, recipe: dict, sampler, bar):
         self.recipe, self.sampler, self.bar = recipe, sampler, bar
         on_cpu = sampler.device.type == "cpu"
-        self.decode_beside = not on_cpu
+        self.decode_beside = sampler.device.type == "cuda"
         self.encoders = ThreadPoolExecutor(1 if on_cpu else min(8, os.cpu_count() or 1))
 
     def start(self, batch: Batch, hand: ThreadPoolExecutor) -> Future:
         """Denoise BATCH here and have the rest done by HAND. Result: (manifest entries, rejected), see write()."""
-        latents = self.denoise(batch.prompts, 0)
+        latents, ready = self.denoise(batch.prompts, 0), self.sampler.ready()
         if self.decode_beside:
-            return hand.submit(lambda: self.write(batch, batch.prompts, 0, {}, *self.develop(latents)))
+            return hand.submit(lambda: self.write(batch, batch.prompts, 0, {}, *self.develop(latents, ready)))
         return hand.submit(self.write, batch, batch.prompts, 0, {}, *self.develop(latents))
 
     def redraw(self, batch: Batch, drawn: tuple[dict, dict]) -> dict[int, dict]:
@@ -152,18 +152,18 @@ class Studio:
 
     def denoise(self, prompts: list[Prompt], attempt: int):
         seeds = [self.seed(prompt, attempt) for prompt in prompts]
-        steps = len(self.sampler.guided)
-        return self.sampler.denoise(
-            seeds,
-            [prompt.text for prompt in prompts],
-            lambda step: self.bar.set_postfix_str(f"step {step}/{steps}", refresh=False) or self.bar.update(0),
-        )
+        return self.sampler.denoise(seeds, [prompt.text for prompt in prompts], self.show_step)
 
-    def develop(self, latents):
+    def show_step(self, step: int) -> None:
+        self.bar.set_postfix_str(f"step {step}/{len(self.sampler.guided)}", refresh=False)
+        self.bar.update(0)  # draws the bar when it is time to
+
+    def develop(self, latents, ready=None):
         """(uint8 (B, H, W, 3), [what is wrong with it or ""], [safety flag or None])"""
-        pixels, faults = self.sampler.decode(latents)
-        checked = self.recipe["safety"] != "off"
-        return pixels.numpy(), faults, self.sampler.flagged(pixels) if checked else [None] * len(pixels)
+        with self.sampler.beside(latents, ready):
+            pixels, faults = self.sampler.decode(latents)
+            checked = self.recipe["safety"] != "off"
+            return pixels.numpy(), faults, self.sampler.flagged(pixels) if checked else [None] * len(pixels)
 
     def write(
         self, batch: Batch, prompts: list[Prompt], attempt: int, before: dict[int, list[str]], pixels, faults, flags
