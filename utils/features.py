@@ -73,6 +73,7 @@ class Extractor:
         self.backbone, self.sha256 = backbone, sha256
         self.device, self.dtype = device, dtype
         self.batch_size, self.workers = batch_size, workers
+        self._fused: dict[int, torch.nn.Module] = {}  # side in pixels -> the network fused for this CPU
 
     def __call__(self, samples: Samples, transform: Transform, cache: Path | None, what: str) -> np.ndarray:
         """(N, D) features in the order of SAMPLES: float32, or float16 where the model computes in 16 bits.
@@ -171,7 +172,7 @@ class Extractor:
         if self.device.type == "cpu":
             at_once = max(1, CPU_PIXELS // side**2)
             if self.dtype == torch.float32 and images * side**2 >= COMPILE_FROM:
-                model = optimize_for_cpu(model, side)
+                model = self._fused[side] = self._fused.get(side) or optimize_for_cpu(model, side)
         elif self.device.type == "cuda":
             model = model.to(memory_format=torch.channels_last)
         sixteen_bit = self.dtype != torch.float32
