@@ -143,7 +143,7 @@ def main(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def read_stages(options: Sequence[str], command: Sequence[str]) -> list[Stage]:
-    """Split COMMAND at `--then`; OPTIONS hold for each part. Each script parses its own arguments: mistakes end here."""
+    """Split COMMAND at `--then`; OPTIONS hold for each part. Scripts parse their own arguments: mistakes end here."""
     pieces: list[list[str]] = [[]]
     for word in command:
         if word == THEN:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing_programs
+from tests.slurm.cluster import NODES, Cluster, missing_programs
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +29,6 @@ def started_cluster() -> Iterator[Cluster]:
 def cluster(started_cluster: Cluster) -> Iterator[Cluster]:
     yield started_cluster
     started_cluster.cancel_all()
+    for node in NODES:
+        if node not in started_cluster.daemons:  # a test has killed it
+            started_cluster.revive_node(node)
