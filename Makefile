@@ -84,27 +84,29 @@ $(DEV_STAMP): $(STAMP)
 	@rm -f $(VENV)/.installed-dev-* && touch $@
 
 # ===== the whole experiment in miniature, on a CPU =====
+# Networks this small gain little from a second thread, so the cores share the work by classes and by runs.
 DEMO := runs/demo
 DEMO_IMAGES := $(if $(filter imagenet,$(IMAGES_PER_CLASS)),200,$(IMAGES_PER_CLASS))
+DEMO_PROCESSES := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 5 ? cores : 5)))
+DEMO_MODELS := real synthetic_g2 synthetic_g7.5
+DEMO_RUNS := $(foreach seed,$(SEEDS),$(foreach model,$(DEMO_MODELS),$(model)-seed$(seed)))
 demo: $(STAMP) ## generate, train and judge handwritten digits in minutes, without a GPU
 	@$(PY) models/export_digits.py --out data/digits
 	@for guidance in 2 7.5; do \
-	  $(PY) generate.py --classes digits --model models/digits-sd --prompt "c, d_c" --guidance-scale $$guidance \
+	  $(PY) -m utils.launch --launcher local --processes $(DEMO_PROCESSES) \
+	    generate.py --classes digits --model models/digits-sd --prompt "c, d_c" --guidance-scale $$guidance --steps 20 \
 	    --images-per-class $(DEMO_IMAGES) --device "$$DEVICE" --out data/digits_sd_g$$guidance; \
 	done
-	@for seed in $(SEEDS); do \
-	  $(PY) train.py --recipe demo --data data/digits/train --name real --seed $$seed --device "$$DEVICE" \
-	    --out $(DEMO)/real-seed$$seed; \
-	  for guidance in 2 7.5; do \
-	    $(PY) train.py --recipe demo --data data/digits_sd_g$$guidance --name synthetic_g$$guidance --seed $$seed \
-	      --device "$$DEVICE" --out $(DEMO)/synthetic_g$$guidance-seed$$seed; \
-	  done; \
-	done
-	@$(PY) evaluate.py --checkpoint $(foreach s,$(SEEDS),$(foreach r,real synthetic_g2 synthetic_g7.5,$(DEMO)/$r-seed$s/$r.pth)) \
-	  --test digits=data/digits/test --device "$$DEVICE"
-	@$(PY) evaluate.py --report $(foreach s,$(SEEDS),$(foreach r,real synthetic_g2 synthetic_g7.5,$(DEMO)/$r-seed$s/results.jsonl)) \
-	  --show-data "real=data/digits/train" --show-data "synthetic_g2=data/digits_sd_g2" \
-	  --show-data "synthetic_g7.5=data/digits_sd_g7.5" --title "Can synthetic digits replace real ones?" --out $(DEMO)
+	@printf '%s\n' $(DEMO_RUNS) | OMP_NUM_THREADS=1 xargs -P $(DEMO_PROCESSES) -I RUN bash -c 'set -o pipefail; \
+	  name=RUN; name=$${name%-seed*}; seed=RUN; seed=$${seed##*-seed}; \
+	  case $$name in real) data=data/digits/train;; *) data=data/digits_sd_$${name#synthetic_};; esac; \
+	  $(PY) train.py --recipe demo --data $$data --name $$name --seed $$seed --device "$$DEVICE" --out $(DEMO)/RUN 2>&1 \
+	  | awk "{ print \"[RUN] \" \$$0; fflush() }"'
+	@$(PY) evaluate.py --checkpoint $(DEMO_RUNS:%=$(DEMO)/%) --test digits=data/digits/test --device "$$DEVICE"
+	@$(PY) evaluate.py --report $(DEMO_RUNS:%=$(DEMO)/%/results.jsonl) --out $(DEMO) \
+	  --title "Can synthetic digits replace real ones?" --show-data real=data/digits/train \
+	  --show-data synthetic_g2=data/digits_sd_g2 --show-data synthetic_g7.5=data/digits_sd_g7.5
+	@echo "demo: open $(DEMO)/report.html"
 
 # ===== the paper's three steps =====
 generate: $(STAMP) ## draw a synthetic dataset: make generate CLASSES=100
