@@ -25,14 +25,13 @@ import datetime
 import hashlib
 import json
 import os
-import shlex
 import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from utils import pretrained, testsets
-from utils.cli import UserError, make_parser, non_negative_int, positive_int, run
+from utils.cli import UserError, command_line, make_parser, non_negative_int, positive_int, run
 from utils.environment import cpu_has_bf16, snapshot
 from utils.storage import append_jsonl, read_jsonl, require_writable, write_json
 
@@ -456,8 +455,7 @@ def judge_by_probe(args: argparse.Namespace, job: Job, model: LoadedModel) -> tu
 def save(job: Job, rows: list[dict], sidecar: dict) -> None:
     """The sidecar first: a pair counts as finished when all of its rows are there."""
     head = {"dataset": job.dataset.name, "model": job.source.label, "checkpoint_sha256": job.source.sha256}
-    command = shlex.join([Path(sys.executable).name, *sys.argv])
-    write_json(job.sidecar, head | sidecar | {"commands": [command], "environment": snapshot()})
+    write_json(job.sidecar, head | sidecar | {"command": command_line(), "environment": snapshot()})
     for row in rows:
         append_jsonl(job.out / "results.jsonl", row)
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from utils import dataset as datasets
 from utils import inspection
-from utils.cli import UserError, make_parser, positive_float, positive_int, run
+from utils.cli import UserError, command_line, make_parser, positive_float, positive_int, run
 from utils.dataset import ClassFolder, Dataset
 from utils.drawing import QUALITY, draw
 from utils.environment import snapshot
@@ -164,6 +164,7 @@ def main(args: argparse.Namespace) -> int:
             "unet_forwards_per_image": sampler.forwards_per_image,
             "model": {"id": folder.name, "revision": folder.revision, "files": hashes},
             "classes": class_list(table, counts),
+            "command": command_line(),
             "environment": snapshot(),
         },
     )

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run
+from utils.cli import UserError, command_line, make_parser, non_negative_int, positive_float, positive_int, run
 from utils.environment import snapshot
 from utils.storage import AlreadyOwned, atomic_path, owner_lock, read_json, require_writable, write_json
 
@@ -348,7 +348,7 @@ def describe_run(args: argparse.Namespace, recipe: dict, name: str, images: Sequ
         "values": recipe,
         "plan": vars(training.plan),
         "options": vars(args),
-        "command": sys.argv,
+        "command": command_line(),
         "device": str(training.device),
         "dtype": str(training.dtype).removeprefix("torch."),
         "identity": identity,

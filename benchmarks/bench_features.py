@@ -126,8 +126,8 @@ def features_vs_plain() -> dict:
         "ratio": statistics.median(a / b for a, b in zip(rates["ours"], rates["peer"], strict=True)),
         "target": 2.5,
         "what": (
-            "ResNet50 features of 500x375 JPEGs at 224 px in float32 on the CPU: decoding, resizing and the network. The "
-            "peer: torchvision's transforms, a DataLoader with as many workers as cores, batches of 64, model.eval()."
+            "ResNet50 features of 500x375 JPEGs at 224 px in float32 on the CPU: decoding, resizing, the network. "
+            "The peer: torchvision's transforms, a DataLoader a worker a core, batches of 64, eval mode."
         ),
         "notes": [
             f"largest difference of a feature: {distance:.1e} of the largest feature (tolerance 1e-4)",

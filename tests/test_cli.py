@@ -6,7 +6,16 @@ import errno
 
 import pytest
 
-from utils.cli import UserError, fraction, make_parser, non_negative_int, positive_float, positive_int, run
+from utils.cli import (
+    UserError,
+    command_line,
+    fraction,
+    make_parser,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    run,
+)
 
 
 def raiser(error: BaseException):
@@ -82,3 +91,9 @@ def test_numbers_are_checked_at_the_door(convert, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match="is not"):
             convert(text)
+
+
+def test_the_recorded_command_is_one_that_a_person_can_type(monkeypatch):
+    argv = ["/somewhere/generate.py", "--prompt", "c, d_c", "--chunk", "0/8", "--out", "data/x"]
+    monkeypatch.setattr("sys.argv", argv)
+    assert command_line() == "python generate.py --prompt 'c, d_c' --out data/x"

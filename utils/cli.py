@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -72,6 +74,15 @@ def _report(parser: argparse.ArgumentParser, args: argparse.Namespace, message: 
         traceback.print_exc()
     print(f"{parser.prog}: {'error: ' if code != 130 else ''}{message}", file=sys.stderr, flush=True)
     return code
+
+
+def command_line() -> str:
+    """This process's command as a person would type it, for the records: the launcher's `--chunk I/N` is left out."""
+    words = ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
+    if "--chunk" in words:
+        at = words.index("--chunk")
+        del words[at : at + 2]
+    return shlex.join(words)
 
 
 # ===== argument types: refused at the door, with the value in the message =====

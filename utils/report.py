@@ -250,14 +250,11 @@ def guidance_of(model: Model) -> float | None:
 
 
 def data_folders(run: Path) -> list[Path]:
-    """The data folders that a run's args.json names."""
+    """The folders of train.py's --data PATH[:WEIGHT] options, by the run's args.json."""
     if not (run / "args.json").is_file():
         return []
-    named = read_json(run / "args.json").get("data", [])
-    return [
-        Path(item["path"] if isinstance(item, dict) else item)
-        for item in ([named] if isinstance(named, str) else named)
-    ]
+    options = read_json(run / "args.json").get("options", {})
+    return [Path(re.sub(r":[0-9.]+$", "", text)) for text in options.get("data", [])]
 
 
 # ===== radar =====

@@ -185,9 +185,9 @@ def provenance(runs: Sequence[Path], shown: Sequence[tuple[str, Path]]) -> dict[
         if path.is_file():
             recorded = read_json(path)
             environment = recorded.get("environment") or environment
-            for command in [recorded.get("command"), *recorded.get("commands", [])]:
-                if command and command not in commands:
-                    commands.append(command)
+            command = recorded.get("command")
+            if command and command not in commands:
+                commands.append(command)
     packages = environment.get("packages", {})
     versions = {name: version for name, version in packages.items() if version}
     for key in ("python", "git_commit", "image_digest", "cpu", "cores", "gpus", "driver"):
