@@ -246,7 +246,7 @@ def test_prompts_draw_their_own_class(pipeline, class_means, template, names):
 
 def test_guidance_trades_diversity_for_typicality(pipeline):
     texts = [prompt_text(row, parse_template("c, d_c"), 0) for row in ROWS for _ in range(6)]
-    low, high = draw(pipeline, texts, 2.0), draw(pipeline, texts, 7.5)
+    low, high = draw(pipeline, texts, 2.0, steps=20), draw(pipeline, texts, 7.5, steps=20)
     assert not np.allclose(low, high, atol=0.05)
     assert diversity(high) < diversity(low)
 
