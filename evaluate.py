@@ -443,12 +443,17 @@ def judge_by_probe(args: argparse.Namespace, job: Job, model: LoadedModel) -> tu
     kind = "logreg" if job.dataset.group == "small" else "sgd"
     rows, runs = [], []
     for seed in job.missing_seeds(job.rows()):
-        result = probe.run_probe(features, protocol=args.protocol, seed=seed, kind=kind)
+        memo = job.out / "eval" / f"{job.dataset.name}.{job.key}.trials.jsonl"
+        result = probe.run_probe(
+            features, protocol=args.protocol, seed=seed, kind=kind, device=model.extract.device, memo=memo
+        )
         facts = {"n": n, "num_classes": loaded.num_classes, "seed": seed}
         correct = round(result["top1"] * n / 100)
         rows.append(job.row("top1", result["top1"], metrics.wilson_interval(correct, n), **facts))
         rows.append(job.row("mean_per_class", result["mean_per_class"], None, **facts))
-        runs.append({"seed": seed, **{key: value for key, value in result.items() if key in ("top1", "chosen")}})
+        runs.append(
+            {"seed": seed, **{key: value for key, value in result.items() if key in ("top1", "chosen", "held_out")}}
+        )
     return rows, {"class_ids": [], "class_names": [], "per_class": [], "runs": runs}
 
 

@@ -1,0 +1,163 @@
+"""Linear probes: the exact path against scikit-learn, SGD against torch's own, splits, memory of trials."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from utils import probe
+from utils.cli import UserError
+
+
+@pytest.fixture(scope="module")
+def features():
+    """Real digits through a fixed random layer with ReLU: 600 + 1197 images, 96 features, 10 classes."""
+    data = load_digits()
+    rng = np.random.default_rng(0)
+    x = np.maximum(data.data / 16 @ rng.normal(size=(64, 96)) / 4, 0).astype(np.float32)
+    return {"trainval": (x[:600], data.target[:600]), "test": (x[600:], data.target[600:])}
+
+
+def objective(x, y, c, weights, offset):
+    """scikit-learn's: C times the summed loss plus half the squared weights, in float64."""
+    logits = x.astype(np.float64) @ weights.astype(np.float64) + offset
+    logits -= logits.max(1, keepdims=True)
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(y)), y]
+    return c * losses.sum() + 0.5 * (weights.astype(np.float64) ** 2).sum()
+
+
+@pytest.mark.parametrize("c", [1e-4, 1e-2, 1.0, 100.0, 1e4])
+@pytest.mark.parametrize("n", [600, 60])  # 60: fewer images than features
+def test_the_path_finds_scikit_learns_minimum(features, c, n):
+    x, y = (part[:n] for part in features["trainval"])
+    reference = LogisticRegression(C=c, max_iter=20000, tol=1e-8).fit(x.astype(np.float64), y)
+    ours = probe.LogisticPath(x, y)
+    predict = ours.fit(c)
+    lowest = objective(x, y, c, reference.coef_.T, reference.intercept_)
+    assert objective(x, y, c, ours.coefficients, ours.offset) == pytest.approx(lowest, rel=1e-4)
+    test = features["test"][0]
+    assert (predict(test) == reference.predict(test)).mean() >= 0.999
+
+
+def test_a_warm_start_ends_where_a_cold_one_does(features):
+    x, y = features["trainval"]
+    warm = probe.LogisticPath(x, y)
+    for c in (1e-3, 1e-2, 0.1):
+        warm.fit(c)
+    warm.fit(1.0)
+    cold = probe.LogisticPath(x, y)
+    cold.fit(1.0)
+    assert objective(x, y, 1.0, warm.coefficients, warm.offset) == pytest.approx(
+        objective(x, y, 1.0, cold.coefficients, cold.offset), rel=1e-5
+    )
+
+
+def test_labels_need_not_be_consecutive(features):
+    x, y = features["trainval"]
+    predict = probe.LogisticPath(x, y * 7 + 3).fit(1.0)
+    assert set(predict(x)) <= {label * 7 + 3 for label in range(10)}
+    assert (predict(x) == y * 7 + 3).mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["logreg", "sgd"])
+def test_fast_is_as_accurate_as_the_suites_search(features, kind, monkeypatch):
+    if kind == "logreg":
+        monkeypatch.setattr(probe, "TRIALS", 8)  # 30 would take a minute
+        monkeypatch.setattr(probe, "MAX_ITER", 300)
+    fast = probe.run_probe(features, protocol="fast", seed=0, kind=kind)
+    paper = probe.run_probe(features, protocol="paper", seed=0, kind=kind)
+    assert fast["top1"] > paper["top1"] - 1.5  # 1197 images: a standard error is 0.8 points
+    assert fast["top1"] > 88
+    assert fast["mean_per_class"] == pytest.approx(fast["top1"], abs=3)
+
+
+def test_the_probe_reports_what_its_classifier_gets_right(features):
+    result = probe.run_probe(features, protocol="fast", seed=0, kind="logreg")
+    predict = probe.LogisticPath(*features["trainval"]).fit(result["chosen"]["C"])
+    x, y = features["test"]
+    assert result["top1"] == pytest.approx(100 * (predict(x) == y).mean(), abs=0.2)
+    by_class = [100 * (predict(x[y == label]) == label).mean() for label in range(10)]
+    assert result["mean_per_class"] == pytest.approx(np.mean(by_class), abs=0.2)
+
+
+def test_sgd_is_torchs_own(features):
+    """Two settings trained side by side equal two runs of torch.optim.SGD with its cosine schedule."""
+    x, y = features["trainval"]
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    settings_ = [{"lr": 1.0, "weight_decay": 1e-4}, {"lr": 10.0, "weight_decay": 1e-10}]
+    together = probe.train_together((x, y), settings_, seed=3, device="cpu", epochs=20)
+    for setting, predict in zip(settings_, together, strict=True):
+        generator = torch.Generator().manual_seed(3)
+        layer = torch.nn.Linear(x.shape[1], 10)
+        with torch.no_grad():
+            layer.weight.copy_(0.01 * torch.randn(x.shape[1], 10, generator=generator).T)
+            layer.bias.zero_()
+        optimizer = torch.optim.SGD(layer.parameters(), momentum=0.9, **setting)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+        for _ in range(20):  # 600 images are one batch of at most 1024
+            rows = torch.randperm(len(x), generator=generator)
+            loss = torch.nn.functional.cross_entropy(layer(torch.from_numpy(x)[rows]), torch.from_numpy(y)[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        logits = layer(torch.from_numpy(features["test"][0])).detach().numpy()
+        assert (predict(features["test"][0]) == logits.argmax(1)).mean() > 0.995
+
+
+def test_a_diverging_setting_loses_and_does_not_crash(features):
+    x, y = features["trainval"]
+    good, bad = probe.train_together(
+        (x, y), [{"lr": 0.1, "weight_decay": 0}, {"lr": 1e30, "weight_decay": 1e3}], 0, "cpu", 5
+    )
+    assert (bad(x) == y).mean() < 0.3 < (good(x) == y).mean()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=80), st.integers(0, 3))
+def test_a_fifth_of_every_class_is_held_out(labels, seed):
+    labels = np.array(labels)
+    part, held = probe.split_per_class(labels, seed)
+    counts = np.bincount(labels)
+    if counts.max() == 1:  # nothing can be held out: both are everything
+        assert list(part) == list(held) == list(range(len(labels)))
+        return
+    assert sorted([*part, *held]) == list(range(len(labels)))
+    for label in np.unique(labels):
+        n = int(counts[label])
+        assert (labels[held] == label).sum() == (0 if n == 1 else max(1, round(0.2 * n)))
+        assert (labels[part] == label).any()
+
+
+@pytest.mark.parametrize("protocol,kind", [("fast", "logreg"), ("fast", "sgd"), ("paper", "sgd")])
+def test_a_killed_search_goes_on_with_the_same_result(features, tmp_path, protocol, kind):
+    whole = tmp_path / "whole.jsonl"
+    expected = probe.run_probe(features, protocol=protocol, seed=1, kind=kind, memo=whole)
+    lines = whole.read_text().splitlines()
+    assert len(lines) > 3
+    for kept in (1, len(lines) // 2, len(lines)):
+        memo = tmp_path / f"{kept}.jsonl"
+        memo.write_text("\n".join(lines[:kept]) + "\n" + '{"key": "torn')
+        assert probe.run_probe(features, protocol=protocol, seed=1, kind=kind, memo=memo) == expected
+    rows = [json.loads(line) for line in lines]
+    assert {row["seed"] for row in rows} == {1} and {row["protocol"] for row in rows} == {protocol}
+
+
+def test_seeds_and_protocols_do_not_share_their_trials(features, tmp_path):
+    memo = tmp_path / "trials.jsonl"
+    probe.run_probe(features, protocol="fast", seed=0, kind="sgd", memo=memo)
+    first = len(memo.read_text().splitlines())
+    probe.run_probe(features, protocol="fast", seed=1, kind="sgd", memo=memo)
+    assert len(memo.read_text().splitlines()) == 2 * first
+
+
+def test_nan_features_are_refused(features):
+    broken = features["test"][0].copy()
+    broken[5, 3] = np.nan
+    with pytest.raises(UserError, match=r"test features are NaN for 1 of 1197"):
+        probe.run_probe(features | {"test": (broken, features["test"][1])}, protocol="fast", seed=0, kind="logreg")
