@@ -1,0 +1,107 @@
+"""Pickles from outside: what CoG's split files hold is read, anything that could run is refused and has not run."""
+
+import os
+import pickle
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils import safe_pickle
+from utils.cli import UserError
+
+
+class Runs:
+    def __init__(self, call, *arguments):
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self):
+        return self.call, self.arguments
+
+
+def test_malicious_pickles_are_refused_and_have_not_run(tmp_path):
+    proof = tmp_path / "proof"
+    evil = [
+        Runs(os.system, f"touch {proof}"),
+        {"train": [Runs(os.mkdir, str(proof))]},
+        Runs(eval, f"__import__('os').mkdir({str(proof)!r})"),
+        Runs(getattr, "text", "upper"),
+        np.array([Runs(os.mkdir, str(proof))], dtype=object),
+        OrderedDict(a=1),
+    ]
+    for number, content in enumerate(evil):
+        for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+            path = tmp_path / f"{number}.{protocol}.pkl"
+            path.write_bytes(pickle.dumps(content, protocol))
+            with pytest.raises(UserError, match=rf"{path.name} asks for"):
+                safe_pickle.load(path)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    "content,refused",
+    [
+        (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\n(I0\ntVb\ntR.", "an array of type"),
+        (b"c_codecs\nencode\n(Vabc\nVzip\ntR.", "codec zip"),
+        (b"Pname\n.", "outside the file"),
+    ],
+)
+def test_the_helpers_of_numpy_serve_arrays_alone(tmp_path, content, refused):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=refused):
+        safe_pickle.load(path)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_split_files_load_as_they_were_written(tmp_path, protocol):
+    content = {
+        "n00001": {"train": ["a.JPEG", "b.JPEG"], "test": np.array(["c.JPEG", "d.JPEG"])},
+        "counts": np.arange(6).reshape(2, 3),
+        "one": np.int64(3),
+        "word": np.str_("x"),
+        "objects": np.array(["e", "f"], dtype=object),
+        "bytes": b"\xff\x00",
+    }
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps(content, protocol))
+    loaded = safe_pickle.load(path)
+    assert loaded["n00001"]["train"] == ["a.JPEG", "b.JPEG"]
+    assert loaded["n00001"]["test"].tolist() == ["c.JPEG", "d.JPEG"]
+    assert loaded["counts"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert (loaded["one"], loaded["word"], loaded["bytes"]) == (3, "x", b"\xff\x00")
+    assert loaded["objects"].tolist() == ["e", "f"]
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner, inner),
+    max_leaves=20,
+)
+
+
+@given(plain, st.integers(0, 5))
+def test_plain_objects_survive(tmp_path_factory, content, protocol):
+    path = tmp_path_factory.getbasetemp() / "plain.pkl"
+    path.write_bytes(pickle.dumps(content, protocol))
+    assert safe_pickle.load(path) == content
+
+
+@given(st.binary(max_size=40))
+def test_noise_is_refused_in_one_line_or_is_plain(tmp_path_factory, noise):
+    path = tmp_path_factory.getbasetemp() / "noise.pkl"
+    path.write_bytes(noise)
+    try:
+        safe_pickle.load(path)
+    except UserError as error:
+        assert "\n" not in str(error) and "noise.pkl" in str(error)
+
+
+def test_a_missing_and_a_torn_file_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*gone\.pkl"):
+        safe_pickle.load(tmp_path / "gone.pkl")
+    (tmp_path / "torn.pkl").write_bytes(pickle.dumps({"a": ["b"] * 100})[:-20])
+    with pytest.raises(UserError, match=r"torn\.pkl is no whole pickle"):
+        safe_pickle.load(tmp_path / "torn.pkl")
