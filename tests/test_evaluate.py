@@ -254,7 +254,7 @@ def shapes(tmp_path, monkeypatch):
     """A made-up transfer dataset of 3 classes and a probe that reports what it was given."""
     test = make_images(tmp_path / "shapes", ["x", "y", "z"], each=6)
     samples = [(str(path), label) for label, c in enumerate("xyz") for path in sorted((test / c).iterdir())]
-    splits = {"train": samples[::3], "val": samples[1::3], "test": samples[2::3]}
+    splits = {"trainval": samples[::3], "test": samples[2::3]}
     loaded = types.SimpleNamespace(splits=splits, num_classes=3, fingerprint="f" * 64)
     transfer = no_transfer()
     transfer.DATASETS = {"Shapes": types.SimpleNamespace(group="small", layout="shapes/", counts="18", where="Draw it")}
@@ -262,8 +262,10 @@ def shapes(tmp_path, monkeypatch):
     transfer.found = lambda name, root: (True, str(test))
     calls = []
 
-    def run_probe(features, protocol, seed, kind):
-        calls.append((sorted(features), protocol, seed, kind, features["train"][0].shape, features["test"][1].tolist()))
+    def run_probe(features, *, protocol, seed, kind, device, memo):
+        calls.append(
+            (sorted(features), protocol, seed, kind, features["trainval"][0].shape, features["test"][1].tolist())
+        )
         return {"top1": 50.0 + seed, "mean_per_class": 40.0, "chosen": {"C": 1.0}}
 
     probe = types.ModuleType("utils.probe")
@@ -280,9 +282,7 @@ def test_transfer_runs_one_probe_a_seed_and_only_missing_seeds(toy, shapes, tmp_
     folder, _ = toy
     command = ("--checkpoint", folder, "--data-root", tmp_path, "--datasets", "small", "--device", "cpu")
     assert call(*command, "--seeds", 0, 1) == 0
-    assert shapes == [
-        (["test", "train", "val"], "fast", seed, "logreg", (6, 256), [0, 0, 1, 1, 2, 2]) for seed in (0, 1)
-    ]
+    assert shapes == [(["test", "trainval"], "fast", seed, "logreg", (6, 256), [0, 0, 1, 1, 2, 2]) for seed in (0, 1)]
     assert "50.50 ± 0.71 (2 seeds)" in capsys.readouterr().out
     assert call(*command, "--seeds", 0, 1, 2) == 0
     assert [entry[2] for entry in shapes] == [0, 1, 2]
@@ -292,6 +292,29 @@ def test_transfer_runs_one_probe_a_seed_and_only_missing_seeds(toy, shapes, tmp_
     assert rows[0]["protocol"] == "resize 32 bicubic, crop 32, fp32, fast linear probe"
     assert call(*command, "--protocol", "paper") == 0
     assert shapes[-1][1] == "paper"
+
+
+def test_a_transfer_dataset_end_to_end(toy, tmp_path, monkeypatch, capsys):
+    """Real readers, features and probes: two colours in EuroSAT's layout are told apart by a network of noise."""
+    from utils import transfer
+
+    folder, _ = toy
+    rng = np.random.default_rng(0)
+    for kind, colour in (("AnnualCrop", (200, 60, 60)), ("Forest", (60, 200, 60))):
+        (tmp_path / "data/eurosat/2750" / kind).mkdir(parents=True)
+        for number in range(30):
+            pixels = np.clip(rng.normal(colour, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"data/eurosat/2750/{kind}/{kind}_{number}.jpg")
+    monkeypatch.setattr(transfer, "EUROSAT_TEST", 10)
+    row = dataclasses.replace(transfer.DATASETS["EuroSAT"], classes=2, trainval=40, test=20)
+    monkeypatch.setitem(transfer.DATASETS, "EuroSAT", row)
+    command = ("--checkpoint", folder, "--data-root", tmp_path / "data", "--datasets", "EuroSAT", "--device", "cpu")
+    assert call(*command, "--out", tmp_path / "out") == 0
+    rows = {row["metric"]: row for row in read_jsonl(tmp_path / "out/results.jsonl")}
+    assert rows["top1"]["value"] >= 95 and rows["top1"]["n"] == 20 and rows["top1"]["num_classes"] == 2
+    assert "EuroSAT" in capsys.readouterr().out
+    assert call(*command, "--out", tmp_path / "out") == 0  # finished: nothing is computed again
+    assert len(read_jsonl(tmp_path / "out/results.jsonl")) == 2
 
 
 def test_list_datasets(tmp_path, shapes, capsys):
