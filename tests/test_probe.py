@@ -39,7 +39,7 @@ def test_the_path_finds_scikit_learns_minimum(features, n):
     for c in (1e-4, 1e-2, 1.0, 100.0, 1e4):
         reference = LogisticRegression(C=c, max_iter=20000, tol=1e-8).fit(x.astype(np.float64), y)
         ours = probe.LogisticPath(x, y)
-        predict = ours.fit(c)
+        predict = ours.fit(c, tolerance=1e-9)
         lowest = objective(x, y, c, reference.coef_.T, reference.intercept_)
         assert objective(x, y, c, ours.coefficients, ours.offset) == pytest.approx(lowest, rel=1e-4)
         same.append((predict(test) == reference.predict(test)).mean())
@@ -51,9 +51,9 @@ def test_a_warm_start_ends_where_a_cold_one_does(features):
     warm = probe.LogisticPath(x, y)
     for c in (1e-3, 1e-2, 0.1):
         warm.fit(c)
-    warm.fit(1.0)
+    warm.fit(1.0, tolerance=1e-9)
     cold = probe.LogisticPath(x, y)
-    cold.fit(1.0)
+    cold.fit(1.0, tolerance=1e-9)
     assert objective(x, y, 1.0, warm.coefficients, warm.offset) == pytest.approx(
         objective(x, y, 1.0, cold.coefficients, cold.offset), rel=1e-5
     )

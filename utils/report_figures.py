@@ -69,10 +69,11 @@ def close_looks(models: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
                     continue
                 look = looks.setdefault(found["dataset"], {"dataset": found["dataset"], "models": {}, "names": {}})
                 look["names"] |= dict(zip(found["class_ids"], found["class_names"], strict=True))
-                mine = look["models"].setdefault(name, {"correct": {}, "n": {}, "confusion": None})
+                mine = look["models"].setdefault(name, {"correct": {}, "n": {}, "images": {}, "confusion": None})
                 for row in found["per_class"]:
                     class_id, n = row["id"], row["n"]
-                    mine["n"][class_id] = mine["n"].get(class_id, 0) + n
+                    mine["images"][class_id] = n
+                    mine["n"][class_id] = mine["n"].get(class_id, 0) + n  # over seeds
                     mine["correct"][class_id] = mine["correct"].get(class_id, 0) + n * row["top1"] / 100
                 add_confusion(mine, found.get("confusion"))
     return [shown_look(look) for look in looks.values()]
@@ -108,7 +109,7 @@ def shown_look(look: dict[str, Any]) -> dict[str, Any]:
         "cut": cut,
         "labels": [names[class_id] for class_id in look["names"]],
         "classes": [
-            {"id": class_id, "name": names[class_id], "n": first["n"][class_id], "top1": accuracy[class_id]}
+            {"id": class_id, "name": names[class_id], "n": first["images"][class_id], "top1": accuracy[class_id]}
             for class_id in ids
         ],
         "models": [
