@@ -18,15 +18,30 @@ DATASET ?= imagenet_100_sd
 DATA_ROOT ?= data
 DEVICE ?= auto
 LAUNCHER ?= inline
+# Of the launcher; an empty one leaves utils/launch.py's own default.
+SITE ?=
+PARTITION ?=
+NODES ?=
+GPUS ?=
+PROCESSES ?=
+CHUNKS ?=
+TIMEOUT_MIN ?=
+WAIT ?=
 LAUNCH_ARGS ?=
+# Of the container.
+RUNTIME ?=
+IMAGE ?= imagenet-sd
 ARGS ?=
+TRAIN_ARGS ?=
+EVALUATE_ARGS ?=
 SEEDS ?= 0 1 2
 ONLY ?=
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v))) python3)
 VENV ?= .venv
 
-VARIABLES := CLASSES PROMPT GUIDANCE IMAGES_PER_CLASS MODEL OUT DATASET DATA_ROOT DEVICE LAUNCHER LAUNCH_ARGS ARGS SEEDS \
-             ONLY PYTHON VENV
+VARIABLES := CLASSES PROMPT GUIDANCE IMAGES_PER_CLASS MODEL OUT DATASET DATA_ROOT DEVICE LAUNCHER SITE PARTITION NODES \
+             GPUS PROCESSES CHUNKS TIMEOUT_MIN WAIT LAUNCH_ARGS RUNTIME IMAGE ARGS TRAIN_ARGS \
+             EVALUATE_ARGS SEEDS ONLY PYTHON VENV
 # A misspelt variable would silently leave the default in force.
 UNKNOWN := $(strip $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(if $(filter $(v),$(VARIABLES) MAKEFLAGS),,$(v)))))
 ifneq ($(UNKNOWN),)
@@ -39,12 +54,15 @@ endif
 export CLASSES PROMPT GUIDANCE IMAGES_PER_CLASS MODEL OUT DATASET DATA_ROOT DEVICE
 
 PY := $(VENV)/bin/python
-LAUNCH := $(PY) $(if $(filter-out inline,$(LAUNCHER)),-m utils.launch --launcher $(LAUNCHER) $(LAUNCH_ARGS))
+LAUNCH_OPTIONS = --launcher $(LAUNCHER) $(if $(SITE),--site "$(SITE)") $(if $(PARTITION),--partition "$(PARTITION)") \
+  $(if $(GPUS),--gpus-per-node $(GPUS)) $(if $(PROCESSES),--processes $(PROCESSES)) \
+  $(if $(TIMEOUT_MIN),--timeout-min $(TIMEOUT_MIN)) $(if $(WAIT),--wait) $(LAUNCH_ARGS)
+LAUNCH = $(strip $(PY) $(if $(filter-out inline,$(LAUNCHER)),-m utils.launch $(LAUNCH_OPTIONS) $1))
 # The stamp's name holds the lock's checksum: a changed lock has no stamp yet, a fresh checkout's file times do not matter.
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock | cksum | cut -d' ' -f1)
 DEV_STAMP := $(VENV)/.installed-dev-$(shell cat requirements.lock requirements-dev.lock | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test lint bench generate train evaluate docker clean lock check-prompts
+.PHONY: help setup demo test lint bench generate train evaluate pipeline docker clean lock check-prompts
 help: ## this text
 	@printf 'imagenet-sd: can synthetic images replace real ones?\n\nusage: make TARGET [VARIABLE=value ...]\n\n'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -59,8 +77,11 @@ help: ## this text
 	  DATA_ROOT 'where the real test sets are ($(DATA_ROOT))' \
 	  OUT 'output folder (data/<classes>_sd, runs/<dataset>)' \
 	  DEVICE 'auto, cpu, cuda, cuda:N, mps ($(DEVICE))' \
-	  LAUNCHER 'inline, local (one process a GPU), slurm ($(LAUNCHER)); its options in LAUNCH_ARGS' \
-	  ARGS 'any further option of the script; see e.g. `python generate.py --help`'
+	  LAUNCHER 'inline, local (one process a GPU), slurm ($(LAUNCHER)), with PARTITION, NODES, GPUS, CHUNKS,' \
+	  '' 'PROCESSES, TIMEOUT_MIN, SITE=site.toml, WAIT=1 (stay until the end), the rest in LAUNCH_ARGS' \
+	  RUNTIME 'of make docker: docker, podman or buildah (the first that works); IMAGE names the image ($(IMAGE))' \
+	  ARGS 'any further option of the script; see e.g. `python generate.py --help`' \
+	  TRAIN_ARGS 'with make pipeline: further options of train.py; EVALUATE_ARGS: of evaluate.py; ARGS: of generate.py'
 	@printf '\nwithout a GPU, now:  make demo\nthe paper:           make generate CLASSES=100 && make train DATASET=imagenet_100_sd\n'
 
 # ===== environment =====
@@ -109,16 +130,25 @@ demo: $(STAMP) ## generate, train and judge handwritten digits in minutes, witho
 	@echo "demo: open $(DEMO)/report.html"
 
 # ===== the paper's three steps =====
+GENERATE = generate.py --classes "$$CLASSES" --prompt "$$PROMPT" --guidance-scale "$$GUIDANCE" \
+  --images-per-class "$$IMAGES_PER_CLASS" --model "$$MODEL" --device "$$DEVICE"
+TRAIN = train.py --data "data/$$DATASET" --device "$$DEVICE"
+EVALUATE = evaluate.py --checkpoint "runs/$$DATASET" --data-root "$$DATA_ROOT" --device "$$DEVICE"
+
 generate: $(STAMP) ## draw a synthetic dataset: make generate CLASSES=100
-	$(LAUNCH) generate.py --classes "$$CLASSES" --prompt "$$PROMPT" --guidance-scale "$$GUIDANCE" \
-	  --images-per-class "$$IMAGES_PER_CLASS" --model "$$MODEL" --device "$$DEVICE" $(if $(OUT),--out "$$OUT") $(ARGS)
+	$(call LAUNCH,$(if $(CHUNKS),--chunks $(CHUNKS))) $(GENERATE) $(if $(OUT),--out "$$OUT") $(ARGS)
 
 train: $(STAMP) ## train a ResNet50 from scratch on it: make train DATASET=imagenet_100_sd
-	$(LAUNCH) train.py --data "data/$$DATASET" --device "$$DEVICE" --out "$${OUT:-runs/$$DATASET}" $(ARGS)
+	$(call LAUNCH,$(if $(NODES),--nodes $(NODES))) $(TRAIN) --out "$${OUT:-runs/$$DATASET}" $(ARGS)
 
 evaluate: $(STAMP) ## judge the trained model on real images: make evaluate DATASET=imagenet_100_sd
-	$(LAUNCH) evaluate.py --checkpoint "runs/$$DATASET/$$DATASET.pth" --data-root "$$DATA_ROOT" --device "$$DEVICE" \
-	  $(if $(OUT),--out "$$OUT") $(ARGS)
+	$(call LAUNCH,) $(EVALUATE) $(if $(OUT),--out "$$OUT") $(ARGS)
+
+pipeline: $(STAMP) ## generate, verify, train, evaluate; on slurm queued at once, each waiting for the one before
+	$(PY) -m utils.launch $(strip $(LAUNCH_OPTIONS)) $(if $(CHUNKS),--chunks $(CHUNKS)) $(GENERATE) --out "data/$$DATASET" $(ARGS) \
+	  --then --chunks 1 $(GENERATE) --out "data/$$DATASET" $(ARGS) --verify \
+	  --then $(if $(NODES),--nodes $(NODES)) $(TRAIN) --out "runs/$$DATASET" $(TRAIN_ARGS) \
+	  --then $(EVALUATE) $(EVALUATE_ARGS)
 
 # ===== development =====
 # check-prompts needs Debian's wordnet-base; tests/test_build_tables.py says so where it is absent.
@@ -142,8 +172,21 @@ lock: $(DEV_STAMP) ## rewrite the two locks from requirements*.in
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-emit-find-links --custom-compile-command "make lock" requirements-dev.in -o requirements-dev.lock
 
+# A docker client without its daemon cannot build, so docker is asked.
+RUNTIMES := docker podman buildah
 docker: ## build the container with docker, podman or buildah
-	@echo pending
+	@runtime="$(RUNTIME)"; \
+	if [ -z "$$runtime" ]; then \
+	  if docker info >/dev/null 2>&1; then runtime=docker; \
+	  else runtime=$$(for r in podman buildah; do if command -v $$r >/dev/null; then echo $$r; break; fi; done); fi; \
+	fi; \
+	case " $(RUNTIMES) " in *" $${runtime:-none} "*) ;; \
+	  *) echo "docker: RUNTIME=$${runtime:-} is not one of $(RUNTIMES), or none of them works here; install one" >&2; exit 2;; esac; \
+	command -v "$$runtime" >/dev/null || { echo "docker: $$runtime is not installed; RUNTIME is one of $(RUNTIMES)" >&2; exit 2; }; \
+	case $$runtime in buildah) build="bud --format docker --layers";; *) build=build;; esac; \
+	set -x; "$$runtime" $$build --tag "$(IMAGE)" \
+	  --build-arg VERSION="$$(git describe --tags --always 2>/dev/null || echo dev)" \
+	  --build-arg GIT_COMMIT="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" $(ARGS) .
 
 clean: ## remove .venv and caches; data/ and runs/ stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -50,7 +50,7 @@ def digits_in_poses(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def photograph_regions(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """100 classes: the cells of a grid of five rows over each photograph; images: noisy crops around the cells' centres."""
+    """100 classes: the cells of a grid of five rows over each photograph; images: noisy crops around their centres."""
     from sklearn.datasets import load_sample_images
 
     photos, columns = load_sample_images().images, 10

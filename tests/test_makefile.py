@@ -67,3 +67,24 @@ def test_values_reach_the_script_without_the_shell_reading_them():
     # A prompt with quotes, a dollar sign and a semicolon must not be run as shell.
     result = make("-n", "generate", 'PROMPT=a "{name}"; $$(touch /tmp/x)')
     assert "touch" not in result.stdout
+
+
+def test_the_launchers_options_have_variables():
+    command = make(
+        "-n", "train", "LAUNCHER=slurm", "NODES=2", "GPUS=4", "PARTITION=gpu", "TIMEOUT_MIN=60", "WAIT=1"
+    ).stdout  # fmt: skip
+    options = '--launcher slurm --partition "gpu" --gpus-per-node 4 --timeout-min 60 --wait --nodes 2 train.py'
+    assert options in command
+    assert "utils.launch" not in make("-n", "train", "NODES=2").stdout  # inline runs the script itself
+
+
+def test_pipeline_chains_four_steps():
+    command = make("-n", "pipeline", "CHUNKS=8", "TRAIN_ARGS=--recipe demo").stdout
+    order = ["--chunks 8 generate.py", "--then --chunks 1 generate.py", "--verify", "train.py", "demo", "evaluate.py"]
+    places = [command.index(part) for part in order]
+    assert places == sorted(places)
+
+
+def test_docker_refuses_an_unknown_runtime():
+    done = make("docker", "RUNTIME=lxc")
+    assert done.returncode == 2 and "docker podman buildah" in done.stderr

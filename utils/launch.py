@@ -199,6 +199,7 @@ def load_parser(script: str) -> argparse.ArgumentParser:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     if not hasattr(module, "get_args_parser"):
         raise UserError(f"{script} has no get_args_parser(), so its options cannot be checked beforehand")
