@@ -113,7 +113,8 @@ def test_two_processes_on_one_folder_share_the_work(tmp_path, forker, reference)
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, forker, reference):
     out = tmp_path / "out"
-    assert forker.run(out, "0/1", "0/1", kill_after_s=0.6 * reference[1])["codes"] in ([-9, -9], [0, 0])
+    codes = forker.run(out, "0/1", "0/1", kill_after_s=0.4 * reference[1])["codes"]
+    assert set(codes) <= {-9, 0}  # 0: on a fast machine one was done already
     assert forker.run(out)["codes"] == [0]
     assert files_of(out) == reference[0]
 

@@ -201,7 +201,7 @@ class LogisticPath:
 
         self.classes = np.unique(y)
         self.y = torch.from_numpy(np.searchsorted(self.classes, y)).to(device)
-        values = torch.from_numpy(np.ascontiguousarray(x)).to(device, torch.float64)
+        values = torch.tensor(x, dtype=torch.float64, device=device)
         self.mean = values.mean(0)
         self.x = values - self.mean  # (N, D)
         self.weights = self.x.new_zeros(self.x.shape[1], len(self.classes))
