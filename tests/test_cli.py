@@ -6,6 +6,7 @@ import errno
 
 import pytest
 
+from utils import cli
 from utils.cli import (
     UserError,
     command_line,
@@ -97,3 +98,20 @@ def test_the_recorded_command_is_one_that_a_person_can_type(monkeypatch):
     argv = ["/somewhere/generate.py", "--prompt", "c, d_c", "--chunk", "0/8", "--out", "data/x"]
     monkeypatch.setattr("sys.argv", argv)
     assert command_line() == "python generate.py --prompt 'c, d_c' --out data/x"
+
+
+@pytest.mark.parametrize(
+    "argv,said",
+    [
+        (["--debgu"], "unrecognized arguments: --debgu; did you mean --debug? (--help lists the options)"),
+        (["--count", "-1"], "argument --count: '-1' is not a whole number above 0 (--help lists the options)"),
+    ],
+)
+def test_a_wrong_option_gets_one_line(capsys, argv, said):
+    parser = cli.make_parser("doc")
+    parser.add_argument("--count", type=cli.positive_int)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1 and error.endswith(f"error: {said}\n")

@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 something the user can mend (option, file, disk); 1 unexpe
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import os
 import shlex
@@ -13,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -29,9 +31,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without a page of usage before it, and which option may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = ""
+        if message.startswith("unrecognized arguments: --"):
+            wrong = message.split()[2].partition("=")[0]
+            close = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint} (--help lists the options)\n")
+
+
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose --help is the docstring. Abbreviated options are refused: they break when options grow."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     return parser
 
