@@ -33,7 +33,7 @@ def test_the_readmes_tree_is_the_tree():
 def commands(page, start):
     """Indented lines of PAGE that begin with START, without their comments."""
     lines = re.findall(rf"^    ({re.escape(start)} .*)$", page.read_text(encoding="utf-8"), re.M)
-    return [re.split(r" {2,}#", line)[0].strip() for line in lines]
+    return [re.split(r" +# ", line)[0].strip() for line in lines]
 
 
 def test_make_commands_name_known_targets_and_variables():

@@ -254,3 +254,34 @@ def test_the_clusters_own_processes_end_with_it():
     wait_for(lambda: "RUNNING" in own.jobs().values())
     own.stop()
     assert own._pids_here() == [] and not own.folder.exists()
+
+
+def test_make_pipeline_chains_generation_training_and_evaluation(cluster, tmp_path):
+    """One command queues all four steps; training runs on two nodes; the images are those of a plain run."""
+    for entry in ROOT.iterdir():
+        if entry.name not in ("data", "runs", ".git"):
+            (tmp_path / entry.name).symlink_to(entry)
+    drawing = ("CLASSES=digits", "MODEL=models/digits-sd", "IMAGES_PER_CLASS=8", "DEVICE=cpu", "ARGS=--steps 4")
+
+    def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+        env = {**cluster.env, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            ["make", *arguments, *drawing, f"VENV={Path(sys.prefix)}"],
+            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280,
+        )  # fmt: skip
+
+    done = make(
+        "pipeline", "LAUNCHER=slurm", "PARTITION=low", "CHUNKS=2", "NODES=2", "GPUS=0", "WAIT=1", "DATASET=tiny",
+        "TIMEOUT_MIN=20", "TRAIN_ARGS=--recipe demo --epochs 1", "EVALUATE_ARGS=--test tiny=data/tiny/train",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [json.loads(line) for line in (tmp_path / "runs/tiny/results.jsonl").read_text().splitlines()]
+    assert {(row["dataset"], row["n"]) for row in results} == {("tiny", 80)}
+    assert any("cpu x 2" in log.read_text() for log in (tmp_path / "runs/launch").rglob("*_log.out"))  # two ranks
+
+    plain = make("generate", "OUT=data/plain")
+    assert plain.returncode == 0, plain.stderr
+    files = {path.relative_to(tmp_path / "data/plain"): path for path in (tmp_path / "data/plain/train").rglob("*.jpg")}
+    assert len(files) == 80
+    for place, path in files.items():
+        assert (tmp_path / "data/tiny" / place).read_bytes() == path.read_bytes()
