@@ -8,6 +8,7 @@ plain digits: its features are those of a real, if weak, network. Both ways get 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,9 @@ import torch
 
 TRAINVAL, TEST = 5000, 1500  # images of each dataset
 SIDE = 64  # pixels
+# The suite makes 30 trials, an hour or more a dataset on two cores. This many of them are timed: its time, and with it
+# the ratio, is a lower bound; its accuracy is that of the best of these trials.
+SUITE_TRIALS = 8
 POSES = [(turns, flip) for turns in range(4) for flip in (False, True)]
 
 
@@ -101,8 +105,9 @@ def trained_network() -> Callable[[np.ndarray], np.ndarray]:
 
 
 def probe_vs_suite() -> dict[str, Any]:
-    from utils.probe import run_probe
+    from utils import probe
 
+    probe.TRIALS = SUITE_TRIALS
     rng = np.random.default_rng(0)
     features = trained_network()
     sets = {
@@ -116,10 +121,10 @@ def probe_vs_suite() -> dict[str, Any]:
         splits = {"trainval": (x[:TRAINVAL], labels[:TRAINVAL]), "test": (x[TRAINVAL:], labels[TRAINVAL:])}
         for protocol in ("fast", "paper"):
             started = time.perf_counter()
-            result = run_probe(splits, protocol=protocol, seed=0, kind="logreg")
+            result = probe.run_probe(splits, protocol=protocol, seed=0, kind="logreg")
             seconds[protocol].append(time.perf_counter() - started)
             top1[protocol].append(result["top1"])
-            print(f"{name}: {protocol} {seconds[protocol][-1]:.1f} s, {result}", flush=True)
+            print(f"{name}: {protocol} {seconds[protocol][-1]:.1f} s, {result}", file=sys.stderr, flush=True)
     ratios = [paper / fast for paper, fast in zip(seconds["paper"], seconds["fast"], strict=True)]
     gaps = [fast - paper for paper, fast in zip(top1["paper"], top1["fast"], strict=True)]
     return {
@@ -131,7 +136,8 @@ def probe_vs_suite() -> dict[str, Any]:
         "target": 5.0,
         "what": (
             f"A linear probe on {TRAINVAL} x 2048 features of a ResNet50: the search over C and the final fit. "
-            "The peer: the suite's way, scikit-learn's L-BFGS (max_iter 2000), 30 Optuna trials over C in 1e-5 .. 1e6."
+            "The peer: the suite's way, scikit-learn's L-BFGS (max_iter 2000) in Optuna trials over C in 1e-5 .. 1e6, "
+            f"here only {SUITE_TRIALS} of its 30: the ratio is a lower bound."
         ),
         "notes": [
             f"{name}: ratio {ratio:.1f}, top-1 on {TEST} test images {fast:.2f} %, the suite's way {paper:.2f} %"

@@ -44,6 +44,7 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
         self.env.update(PATH=SEARCH_PATH, SLURM_CONF=str(self.folder / "slurm.conf"))
+        self._seen_waiting: dict[str, float] = {}  # requeued job -> when it was first seen so
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     # ===== starting and ending =====
@@ -121,10 +122,14 @@ class Cluster:
         )
 
     def start_requeued_now(self) -> None:
-        """A requeued job waits about two minutes (reason BeginTime): let it go at once."""
+        """A requeued job waits about two minutes (reason BeginTime): let it go after three seconds.
+
+        Not at once: the end of its first run, reported late, would be taken for the end of the second.
+        """
         for line in self.run("squeue", "--noheader", "--array", "--format=%i %r").splitlines():
             job, _, reason = line.partition(" ")
-            if reason == "BeginTime":
+            if reason == "BeginTime" and time.monotonic() > self._seen_waiting.setdefault(job, time.monotonic()) + 3:
+                del self._seen_waiting[job]  # it may be requeued once more
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
     def cancel_all(self) -> None:
