@@ -67,15 +67,21 @@ class Cluster:
         self._spawn(node, "slurmd", "-D", "-N", node, "-f", self.env["SLURM_CONF"])
 
     def kill_node(self, node: str) -> None:
-        """A power cut: the node's daemon and everything that ran on it, gone at once."""
-        # slurmstepd before what it watches: it would report the deaths as a failed job, which a power cut does not.
-        for pid in self._pids_here():
-            if Path(f"/proc/{pid}/comm").read_text().startswith("slurmstepd"):
-                _signal(pid, signal.SIGKILL)
-        self.daemons.pop(node).kill()
-        for pid in self._pids_here(f"SLURMD_NODENAME={node}"):
-            _signal(pid, signal.SIGKILL)
+        """A power cut: the node's daemon and everything that ran on it, gone at once.
+
+        All are frozen before the first is killed: else a step's supervisor would live just long enough to report its
+        processes' end, and the controller would see a job that failed instead of a node that was lost.
+        """
+        daemon = self.daemons.pop(node)
+        lost: set[int] = set()
+        while len(found := {daemon.pid, *self._pids_of(node)}) > len(lost):  # one may have forked meanwhile
+            lost |= found
+            for pid in lost:
+                _signal(pid, signal.SIGSTOP)
         self.scontrol("update", f"NodeName={node}", "State=DOWN", "Reason=power")
+        for pid in lost:
+            _signal(pid, signal.SIGKILL)
+        daemon.wait()
 
     def revive_node(self, node: str) -> None:
         self.start_node(node)
@@ -228,6 +234,26 @@ PartitionName=high Nodes={",".join(NODES)} MaxTime=60 State=UP PriorityTier=10 P
                 if mine in variables and (also is None or also in variables):
                     found.append(int(entry.name))
         return found
+
+    def _pids_of(self, node: str) -> list[int]:
+        """What runs on NODE for its jobs, with the slurmstepd above it (which has no variable to know it by)."""
+        jobs = self._pids_here(f"SLURMD_NODENAME={node}")
+        parents = {_parent(pid) for pid in jobs}
+        return jobs + [pid for pid in self._pids_here() if pid in parents and _name(pid) == "slurmstepd"]
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:  # it has ended
+        return 0
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _signal(pid: int, number: int) -> None:
