@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy._core.multiarray import _reconstruct, scalar
+from numpy._core.numeric import _frombuffer
 
 from utils import safe_pickle
 from utils.cli import UserError
@@ -55,11 +57,56 @@ def test_the_helpers_of_numpy_serve_arrays_alone(tmp_path, content, refused):
         safe_pickle.load(path)
 
 
+class Forged:
+    """An allowed call with arguments and a state that numpy itself never writes."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+EIGHT = b"A" * 8  # taken for a pointer, it ends the process
+RECORD = (3, "|", None, ("f",), {"f": (np.dtype("O"), 0)}, 8, 1, 0)  # holds an object; its flags, last, deny it
+EMPTY = (_reconstruct, (np.ndarray, (0,), b"b"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        Forged(np.ndarray, ((1,), "O", EIGHT)),
+        Forged(_frombuffer, (EIGHT, Forged(np.dtype, ("V8", False, True), RECORD), (1,), "C")),
+        Forged(_frombuffer, (EIGHT, Forged(np.dtype, ("u8", False, True), RECORD), (1,), "C")),
+        Forged(_frombuffer, (EIGHT, np.dtype("O"), (1,), "C")),
+        Forged(*EMPTY, (1, (1,), np.dtype("O"), False, EIGHT)),
+        Forged(*EMPTY, (1, (-2, -2), np.dtype("i8"), False, EIGHT * 4)),
+        Forged(scalar, (np.dtype("O"), EIGHT)),
+    ],
+    ids=["ndarray", "record", "record over a number", "buffer", "array", "negative shape", "scalar"],
+)
+def test_bytes_of_the_file_never_become_pointers(tmp_path, content):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps(content, 4))
+    with pytest.raises(UserError, match=r"a\.pkl asks for"):
+        safe_pickle.load(path)
+
+
+def test_a_pickle_cannot_change_its_reader(tmp_path):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(b"\x80\x04c_codecs\nencode\nN}X\x0c\x00\x00\x00__defaults__)s\x86b.")
+    with pytest.raises(UserError, match="a change of the reader"):
+        safe_pickle.load(path)
+
+
 @pytest.mark.parametrize("protocol", range(6))
 def test_split_files_load_as_they_were_written(tmp_path, protocol):
     content = {
         "n00001": {"train": ["a.JPEG", "b.JPEG"], "test": np.array(["c.JPEG", "d.JPEG"])},
         "counts": np.arange(6).reshape(2, 3),
+        "columns": np.asfortranarray(np.arange(6).reshape(2, 3)),
+        "big endian": np.arange(3, dtype=">i4"),
+        "none": np.array([], dtype="U5"),
         "one": np.int64(3),
         "word": np.str_("x"),
         "objects": np.array(["e", "f"], dtype=object),
@@ -71,6 +118,8 @@ def test_split_files_load_as_they_were_written(tmp_path, protocol):
     assert loaded["n00001"]["train"] == ["a.JPEG", "b.JPEG"]
     assert loaded["n00001"]["test"].tolist() == ["c.JPEG", "d.JPEG"]
     assert loaded["counts"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert loaded["columns"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert loaded["big endian"].tolist() == [0, 1, 2] and loaded["none"].tolist() == []
     assert (loaded["one"], loaded["word"], loaded["bytes"]) == (3, "x", b"\xff\x00")
     assert loaded["objects"].tolist() == ["e", "f"]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,36 +44,89 @@ def _no_bytes() -> bytes:
     return b""
 
 
-def _scalar(dtype: np.dtype, data: bytes) -> Any:
+class _Name:
+    """An allowed name. Neither it nor what lies behind it can be changed by the pickle (its BUILD sets attributes)."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise _Refused("a change of the reader")
+
+
+class _Dtype:
+    """Stands in for numpy.dtype. A real one takes its flags from the pickle, which may then hide that it holds objects:
+    the bytes of the file would become pointers."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, code: Any, *rest: Any) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?([biufSU]\d+|O8?)", code):
+            raise _Refused(f"the array type {code!r}")
+        self.value = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        """(version, byte order, subtype, names, fields, size ...): only the order matters to plain types."""
+        order, *structure = state[1:5]
+        if any(part is not None for part in structure) or order not in ("<", ">", "|", "="):
+            raise _Refused("an array of records")
+        self.value = self.value.newbyteorder(order)
+
+
+class _Array(np.ndarray):
+    """An array whose state was checked: numpy itself takes shapes and pointers as they come."""
+
+    def __setstate__(self, state: tuple) -> None:  # type: ignore[override]
+        _version, shape, dtype, fortran, data = state
+        kept = list if dtype.value.hasobject else bytes
+        if not isinstance(data, kept) or not all(type(side) is int and side >= 0 for side in shape):
+            raise _Refused("an array of pointers")
+        super().__setstate__((1, shape, dtype.value, bool(fortran), data))  # type: ignore[arg-type]
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> Any:
     """A numpy number or text; object types would hold references."""
-    if dtype.hasobject:
+    if dtype.value.hasobject:
         raise _Refused("a numpy scalar of objects")
-    return np.frombuffer(data, dtype=dtype, count=1)[0]
+    return np.frombuffer(data, dtype=dtype.value, count=1)[0]
 
 
-def _reconstruct(kind: type, shape: tuple, code: bytes) -> np.ndarray:
+def _ndarray(*arguments: Any) -> None:
+    """Named by _reconstruct only. Called by the pickle, it would lay objects over bytes of the file."""
+    raise _Refused("an array over bytes of the file")
+
+
+NDARRAY = _Name(_ndarray)
+
+
+def _reconstruct(kind: Any, shape: tuple, code: bytes) -> np.ndarray:
     """The empty array that the pickle then fills."""
-    if kind is not np.ndarray:
-        raise _Refused(f"an array of type {kind}")
-    return np.ndarray.__new__(np.ndarray, shape, code)  # type: ignore[arg-type]
+    if kind is not NDARRAY or shape != (0,):
+        raise _Refused(f"an array of type {type(kind).__name__}")
+    return np.ndarray.__new__(_Array, (0,), np.int8)
 
 
-def _frombuffer(data: Any, dtype: np.dtype, shape: tuple, order: str, *rest: Any) -> np.ndarray:
+def _frombuffer(data: Any, dtype: _Dtype, shape: tuple, order: Any, *rest: Any) -> np.ndarray:
     """How protocol 5 stores an array."""
-    if dtype.hasobject:
+    if dtype.value.hasobject:
         raise _Refused("a numpy buffer of objects")
-    return np.frombuffer(data, dtype=dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+    return np.frombuffer(data, dtype=dtype.value).reshape(shape, order=order).view(_Array)
 
 
 # numpy's modules have two names: before and since numpy 2.
-ALLOWED = {
-    ("_codecs", "encode"): _encode,
-    ("__builtin__", "bytes"): _no_bytes,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
+ALLOWED: dict[tuple[str, str], _Name] = {
+    ("_codecs", "encode"): _Name(_encode),
+    ("__builtin__", "bytes"): _Name(_no_bytes),
+    ("numpy", "ndarray"): NDARRAY,
+    ("numpy", "dtype"): _Name(_Dtype),
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Name(_reconstruct) for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _Name(_scalar) for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _Name(_frombuffer) for core in ("core", "_core")},
 }
 
 
