@@ -180,7 +180,7 @@ def test_the_official_split_is_read(tmp_path, monkeypatch, layout):
     victim.write_bytes(b"another image")
     assert transfer.load(name, tmp_path).fingerprint != before
     victim.unlink()
-    with pytest.raises(UserError, match=f"cannot read .*{victim.name}"):
+    with pytest.raises(UserError, match=rf"{name}: \d of {len(trainval + test)} images are missing .*{victim.name}"):
         _ = transfer.load(name, tmp_path).fingerprint
 
 
@@ -213,7 +213,7 @@ def test_counts_are_the_suites():
     assert [row.group for row in transfer.DATASETS.values()] == ["small"] * 8 + ["inat"] * 2 + ["cog"] * 5
 
 
-@pytest.mark.parametrize("name", ["/../../etc/passwd", "a/../../b.jpg", ""])
+@pytest.mark.parametrize("name", ["/etc/passwd", "/../../etc/passwd", "a/../../b.jpg", ""])
 def test_annotations_do_not_lead_out_of_the_folder(tmp_path, name):
     inat(2018, tmp_path, first=name)
     with pytest.raises(UserError, match="outside of the dataset"):
@@ -234,10 +234,66 @@ def test_missing_and_broken_annotations_are_named(tmp_path):
         transfer.load("Aircraft", tmp_path)
     pets(tmp_path)
     write(tmp_path / "oxford-iiit-pet/annotations/test.txt", "beagle_1\n")
-    with pytest.raises(UserError, match=r"Pets: the annotations below .* are not as published"):
+    with pytest.raises(UserError, match=r"annotations/test\.txt is not as published"):
         transfer.load("Pets", tmp_path)
     with pytest.raises(UserError, match=r"DTD: not found below .*--data-root.*expected dtd/images"):
         transfer.load("DTD", tmp_path)
+
+
+def test_cogs_file_names_do_not_lead_out_of_the_folder(tmp_path):
+    cog(tmp_path)
+    files = {name: {"train": ["../../secret.JPEG"], "test": []} for name in ("n0001", "n0002")}
+    (tmp_path / "cog/cog_concepts_split_file.pkl").write_bytes(pickle.dumps(files))
+    with pytest.raises(UserError, match="outside of the dataset"):
+        transfer.load("CoG-L2", tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 50, 130, 200])
+def test_a_torn_mat_file_is_named(tmp_path, kept):
+    flowers(tmp_path)
+    path = tmp_path / "flowers-102/imagelabels.mat"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"imagelabels\.mat is damaged"):
+        transfer.load("Flowers", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, make, file",
+    [
+        ("Aircraft", aircraft, "fgvc-aircraft-2013b/data/images_variant_test.txt"),
+        ("SUN397", sun, "SUN397/Partitions/Testing_01.txt"),
+        ("iNat2019", lambda root: inat(2019, root), "inat2019/val2019.json"),
+        ("CoG-L2", cog, "cog/cog_concepts_split_file.pkl"),
+    ],
+    ids=["aircraft", "sun", "inat", "cog"],
+)
+def test_an_annotation_that_does_not_fit_is_named(tmp_path, name, make, file):
+    make(tmp_path)
+    text = {"json": b'{"images": [], "annotations": [{"image_id": 9}]}', "pkl": pickle.dumps({"n0001": 3})}
+    (tmp_path / file).write_bytes(text.get(file.rpartition(".")[2], b"x unknown\n"))
+    with pytest.raises(UserError, match=rf"{Path(file).name} is not as published"):
+        transfer.load(name, tmp_path)
+
+
+def test_labels_outside_of_the_classes_are_refused(tmp_path, monkeypatch):
+    pets(tmp_path)
+    write(tmp_path / "oxford-iiit-pet/annotations/trainval.txt", "Abyssinian_100 0 1 1\nbeagle_9 2 2 1\n")
+    shrink(monkeypatch, "Pets", 2, 1)
+    with pytest.raises(UserError, match=r"Pets: .* 1 labels outside of its 2 classes"):
+        transfer.load("Pets", tmp_path)
+
+
+def test_missing_images_are_counted_and_the_first_three_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "EUROSAT_TEST", 3)
+    shrink(monkeypatch, "EuroSAT", 4, 6)
+    make_eurosat(tmp_path, 5)
+    loaded = transfer.load("EuroSAT", tmp_path)
+    paths = [path for samples in loaded.splits.values() for path, _ in samples]
+    for path in paths[:5]:
+        Path(path).unlink()
+    with pytest.raises(UserError, match="EuroSAT: 5 of 10 images are missing") as refused:
+        _ = loaded.fingerprint
+    assert [path in str(refused.value) for path in paths[:5]] == [True] * 3 + [False] * 2
 
 
 def test_listing_names_every_dataset_and_what_was_found(tmp_path):

@@ -9,7 +9,8 @@ same way for all.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -54,14 +55,27 @@ class LoadedTransfer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the images of each split and their labels. UserError if an image is missing."""
+        """Hash of the images of each split and their labels. UserError naming images that are missing."""
         from utils.features import fingerprint
 
         digest = hashlib.sha256()
         for split, samples in self.splits.items():
             labels = ",".join(str(label) for _, label in samples)
-            digest.update(f"{split}\0{fingerprint(samples)}\0{labels}\n".encode())
+            try:
+                images = fingerprint(samples)
+            except UserError:
+                self._refuse_missing()  # looked for only now: asking for a million files twice takes minutes
+                raise
+            digest.update(f"{split}\0{images}\0{labels}\n".encode())
         return digest.hexdigest()
+
+    def _refuse_missing(self) -> None:
+        paths = [path for samples in self.splits.values() for path, _ in samples]
+        if missing := [path for path in paths if not Path(path).is_file()]:
+            few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise UserError(
+                f"{self.name}: {len(missing):,} of {len(paths):,} images are missing ({few}); unpack it again"
+            )
 
 
 def load(name: str, data_root: str | Path) -> LoadedTransfer:
@@ -84,6 +98,11 @@ def load(name: str, data_root: str | Path) -> LoadedTransfer:
             f"{name}: {folder} has {counts[0]:,} trainval and {counts[1]:,} test images of {classes:,} classes; a "
             f"right copy has {row.counts}. Unpack it again. {row.where}"
         )
+    if strays := {label for _, label in trainval + test} - set(range(classes)):
+        raise UserError(
+            f"{name}: the annotations below {folder} have {len(strays)} labels outside of its {classes:,} classes; "
+            f"get it again. {row.where}"
+        )
     return LoadedTransfer(name, {"trainval": trainval, "test": test}, classes)
 
 
@@ -101,16 +120,25 @@ def _folder(row: TransferSet, data_root: Path) -> Path | None:
 
 def _inside(folder: Path, name: str) -> str:
     """FOLDER/NAME, where NAME comes from an annotation file and must not lead out of the folder."""
-    name = name.lstrip("/")
-    if ".." in name.split("/") or "\0" in name or not name:
+    if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise UserError(
             f"{folder}: an annotation names the file {name!r}, which is outside of the dataset; get it again"
         )
     return f"{folder}/{name}"
 
 
+@contextmanager
+def _as_published(path: Path) -> Iterator[None]:
+    """What goes wrong in the block is the fault of the annotation file PATH: UserError names it."""
+    try:
+        yield
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not as published ({error!r}); get it again") from None
+
+
 def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with _as_published(path):  # not text
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 # ===== readers, one per layout =====
@@ -121,8 +149,10 @@ def read_aircraft(folder: Path) -> tuple[Samples, Samples, int]:
     label = {name: index for index, name in enumerate(_lines(folder / "variants.txt"))}
 
     def split(name: str) -> Samples:
-        pairs = (line.split(" ", 1) for line in _lines(folder / f"images_variant_{name}.txt"))
-        return [(_inside(folder / "images", f"{image}.jpg"), label[variant]) for image, variant in pairs]
+        path = folder / f"images_variant_{name}.txt"
+        with _as_published(path):
+            pairs = (line.split(" ", 1) for line in _lines(path))
+            return [(_inside(folder / "images", f"{image}.jpg"), label[variant]) for image, variant in pairs]
 
     return split("trainval"), split("test"), len(label)
 
@@ -162,7 +192,10 @@ def _mat(path: Path, key: str) -> Any:
 
     if not path.exists():
         raise FileNotFoundError(2, "no such file", str(path))
-    return loadmat(str(path), squeeze_me=True)[key]
+    try:
+        return loadmat(str(path), squeeze_me=True)[key]
+    except Exception as error:  # a damaged file raises anything: MatReadError, zlib.error, IndexError, OSError ...
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); get it again") from None
 
 
 def read_dtd(folder: Path) -> tuple[Samples, Samples, int]:
@@ -229,8 +262,10 @@ def read_pets(folder: Path) -> tuple[Samples, Samples, int]:
     """Lines are `<image> <class from 1> <species> <breed>`."""
 
     def split(name: str) -> Samples:
-        rows = (line.split() for line in _lines(folder / f"annotations/{name}.txt") if not line.startswith("#"))
-        return [(_inside(folder / "images", f"{row[0]}.jpg"), int(row[1]) - 1) for row in rows]
+        path = folder / f"annotations/{name}.txt"
+        with _as_published(path):
+            rows = (line.split() for line in _lines(path) if not line.startswith("#"))
+            return [(_inside(folder / "images", f"{row[0]}.jpg"), int(row[1]) - 1) for row in rows]
 
     trainval, test = split("trainval"), split("test")
     return trainval, test, len({label for _, label in trainval + test})
@@ -243,7 +278,8 @@ def read_sun(folder: Path) -> tuple[Samples, Samples, int]:
     label = {name: index for index, name in enumerate(_lines(lists / "ClassName.txt"))}
 
     def split(name: str) -> Samples:
-        return [(_inside(folder, line), label[_class_of(line)]) for line in _lines(lists / name)]
+        with _as_published(lists / name):
+            return [(_inside(folder, line.removeprefix("/")), label[_class_of(line)]) for line in _lines(lists / name)]
 
     return split("Training_01.txt"), split("Testing_01.txt"), len(label)
 
@@ -252,10 +288,12 @@ def read_inat(year: int, folder: Path) -> tuple[Samples, Samples, int]:
     """The competition's json files: its validation half is the test set here. Labels: sorted category ids."""
 
     def read(part: str) -> tuple[list[tuple[str, int]], set[int]]:
-        record = read_json(folder / f"{part}{year}.json")
-        files = {image["id"]: image["file_name"] for image in record["images"]}
-        pairs = [(files[row["image_id"]], row["category_id"]) for row in record["annotations"]]
-        return pairs, {category["id"] for category in record.get("categories", [])}
+        path = folder / f"{part}{year}.json"
+        record = read_json(path)
+        with _as_published(path):
+            files = {image["id"]: image["file_name"] for image in record["images"]}
+            pairs = [(files[row["image_id"]], row["category_id"]) for row in record["annotations"]]
+            return pairs, {category["id"] for category in record.get("categories", [])}
 
     (trainval, known), (test, _) = read("train"), read("val")
     categories = sorted(known or {category for _, category in trainval + test})
@@ -270,19 +308,23 @@ def read_inat(year: int, folder: Path) -> tuple[Samples, Samples, int]:
 def read_cog(level: int, folder: Path) -> tuple[Samples, Samples, int]:
     """Two pickles: level -> concepts (wnids), concept -> {"train", "test"} file lists. Labels: sorted concepts."""
     levels = safe_pickle.load(folder / "cog_levels_mapping_file.pkl")
+    with _as_published(folder / "cog_levels_mapping_file.pkl"):
+        chosen = (
+            levels[level - 1] if isinstance(levels, list) else levels[f"L{level}" if f"L{level}" in levels else level]
+        )
+        concepts = sorted({str(concept) for concept in chosen})
     files = safe_pickle.load(folder / "cog_concepts_split_file.pkl")
-    concepts = (
-        levels[level - 1] if isinstance(levels, list) else levels[f"L{level}" if f"L{level}" in levels else level]
-    )
 
     def split(part: str) -> Samples:
         samples = []
-        for label, concept in enumerate(sorted(str(concept) for concept in concepts)):
-            names = (str(name).rpartition("/")[2] for name in files[concept][part])
-            samples += [(_inside(folder / "images", f"{concept}/{name}"), label) for name in names]
+        for label, concept in enumerate(concepts):
+            for name in sorted(str(name) for name in files[concept][part]):  # the suite sorts them too
+                _inside(folder, name.lstrip("/"))
+                samples.append((_inside(folder / "images", f"{concept}/{name.rpartition('/')[2]}"), label))
         return samples
 
-    return split("train"), split("test"), len(set(map(str, concepts)))
+    with _as_published(folder / "cog_concepts_split_file.pkl"):
+        return split("train"), split("test"), len(concepts)
 
 
 def _inat_row(year: int, classes: int, trainval: int, test: int) -> TransferSet:
