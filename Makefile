@@ -95,12 +95,12 @@ $(STAMP):
 	@echo "setup: filling $(VENV) from requirements.lock: downloads 3.5 GB (torch with CUDA 12.8), takes 8 GB of disk, 3 to 5 minutes on a good line."
 	@echo "setup: an interrupted set-up goes on from pip's cache when you run the same command again."
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --disable-pip-version-check --require-hashes -r requirements.lock \
+	@$(PY) -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements.lock \
 	  | { grep -v -e '^Requirement already' -e '^  Using cached' || true; }
 	@rm -f $(VENV)/.installed-* && touch $@
 
 $(DEV_STAMP): $(STAMP)
-	@$(PY) -m pip install --disable-pip-version-check --require-hashes -r requirements-dev.lock \
+	@$(PY) -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements-dev.lock \
 	  | { grep -v -e '^Requirement already' -e '^  Using cached' || true; }
 	@rm -f $(VENV)/.installed-dev-* && touch $@
 
@@ -158,7 +158,8 @@ test: $(DEV_STAMP) $(if $(wildcard /usr/share/wordnet/data.noun),check-prompts) 
 check-prompts: $(DEV_STAMP) ## rebuild prompts/*.tsv from WordNet and compare byte for byte
 	$(PY) prompts/build_tables.py --check
 
-lint: $(DEV_STAMP) ## ruff and mypy
+lint: $(DEV_STAMP) ## ruff, mypy and hadolint
+	$(VENV)/bin/hadolint Dockerfile
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy

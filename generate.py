@@ -5,6 +5,7 @@ Writes OUT/train/<id>/<id>_<index>.jpg, OUT/manifest/<id>.jsonl (one line an ima
 
     python generate.py --classes digits --model models/digits-sd --images-per-class 200         # a CPU, two minutes
     python generate.py --classes imagenet_100                                                    # the paper, one GPU
+    python generate.py --reproduce data/imagenet_100_sd/dataset.json --sample 50                 # is it what it says?
     python -m utils.launch --launcher slurm --chunks 100 generate.py --classes imagenet_1k       # the paper, a cluster
 
 The same command continues where it was stopped, by whatever, and ends with the same bytes on the same hardware and
@@ -15,9 +16,11 @@ within a class and drawn whole, so chunks and interruptions change nothing. Seve
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -40,6 +43,9 @@ from utils.prompts import (
 )
 from utils.storage import AlreadyOwned, free_bytes, require_writable
 
+if TYPE_CHECKING:
+    from utils.diffusion import Sampler
+
 # What an image costs and how it looks. Command-line options replace single values.
 RECIPES = {
     # The released models: Stable Diffusion 1.4, guidance 2 (project page); 50 steps, PNDM, 512 px: SD 1.4's defaults.
@@ -48,6 +54,7 @@ RECIPES = {
     # the noise levels where it matters, (0.28, 5.42] as Kynkäänniemi et al. (NeurIPS 2024) found for latent diffusion.
     "fast": {"scheduler": "dpmpp_2m", "steps": 18, "guidance_scale": 2.0, "guidance_interval": (0.28, 5.42)},
 }
+DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 SCHEDULERS = ("pndm", "ddim", "dpmpp_2m", "euler", "unipc")
 DTYPE_NAMES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
 FORMATS = tuple(datasets.SUFFIXES)
@@ -75,7 +82,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--height", type=positive_int, metavar="PIXELS", help="the model's own size if not given")
     parser.add_argument("--width", type=positive_int, metavar="PIXELS", help="the model's own size if not given")
     # With what
-    parser.add_argument("--model", default="CompVis/stable-diffusion-v1-4", help="pipeline folder or hub id")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="pipeline folder or hub id")
     parser.add_argument("--revision", help="commit or tag of a hub id")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", choices=("auto", "fp16", "bf16", "fp32"), default="auto", help="number format")
@@ -98,6 +105,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     mode.add_argument("--repair", action="store_true", help="verify, then draw again what is damaged or missing")
     mode.add_argument("--preview", action="store_true", help="write contact sheets and OUT/index.html, a gallery")
     mode.add_argument("--pack", action="store_true", help="write a complete dataset as WebDataset tar shards too")
+    mode.add_argument("--reproduce", type=Path, metavar="DATASET.JSON",
+                      help="draw a sample of that dataset again, as it records, and compare")  # fmt: skip
+    parser.add_argument("--sample", type=positive_int, default=50, metavar="N", help="images for --reproduce to draw")
     parser.add_argument("--rate", type=positive_float, metavar="IMAGES_PER_S", help="of one GPU, for --dry-run's hours")
     return parser
 
@@ -108,6 +118,8 @@ def main(args: argparse.Namespace) -> int:
     out = Path(args.out or f"data/{table.name}_sd")
     if args.status or args.verify or args.preview or args.pack:
         return look_at(datasets.open_dataset(out), args)
+    if args.reproduce:
+        return reproduce(args)
     wanted = wanted_recipe(args, table, template)
     datasets.refuse_foreign_folder(out)
     existing = datasets.open_dataset(out) if (out / "dataset.json").exists() else None
@@ -135,24 +147,9 @@ def main(args: argparse.Namespace) -> int:
         return 0
 
     # ===== loading the pipeline =====
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle CPU threads sleep: a shared machine stays usable
-    from utils import diffusion, diffusion_setup
-    from utils.device import resolve_device, resolve_dtype
+    sampler, asked = load(folder, recipe, args.device)
+    from utils import diffusion_setup  # imports torch, which a finished dataset needs not wait for
 
-    device = resolve_device(args.device)
-    dtype = resolve_dtype(recipe["dtype"] or "auto", device)
-    asked = recipe | {"dtype": DTYPE_NAMES[str(dtype)]}
-    asked["attention"] = diffusion_setup.resolve_attention(recipe["attention"] or "auto", device)
-    keys = ("scheduler", "steps", "guidance_scale", "guidance_interval", "height", "width")
-    sampler = diffusion_setup.load_sampler(
-        folder,
-        diffusion.Sampling(**{key: recipe[key] for key in keys}),
-        device,
-        dtype,
-        asked["attention"],
-        recipe["compile"],
-        recipe["safety"] != "off",
-    )
     batch_size = recipe["batch_size"] or diffusion_setup.choose_batch_size(sampler)
 
     # ===== drawing =====
@@ -171,7 +168,7 @@ def main(args: argparse.Namespace) -> int:
     recipe = datasets.settle_recipe(asked, dataset)  # another process may have been first: its batch size counts
     sampler.micro_batch = recipe["batch_size"]
     session = draw(dataset, in_chunk(dataset.folders, args.chunk), sampler, table, template)
-    session |= {"device": str(device), "chunk": args.chunk and "/".join(map(str, args.chunk))}
+    session |= {"device": str(sampler.device), "chunk": args.chunk and "/".join(map(str, args.chunk))}
     totals = datasets.record_session(dataset, session)
     print(
         f"{out}: {totals['images']} of {totals['wanted']} images; this run drew {session['images']} in "
@@ -254,6 +251,29 @@ def settle_with_model(recipe: dict, folder: PipelineFolder) -> dict:
     if recipe["safety"] in ("redraw", "keep") and not folder.has_safety_checker:
         raise UserError(f"--safety {recipe['safety']}: {folder.name} has no safety checker; use --safety off")
     return recipe | {"safety": recipe["safety"] or ("redraw" if folder.has_safety_checker else "off")}
+
+
+def load(folder: PipelineFolder, recipe: dict, device_name: str) -> tuple[Sampler, dict]:
+    """The pipeline, ready to draw by RECIPE, and RECIPE with dtype and attention settled by the device."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle CPU threads sleep: a shared machine stays usable
+    from utils import diffusion, diffusion_setup
+    from utils.device import resolve_device, resolve_dtype
+
+    device = resolve_device(device_name)
+    dtype = resolve_dtype(recipe["dtype"] or "auto", device)
+    recipe = recipe | {"dtype": DTYPE_NAMES[str(dtype)]}
+    recipe["attention"] = diffusion_setup.resolve_attention(recipe["attention"] or "auto", device)
+    keys = ("scheduler", "steps", "guidance_scale", "guidance_interval", "height", "width")
+    sampler = diffusion_setup.load_sampler(
+        folder,
+        diffusion.Sampling(**{key: recipe[key] for key in keys}),
+        device,
+        dtype,
+        recipe["attention"],
+        recipe["compile"],
+        recipe["safety"] != "off",
+    )
+    return sampler, recipe
 
 
 def class_list(table: ClassTable, counts: dict[str, int]) -> list[dict]:
@@ -344,6 +364,64 @@ def repair(dataset: Dataset, args: argparse.Namespace) -> None:
                     inspection.drop_damaged(folder, state)
         except AlreadyOwned:
             print(f"{folder.id}: being drawn by another process, not verified", file=sys.stderr)
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """--reproduce: a sample of a dataset drawn again and compared, and in what this machine differs from its record.
+
+    --model, --device, --dtype, --attention and --batch-size may differ from the record, to see what that does; they
+    are then listed with the other differences. Exit code 0 if all images are byte-equal or near-equal, else 1.
+    """
+    from tqdm import tqdm
+
+    from utils import reproduction
+
+    dataset = reproduction.open_record(args.reproduce)
+    recipe, model = dataset.recipe, dataset.info["model"]
+    table, template = reproduction.recorded_classes(dataset), parse_template(recipe["prompt"])
+    chosen = reproduction.choose_batches(dataset, args.sample, args.seed)
+    if args.model == DEFAULT_MODEL:
+        folder = find_pipeline(model["id"], model["revision"] if not Path(model["id"]).is_dir() else None)
+    else:
+        folder = find_pipeline(args.model, args.revision)
+    hashes = folder.hashes(recipe["safety"] != "off")
+    if other := [name for name in model["files"] | hashes if model["files"].get(name) != hashes.get(name)]:
+        raise UserError(f"--model {folder.name} is not the model {dataset.root} was drawn with: {other[0]} differs")
+
+    sampler, used = load(folder, recipe | own_choices(args, recipe), args.device)
+    sampler.micro_batch = used["batch_size"]
+    images = sum(len(batch) for _, batch in chosen)
+    print(f"{dataset.root}: drawing {images} of its {dataset.images} images again: {len(chosen)} whole batches of "
+          f"{len({folder.id for folder, _ in chosen})} classes")  # fmt: skip
+    with tqdm(total=images, unit="img", desc="reproduce", mininterval=1 if sys.stderr.isatty() else 30) as bar:
+        found = list(reproduction.redraw(dataset, chosen, sampler, table, template, bar))
+
+    for verdict in (reproduction.EQUAL, reproduction.NEAR, reproduction.DIFFERENT, reproduction.LOST):
+        those = [one for one in found if one.verdict == verdict]
+        lowest = min((one.psnr_db for one in those if np.isfinite(one.psnr_db)), default=None)
+        shown = f", PSNR from {lowest:.1f} dB" if lowest is not None else ""
+        names = ", ".join(f"{one.id}_{one.index:06d}" for one in those[:5])
+        print(f"{verdict}: {len(those)}{shown}" + (f" ({names})" if names and verdict != reproduction.EQUAL else ""))
+    differing = [*reproduction.differences(dataset.info["environment"], snapshot())]
+    differing += [(f"recipe.{key}", recipe[key], used[key]) for key in used if used[key] != recipe[key]]
+    print(f"differs here from the record: {len(differing)} facts" if differing else "this machine: as recorded")
+    for name, recorded, here in differing:
+        print(f"  {name}: recorded {json.dumps(recorded)}, here {json.dumps(here)}")
+    if others := reproduction.other_environments(dataset):
+        print(f"note: {others} other environments drew parts of it (sessions.jsonl); which image each drew is not kept")
+    return 0 if all(one.verdict in (reproduction.EQUAL, reproduction.NEAR) for one in found) else 1
+
+
+def own_choices(args: argparse.Namespace, recipe: dict) -> dict:
+    """What --reproduce does otherwise than RECIPE: as asked, or because this device cannot do it as recorded."""
+    from utils.device import resolve_device
+
+    on_gpu = resolve_device(args.device).type == "cuda"
+    return {
+        "dtype": None if recipe["dtype"] == "fp16" and not on_gpu else recipe["dtype"],
+        "attention": None if recipe["attention"] == "xformers" and not on_gpu else recipe["attention"],
+        "batch_size": args.batch_size or recipe["batch_size"],
+    } | {name: getattr(args, name) for name in ("dtype", "attention") if getattr(args, name) != "auto"}
 
 
 def show_plan(

@@ -1,5 +1,5 @@
-# Sourced by build.sh and check.sh: where images live, and with which storage driver.
-# Names of images, layers and temporary files stay apart from the machine's own containers, so that a clean-up is one rm -rf.
+# Sourced by build.sh and check.sh: images, layers and temporary files live apart from the machine's own containers, so
+# that neither sees the other and a clean-up is one `rm -rf`.
 export CONTAINER_CACHE=${CONTAINER_CACHE:-/var/tmp/imagenet-sd-container}
 mkdir -p "$CONTAINER_CACHE/tmp"
 export TMPDIR=$CONTAINER_CACHE/tmp
@@ -21,6 +21,8 @@ storage_driver() {
 STORAGE_DRIVER=${STORAGE_DRIVER:-$(storage_driver)}
 export STORAGE_DRIVER
 
-buildah() {
-  command buildah --root "$CONTAINER_CACHE/storage" --runroot "$CONTAINER_CACHE/run" "$@"
-}
+export CONTAINERS_STORAGE_CONF=$CONTAINER_CACHE/storage.conf
+printf '[storage]\ndriver = "%s"\ngraphroot = "%s/storage"\nrunroot = "%s/run"\n' \
+  "$STORAGE_DRIVER" "$CONTAINER_CACHE" "$CONTAINER_CACHE" >"$CONTAINERS_STORAGE_CONF"
+# Neither a container engine nor user namespaces are needed: a chroot will do.
+export BUILDAH_ISOLATION=chroot
