@@ -22,6 +22,7 @@ trap finish EXIT
 started=$SECONDS
 step() { echo "container: [$((SECONDS - started)) s] $*"; }
 
+commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 tests/container/build.sh "$name" 9>&-
 step "built; the cache holds $(du -sh "$CONTAINER_CACHE" 2>/dev/null | cut -f1)"
 buildah rmi --prune >/dev/null 2>&1 || true # layers of earlier sources
@@ -31,7 +32,7 @@ setting() { buildah inspect --type image --format "$1" "$name"; }
 expect() { [[ "$2" == $3 ]] || { echo "container: $1 is '$2', not '$3'" >&2; exit 1; }; }
 expect user "$(setting '{{.OCIv1.Config.User}}')" 1000
 expect volumes "$(setting '{{.OCIv1.Config.Volumes}}')" '*/app/data*/app/runs*/cache*'
-expect labels "$(setting '{{.OCIv1.Config.Labels}}')" "*image.revision:$(git rev-parse HEAD 2>/dev/null || echo unknown)*"
+expect labels "$(setting '{{.OCIv1.Config.Labels}}')" "*image.revision:$commit*"
 expect environment "$(setting '{{.OCIv1.Config.Env}}')" '*NVIDIA_VISIBLE_DEVICES=all*'
 expect "what it was built with" "$(setting '{{.History}}' | grep -c run/lent || true)" 0
 start=$(setting '{{range .OCIv1.Config.Entrypoint}}{{.}} {{end}}{{range .OCIv1.Config.Cmd}}{{.}} {{end}}')
