@@ -1,7 +1,8 @@
 """`make bench`: speed as ratios to a named peer, both measured in this run on this machine.
 
 Each row is a function in a bench_*.py module beside this file; it measures ours and the peer's way in turn and returns
-    {"row", "ours", "peer", "unit", "ratio", "target", ...}
+    {"row", "ours", "peer", "unit", "ratio", "target", "what", "notes"} and, where the arithmetic sets a limit,
+    "bound" (in the row's unit) with "bound_is" (where it comes from)
 This script runs the rows (each in its own process, so that none inherits another's memory or threads), appends them to
 benchmarks/results.json and writes docs/benchmarks.md from the newest result of every row. Seconds on a shared machine
 drift; ratios of medians taken in turn do not. Nothing here is a test.
@@ -94,7 +95,8 @@ def as_line(result: dict) -> str:
     verdict = "" if result["target"] is None else f" (target {result['target']}, {verdict_of(result)})"
     peer = "" if result["peer"] is None else f", peer {result['peer']:.4g} {result['unit']}"
     ratio = "" if result["ratio"] is None else f": {result['ratio']:.3g} times"
-    return f"{result['row']}: ours {result['ours']:.4g} {result['unit']}{peer}{ratio}{verdict}"
+    bound = "" if result.get("bound") is None else f", {share_of(result)} of the bound"
+    return f"{result['row']}: ours {result['ours']:.4g} {result['unit']}{peer}{ratio}{verdict}{bound}"
 
 
 def verdict_of(result: dict) -> str:
@@ -102,6 +104,14 @@ def verdict_of(result: dict) -> str:
     value = result["ours"] if result["ratio"] is None else result["ratio"]
     met = value <= result["target"] if result.get("lower_is_better") else value >= result["target"]
     return "met" if met else "not met"
+
+
+def share_of(result: dict) -> str:
+    """ "83 %": how much of the bound ours reaches; seconds reach it from above."""
+    if result.get("bound") is None:
+        return ""
+    reached = result["bound"] / result["ours"] if result["unit"].startswith("s ") else result["ours"] / result["bound"]
+    return f"{100 * reached:.0f} %"
 
 
 def as_page(results: list[dict]) -> str:
@@ -113,20 +123,22 @@ def as_page(results: list[dict]) -> str:
         "",
         "Written by `make bench`; do not edit. A row measures ours and the peer's way in turn, in one run.",
         "",
-        "| row | ours | the peer's way | unit | ratio | target | |",
-        "|---|---|---|---|---|---|---|",
+        "| row | ours | the peer's way | unit | ratio | target | | bound | reached |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in shown:
         peer = "" if result["peer"] is None else f"{result['peer']:.4g}"
         ratio = "" if result["ratio"] is None else f"{result['ratio']:.3g}"
         target = "" if result["target"] is None else f"{result['target']}"
         verdict = "" if result["target"] is None else verdict_of(result)
-        lines.append(
-            f"| `{result['row']}` | {result['ours']:.4g} | {peer} | {result['unit']} | {ratio} | {target} | {verdict} |"
-        )
+        bound = "" if result.get("bound") is None else f"{result['bound']:.4g}"
+        cells = [f"`{result['row']}`", f"{result['ours']:.4g}", peer, result["unit"], ratio, target, verdict, bound]
+        lines.append(f"| {' | '.join([*cells, share_of(result)])} |")
     for result in shown:
         lines += ["", f"## {result['row']}", "", result.get("what", "")]
         lines += [f"- {note}" for note in result.get("notes", [])]
+        if result.get("bound") is not None:
+            lines.append(f"- bound: {result['bound_is']}")
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
         lines.append(f"- {result['time'][:10]}, {result['machine']}; {versions}")
     return "\n".join(lines) + "\n"

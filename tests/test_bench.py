@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from benchmarks import bench
+import torch
+
+from benchmarks import bench, bounds
 
 RESULT = {
     "row": "loader_vs_dino",
@@ -32,8 +34,20 @@ def test_a_reached_target_is_met_and_a_missed_one_is_not():
 
 def test_the_page_shows_the_newest_result_of_each_row():
     page = bench.as_page([RESULT | {"ours": 1.0}, RESULT])
-    assert "| `loader_vs_dino` | 300 | 60 | img/s | 5 | 5.0 | met |" in page
+    assert "| `loader_vs_dino` | 300 | 60 | img/s | 5 | 5.0 | met |  |  |" in page
     assert "512 px JPEGs to crops." in page and "- one core" in page and "torch 2.10.0" in page
+
+
+def test_the_share_of_the_bound_is_reached_from_below_by_rates_and_from_above_by_seconds():
+    bounded = RESULT | {"bound": 400.0, "bound_is": "decoding alone"}
+    assert bench.share_of(bounded) == "75 %" and bench.share_of(RESULT) == ""
+    assert bench.share_of(bounded | {"unit": "s a probe", "ours": 800.0}) == "50 %"
+    page = bench.as_page([bounded])
+    assert "| met | 400 | 75 % |" in page and "- bound: decoding alone" in page
+
+
+def test_the_arithmetic_of_a_matrix_product_is_counted():
+    assert bounds.count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
 
 
 def test_the_list_names_every_row_without_measuring():

@@ -38,30 +38,29 @@ def test_the_path_finds_scikit_learns_minimum(features, n):
     same = []
     for c in (1e-4, 1e-2, 1.0, 100.0, 1e4):
         reference = LogisticRegression(C=c, max_iter=20000, tol=1e-8).fit(x.astype(np.float64), y)
-        ours = probe.LogisticPath(x, y)
-        predict = ours.fit(c, tolerance=1e-9)
+        ours = probe.LogisticSolver(x, y).solve(c)
         lowest = objective(x, y, c, reference.coef_.T, reference.intercept_)
         assert objective(x, y, c, ours.coefficients, ours.offset) == pytest.approx(lowest, rel=1e-4)
-        same.append((predict(test) == reference.predict(test)).mean())
+        same.append((ours(test) == reference.predict(test)).mean())
     assert np.mean(same) >= 0.999  # of 5 x 1197 predictions a few lie on a border
 
 
 def test_a_warm_start_ends_where_a_cold_one_does(features):
     x, y = features["trainval"]
-    warm = probe.LogisticPath(x, y)
+    solver, warm = probe.LogisticSolver(x, y), None
     for c in (1e-3, 1e-2, 0.1):
-        warm.fit(c)
-    warm.fit(1.0, tolerance=1e-9)
-    cold = probe.LogisticPath(x, y)
-    cold.fit(1.0, tolerance=1e-9)
+        warm = solver.fit(c, warm)
+    warm = solver.fit(1.0, warm, exact=True)
+    cold = probe.LogisticSolver(x, y).solve(1.0)
     assert objective(x, y, 1.0, warm.coefficients, warm.offset) == pytest.approx(
         objective(x, y, 1.0, cold.coefficients, cold.offset), rel=1e-5
     )
+    assert warm.objective * len(x) == pytest.approx(objective(x, y, 1.0, warm.coefficients, warm.offset), rel=1e-5)
 
 
 def test_labels_need_not_be_consecutive(features):
     x, y = features["trainval"]
-    predict = probe.LogisticPath(x, y * 7 + 3).fit(1.0)
+    predict = probe.LogisticSolver(x, y * 7 + 3).fit(1.0)
     assert set(predict(x)) <= {label * 7 + 3 for label in range(10)}
     assert (predict(x) == y * 7 + 3).mean() > 0.9
 
@@ -80,7 +79,7 @@ def test_fast_is_as_accurate_as_the_suites_search(features, kind, monkeypatch):
 
 def test_the_probe_reports_what_its_classifier_gets_right(features):
     result = probe.run_probe(features, protocol="fast", seed=0, kind="logreg")
-    predict = probe.LogisticPath(*features["trainval"]).fit(result["chosen"]["C"])
+    predict = probe.fit_logreg(features["trainval"], result["chosen"], 0, "cpu")
     x, y = features["test"]
     assert result["top1"] == pytest.approx(100 * (predict(x) == y).mean(), abs=0.2)
     by_class = [100 * (predict(x[y == label]) == label).mean() for label in range(10)]

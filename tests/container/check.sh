@@ -11,6 +11,7 @@ done
 source tests/container/storage.sh
 exec 9>"$CONTAINER_CACHE/lock"
 flock 9 # one check at a time: they share the layers
+buildah rm --all >/dev/null 2>&1 || true # containers of a check that was killed
 
 name=localhost/imagenet-sd:test
 containers=()
@@ -50,6 +51,8 @@ offline() { # offline CONTAINER COMMAND...; OPTIONS are buildah's
 }
 OPTIONS=()
 container=$(buildah from --pull-never "$name"); containers+=("$container")
+# buildah may mount the image's own volumes over those of the command line; docker and podman prefer the latter.
+buildah config --volume /app/data- --volume /app/runs- --volume /cache- "$container"
 
 step "docker run imagenet-sd: $start"
 # shellcheck disable=SC2086 # words of the entry point
