@@ -32,12 +32,11 @@ def site_options(path: Path, script: str, parser: argparse.ArgumentParser) -> li
         raise UserError(f"--site {path}: not valid TOML ({error})") from None
     known = {action.dest: action for action in parser._actions if action.dest not in NOT_A_SITES}
     options: list[str] = []
+    if flat := [table for table in TABLES if not isinstance(values.get(table, {}), dict)]:
+        raise UserError(f"--site {path}: {flat[0]} is a script's name; write it as a table, [{flat[0]}]")
     for table in ("", *TABLES):
-        entries = {key: value for key, value in values.items() if not isinstance(value, dict)} if not table else {}
-        entries = values.get(table, {}) if table else entries
-        if not isinstance(entries, dict):
-            raise UserError(f"--site {path}: {table} is a script's name; write it as a table, [{table}]")
-        for key, value in entries.items():
+        everywhere = {key: value for key, value in values.items() if not isinstance(value, dict)}
+        for key, value in (values.get(table, {}) if table else everywhere).items():
             if key not in known:
                 where = f"[{table}] " if table else ""
                 names = ", ".join(sorted(known))
