@@ -23,7 +23,7 @@ def snapshot() -> dict:
         "packages": {name: package_version(name) for name in PACKAGES},
         "git_commit": git_commit(),
         "lock_sha256": sha256_file(lock) if lock.exists() else None,
-        "image_digest": os.environ.get("IMAGE_DIGEST"),  # set by the container
+        "image_digest": os.environ.get("IMAGE_DIGEST"),  # set by the launcher, or docker run -e
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
