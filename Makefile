@@ -130,22 +130,23 @@ demo: $(STAMP) ## generate, train and judge handwritten digits in minutes, witho
 	@echo "demo: open $(DEMO)/report.html"
 
 # ===== the paper's three steps =====
+# `set -x` shows the command with its values: one that can be copied.
 GENERATE = generate.py --classes "$$CLASSES" --prompt "$$PROMPT" --guidance-scale "$$GUIDANCE" \
   --images-per-class "$$IMAGES_PER_CLASS" --model "$$MODEL" --device "$$DEVICE"
 TRAIN = train.py --data "data/$$DATASET" --device "$$DEVICE"
 EVALUATE = evaluate.py --checkpoint "runs/$$DATASET" --data-root "$$DATA_ROOT" --device "$$DEVICE"
 
 generate: $(STAMP) ## draw a synthetic dataset: make generate CLASSES=100
-	$(call LAUNCH,$(if $(CHUNKS),--chunks $(CHUNKS))) $(GENERATE) $(if $(OUT),--out "$$OUT") $(ARGS)
+	@set -x; $(call LAUNCH,$(if $(CHUNKS),--chunks $(CHUNKS))) $(GENERATE) $(if $(OUT),--out "$$OUT") $(ARGS)
 
 train: $(STAMP) ## train a ResNet50 from scratch on it: make train DATASET=imagenet_100_sd
-	$(call LAUNCH,$(if $(NODES),--nodes $(NODES))) $(TRAIN) --out "$${OUT:-runs/$$DATASET}" $(ARGS)
+	@set -x; $(call LAUNCH,$(if $(NODES),--nodes $(NODES))) $(TRAIN) --out "$${OUT:-runs/$$DATASET}" $(ARGS)
 
 evaluate: $(STAMP) ## judge the trained model on real images: make evaluate DATASET=imagenet_100_sd
-	$(call LAUNCH,) $(EVALUATE) $(if $(OUT),--out "$$OUT") $(ARGS)
+	@set -x; $(call LAUNCH,) $(EVALUATE) $(if $(OUT),--out "$$OUT") $(ARGS)
 
 pipeline: $(STAMP) ## generate, verify, train, evaluate; on slurm queued at once, each waiting for the one before
-	$(PY) -m utils.launch $(strip $(LAUNCH_OPTIONS)) $(if $(CHUNKS),--chunks $(CHUNKS)) $(GENERATE) --out "data/$$DATASET" $(ARGS) \
+	@set -x; $(PY) -m utils.launch $(strip $(LAUNCH_OPTIONS)) $(if $(CHUNKS),--chunks $(CHUNKS)) $(GENERATE) --out "data/$$DATASET" $(ARGS) \
 	  --then --chunks 1 $(GENERATE) --out "data/$$DATASET" $(ARGS) --verify \
 	  --then $(if $(NODES),--nodes $(NODES)) $(TRAIN) --out "runs/$$DATASET" $(TRAIN_ARGS) \
 	  --then $(EVALUATE) $(EVALUATE_ARGS)

@@ -16,6 +16,7 @@ within a class and drawn whole, so chunks and interruptions change nothing. Seve
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import sys
@@ -324,9 +325,9 @@ def show_status(dataset: Dataset, folders: list[ClassFolder]) -> None:
     report_foreign(dataset, states)
     rate, age = inspection.images_per_second([moment for state in states for moment in state.times])
     if missing + damaged and rate:
-        hours = (missing + damaged) / rate / 3600
+        rest = datetime.timedelta(seconds=round((missing + damaged) / rate))
         state = "newest image" if age < 1800 else "idle: newest image"
-        print(f"{state} {age:.0f} s old; at its last {rate:.2f} images/s the rest takes {hours:.2f} hours")
+        print(f"{state} {age:.0f} s old; at its last {rate:.2f} images/s the rest takes {rest}")
 
 
 def verify(dataset: Dataset, folders: list[ClassFolder]) -> int:

@@ -195,7 +195,11 @@ def test_status_counts_and_estimates(tmp_path, tiny, capsys):
     assert call(out, tiny, "--status") == 0
     text = capsys.readouterr().out
     assert f"{ONE}: 5 of 7 done, 2 missing, 0 damaged" in text and f"{TWO}: 6 of 7 done, 0 missing, 1 damaged" in text
-    assert "18 of 21 images done, 2 missing, 1 damaged" in text and "1 of 3 complete" in text and "hours" in text
+    assert (
+        "18 of 21 images done, 2 missing, 1 damaged" in text
+        and "1 of 3 complete" in text
+        and "the rest takes 0:00:" in text
+    )
 
 
 # ===== refusals: one line, exit 2, nothing written =====
