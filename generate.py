@@ -386,8 +386,8 @@ def reproduce(args: argparse.Namespace) -> int:
     else:
         folder = find_pipeline(args.model, args.revision)
     hashes = folder.hashes(recipe["safety"] != "off")
-    if other := [name for name in model["files"] | hashes if model["files"].get(name) != hashes.get(name)]:
-        raise UserError(f"--model {folder.name} is not the model {dataset.root} was drawn with: {other[0]} differs")
+    for name, _, _ in reproduction.differences(model["files"], hashes):
+        raise UserError(f"--model {folder.name} is not the model {dataset.root} was drawn with: {name} differs")
 
     sampler, used = load(folder, recipe | own_choices(args, recipe), args.device)
     sampler.micro_batch = used["batch_size"]
@@ -404,7 +404,7 @@ def reproduce(args: argparse.Namespace) -> int:
         names = ", ".join(f"{one.id}_{one.index:06d}" for one in those[:5])
         print(f"{verdict}: {len(those)}{shown}" + (f" ({names})" if names and verdict != reproduction.EQUAL else ""))
     differing = [*reproduction.differences(dataset.info["environment"], snapshot())]
-    differing += [(f"recipe.{key}", recipe[key], used[key]) for key in used if used[key] != recipe[key]]
+    differing += reproduction.differences(recipe, used, "recipe")
     print(f"differs here from the record: {len(differing)} facts" if differing else "this machine: as recorded")
     for name, recorded, here in differing:
         print(f"  {name}: recorded {json.dumps(recorded)}, here {json.dumps(here)}")

@@ -76,8 +76,7 @@ def differences(recorded: Any, here: Any, name: str = "") -> Iterator[tuple[str,
 
 def other_environments(dataset: Dataset) -> int:
     """How many different environments, besides the one in dataset.json, took part in drawing it."""
-    sessions = read_jsonl(dataset.root / "sessions.jsonl") if (dataset.root / "sessions.jsonl").exists() else []
-    found = {repr(line.get("environment")) for line in sessions}
+    found = {repr(line.get("environment")) for line in read_jsonl(dataset.root / "sessions.jsonl")}
     return len(found - {repr("as in dataset.json")})
 
 

@@ -34,8 +34,8 @@ def site_options(path: Path, script: str, parser: argparse.ArgumentParser) -> li
     options: list[str] = []
     if flat := [table for table in TABLES if not isinstance(values.get(table, {}), dict)]:
         raise UserError(f"--site {path}: {flat[0]} is a script's name; write it as a table, [{flat[0]}]")
+    everywhere = {key: value for key, value in values.items() if not isinstance(value, dict)}
     for table in ("", *TABLES):
-        everywhere = {key: value for key, value in values.items() if not isinstance(value, dict)}
         for key, value in (values.get(table, {}) if table else everywhere).items():
             if key not in known:
                 where = f"[{table}] " if table else ""
