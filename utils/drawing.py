@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -42,11 +42,7 @@ class Batch:
 
 
 def draw(dataset: Dataset, folders: list[ClassFolder], sampler, table: ClassTable, template: Template) -> dict:
-    """Draw every open batch of FOLDERS; return {"images", "seconds", "images_per_s", "unet_forwards"} of this run.
-
-    One batch is denoised while the one before is decoded, checked, encoded and written by another thread. On a CPU
-    decoding stays in the main thread: it would take the UNet's cores.
-    """
+    """Draw every open batch of FOLDERS; return {"images", "seconds", "images_per_s", "unet_forwards"} of this run."""
     rows = {row.wnid: row for row in table.rows}
     pending = {folder.id: sum(map(len, folder.open_batches())) for folder in folders}
     wanted = sum(folder.count for folder in folders)
@@ -55,28 +51,18 @@ def draw(dataset: Dataset, folders: list[ClassFolder], sampler, table: ClassTabl
                mininterval=1 if sys.stderr.isatty() else 30)  # fmt: skip
     studio = Studio(dataset.recipe, sampler, bar)
 
-    def settle(batch: Batch, drawing: Future) -> None:
-        nonlocal drawn, forwards
-        entries = studio.redraw(batch, drawing.result())
-        batch.folder.commit([entries[index] for index in sorted(entries)])
-        if batch.lock:
-            batch.lock.close()
-        drawn += len(entries)
-        forwards += sampler.forwards_per_image * sum(1 + entry["attempt"] for entry in entries.values())
-        bar.update(len(entries))
-
-    with bar, ThreadPoolExecutor(1) as hand:
-        drawings: deque[tuple[Batch, Future]] = deque()
-        for batch in claim_batches(folders, rows, template, dataset.recipe, pending, bar):
-            if batch is not None:
-                drawings.append((batch, studio.start(batch, hand)))
-            while len(drawings) > (1 if batch else 0):
-                settle(*drawings.popleft())
+    with bar:
+        for batch, entries in studio.draw(claim_batches(folders, rows, template, dataset.recipe, pending, bar)):
             if batch is None:  # other processes draw all classes that are left
                 bar.set_postfix_str("waiting for other processes")
                 time.sleep(1)
-        while drawings:
-            settle(*drawings.popleft())
+                continue
+            batch.folder.commit([entries[index] for index in sorted(entries)])
+            if batch.lock:
+                batch.lock.close()
+            drawn += len(entries)
+            forwards += sampler.forwards_per_image * sum(1 + entry["attempt"] for entry in entries.values())
+            bar.update(len(entries))
     seconds = time.monotonic() - started
     return {
         "images": drawn,
@@ -120,13 +106,31 @@ def claim_batches(
 
 
 class Studio:
-    """Turns batches into files: denoise, decode, judge, encode, write, and again for what was rejected."""
+    """Turns batches into files: denoise, decode, judge, encode, write, and again for what was rejected.
+
+    One batch is denoised while the one before is decoded, checked, encoded and written by another thread. On a CPU
+    decoding stays in the main thread: it would take the UNet's cores.
+    """
 
     def __init__(self, recipe: dict, sampler, bar):
         self.recipe, self.sampler, self.bar = recipe, sampler, bar
         on_cpu = sampler.device.type == "cpu"
         self.decode_beside = sampler.device.type == "cuda"
         self.encoders = ThreadPoolExecutor(1 if on_cpu else min(8, os.cpu_count() or 1))
+
+    def draw(self, batches: Iterable[Batch | None]) -> Iterator[tuple[Batch | None, dict[int, dict]]]:
+        """(batch, {index: manifest entry}) of BATCHES, in order; a None comes out when all before it are written."""
+        begun: deque[tuple[Batch, Future]] = deque()
+        with ThreadPoolExecutor(1) as hand:
+            for batch in batches:
+                if batch is not None:
+                    begun.append((batch, self.start(batch, hand)))
+                while len(begun) > (1 if batch else 0):
+                    yield self.finish(*begun.popleft())
+                if batch is None:
+                    yield None, {}
+            while begun:
+                yield self.finish(*begun.popleft())
 
     def start(self, batch: Batch, hand: ThreadPoolExecutor) -> Future:
         """Denoise BATCH here and have the rest done by HAND. Result: (manifest entries, rejected), see write()."""
@@ -135,12 +139,12 @@ class Studio:
             return hand.submit(lambda: self.write(batch, batch.prompts, 0, {}, *self.develop(latents, ready)))
         return hand.submit(self.write, batch, batch.prompts, 0, {}, *self.develop(latents))
 
-    def redraw(self, batch: Batch, drawn: tuple[dict, dict]) -> dict[int, dict]:
-        """{index: entry} of the whole batch: the images rejected at one attempt make up the batch of the next.
+    def finish(self, batch: Batch, drawing: Future) -> tuple[Batch, dict[int, dict]]:
+        """BATCH with all its entries: the images rejected at one attempt make up the batch of the next.
 
         So the composition of every attempt follows from the batch alone.
         """
-        entries, rejected = drawn
+        entries, rejected = drawing.result()
         attempt = 0
         while rejected:
             attempt += 1
@@ -148,7 +152,7 @@ class Studio:
             pixels = self.develop(self.denoise(prompts, attempt))
             more, rejected = self.write(batch, prompts, attempt, rejected, *pixels)
             entries |= more
-        return entries
+        return batch, entries
 
     def denoise(self, prompts: list[Prompt], attempt: int):
         seeds = [self.seed(prompt, attempt) for prompt in prompts]

@@ -9,10 +9,7 @@ from __future__ import annotations
 import math
 import random
 import tempfile
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,34 +101,29 @@ def choose_batches(dataset: Dataset, images: int, seed: int) -> list[tuple[Class
 def redraw(
     dataset: Dataset, chosen: list[tuple[ClassFolder, range]], sampler, table: ClassTable, template: Template, bar
 ) -> Iterator[Comparison]:
-    """Draw CHOSEN again, as the first time, redraws included; compare every image."""
-    studio, rows = Studio(dataset.recipe, sampler, bar), {row.wnid: row for row in table.rows}
-    with ExitStack() as stack:
-        room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imagenet-sd-")))
-        hand = stack.enter_context(ThreadPoolExecutor(1))
-        drawings: deque[tuple[ClassFolder, Batch, Future]] = deque()
+    """Draw CHOSEN again, as the first time, rejections included; compare every image."""
+    rows, old = {row.wnid: row for row in table.rows}, {folder.id: folder for folder, _ in chosen}
+
+    def batches(room: Path) -> Iterator[Batch]:
         for folder, indices in chosen:
             new = replace(folder, root=room)
             new.images.mkdir(parents=True, exist_ok=True)
-            batch = Batch(new, prompts_of(rows[folder.id], template, indices, dataset.recipe), None)
-            drawings.append((folder, batch, studio.start(batch, hand)))
-            if len(drawings) > 1:
-                yield from _settle(studio, *drawings.popleft())
-        while drawings:
-            yield from _settle(studio, *drawings.popleft())
+            yield Batch(new, prompts_of(rows[folder.id], template, indices, dataset.recipe), None)
+
+    with tempfile.TemporaryDirectory(prefix="imagenet-sd-") as room:
+        for batch, entries in Studio(dataset.recipe, sampler, bar).draw(batches(Path(room))):
+            assert batch  # batches() never waits
+            recorded = old[batch.folder.id].entries()
+            for index in sorted(entries):
+                new = batch.folder.path(index)
+                yield compare(old[batch.folder.id], index, recorded[index], new, entries[index])
+                new.unlink()
+                bar.update(1)
 
 
 def prompts_of(row: ClassRow, template: Template, indices: range, recipe: dict) -> list[Prompt]:
     prompts = class_prompts(row, template, indices.stop, recipe["seed"], recipe["names"])
     return [prompt for prompt in prompts if prompt.index in indices]
-
-
-def _settle(studio: Studio, folder: ClassFolder, batch: Batch, drawing: Future) -> Iterator[Comparison]:
-    recorded = folder.entries()
-    for index, entry in sorted(studio.redraw(batch, drawing.result()).items()):
-        yield compare(folder, index, recorded[index], batch.folder.path(index), entry)
-        batch.folder.path(index).unlink()
-        studio.bar.update(1)
 
 
 def compare(folder: ClassFolder, index: int, recorded: dict, new: Path, entry: dict) -> Comparison:
