@@ -127,11 +127,15 @@ def _accuracy(predict: Callable[[np.ndarray], np.ndarray], split: Split) -> floa
 
 
 def search_suite_logreg(train: Split, held: Split, trials: Trials, seed: int, device: Any) -> tuple[Setting, float]:
-    return _tpe(
-        lambda trial: {"C": trial.suggest_float("C", *C_RANGE, log=True)},
-        lambda setting: trials(setting, lambda: _accuracy(fit_sklearn(train, setting, seed, device), held)),
-        seed,
-    )
+    def judge(setting: Setting) -> float:
+        return trials(setting, lambda: _accuracy(fit_sklearn(train, setting, seed, device), held))
+
+    return search_suite_c(judge, seed)
+
+
+def search_suite_c(judge: Callable[[Setting], float], seed: int) -> tuple[Setting, float]:
+    """The suite's choice of C and its accuracy, where JUDGE tells the held-out accuracy at one."""
+    return _tpe(lambda trial: {"C": trial.suggest_float("C", *C_RANGE, log=True)}, judge, seed)
 
 
 def _tpe(suggest: Callable[[Any], Setting], judge: Callable[[Setting], float], seed: int) -> tuple[Setting, float]:
@@ -196,7 +200,6 @@ class LogisticSolution:
 
     weights: torch.Tensor
     bias: torch.Tensor
-    objective: float  # the mean loss plus |W|^2 / (2 C N)
     coefficients: np.ndarray  # (D, K), of the features as they came
     offset: np.ndarray  # (K,)
     classes: np.ndarray  # (K,)
@@ -249,7 +252,7 @@ class LogisticSolver:
         weights = start.weights.to(x.dtype) if start else x.new_zeros(x.shape[1], k)
         bias = start.bias.to(x.dtype) if start else x.new_zeros(k)
         if k == 1:
-            return self._solution(weights, bias, 0.0)
+            return self._solution(weights, bias)
         p = log_softmax(torch.addmm(bias, x, weights), 1).exp_()
         curvature = float((p * (1 - p)).mean()) + 1e-9
         scale = (curvature * self.variances + penalty).rsqrt().to(x.dtype)[:, None]  # (D, 1)
@@ -283,13 +286,13 @@ class LogisticSolver:
             if before - now < TOLERANCE * now:
                 break
             before = now
-        return self._solution(scaled.detach() * scale, scaled_bias.detach() * bias_scale, float(closure()))
+        return self._solution(scaled.detach() * scale, scaled_bias.detach() * bias_scale)
 
-    def _solution(self, weights: torch.Tensor, bias: torch.Tensor, objective: float) -> LogisticSolution:
+    def _solution(self, weights: torch.Tensor, bias: torch.Tensor) -> LogisticSolution:
         coefficients = self.axes @ weights.double()
         offset = bias.double() - self.mean @ coefficients
         arrays = coefficients.float().cpu().numpy(), offset.float().cpu().numpy()
-        return LogisticSolution(weights, bias, objective, arrays[0], arrays[1], self.classes)
+        return LogisticSolution(weights, bias, arrays[0], arrays[1], self.classes)
 
 
 # ===== SGD =====
