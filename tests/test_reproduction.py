@@ -13,6 +13,7 @@ from PIL import Image
 from tests.test_generate import ZERO, call, entries, files_of, tiny, tiny_safe  # noqa: F401
 from utils import reproduction
 from utils.drawing import encode_image
+from utils.environment import cpu_has_bf16
 from utils.storage import sha256_bytes
 
 
@@ -91,7 +92,7 @@ def test_what_differs_from_the_record_is_listed(drawn, capsys):
     said = capsys.readouterr().out
     assert 'cpu: recorded "Abacus 9", here ' in said and 'packages.torch: recorded "1.12.0", here "2.10.0' in said
     assert 'gpus: recorded ["NVIDIA A100"], here []' in said
-    assert 'recipe.dtype: recorded "fp16", here "fp32"' in said
+    assert f'recipe.dtype: recorded "fp16", here "{"bf16" if cpu_has_bf16() else "fp32"}"' in said
     assert 'recipe.attention: recorded "xformers", here "sdpa"' in said
     assert "recipe.batch_size: recorded 3, here 1" in said
 
