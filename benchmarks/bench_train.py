@@ -290,8 +290,10 @@ def train_data_wait() -> dict:
 def augment_share() -> dict:
     """Device-side augmentation as a share of forward + backward + augmentation, in turn on the same batch."""
     from utils.augment import AugmentSpec, augment, draw
+    from utils.device import resolve_device, resolve_dtype
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device("auto")
+    dtype = resolve_dtype("auto", device)
     count = 64 if device.type == "cuda" else STEP_IMAGES
     shared = dict(flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grayscale=0.2)
     specs = [AugmentSpec(**shared, blur=0.2, solarize=0.2), AugmentSpec(**shared, blur=0.5)]
@@ -301,7 +303,7 @@ def augment_share() -> dict:
         for n, size in ((1, 224), (8, 96))
     ]
     samples, calls = np.arange(count), iter(range(10**6))
-    model = models.resnet50(num_classes=100).to(device)
+    model = models.resnet50(num_classes=100).to(device, memory_format=torch.channels_last)
     targets = torch.zeros(9 * count, dtype=torch.int64, device=device)
 
     def views() -> list[torch.Tensor]:
@@ -311,7 +313,7 @@ def augment_share() -> dict:
             for i, (images, spec, n) in enumerate(zip(pixels, specs, (1, 8), strict=True))
         ]
 
-    ready = views()
+    ready = [view.contiguous(memory_format=torch.channels_last) for view in views()]
 
     def wait() -> None:
         if device.type == "cuda":
@@ -323,7 +325,7 @@ def augment_share() -> dict:
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = torch.cat([model(view).float() for view in ready])
         functional.cross_entropy(logits, targets).backward()
         wait()
@@ -342,7 +344,10 @@ def augment_share() -> dict:
         "lower_is_better": True,
         "what": "Flip, colour jitter, grayscale, blur, solarize and normalisation of a batch on the device: share of "
         "the training step of ResNet50 on its 1 + 8 crops.",
-        "notes": [f"measured on the {where}; {count} images: {1000 * mine:.0f} ms of {1000 * (mine + rest):.0f} ms"],
+        "notes": [
+            f"measured on the {where}; {count} images, the step in {str(dtype).removeprefix('torch.')}: "
+            f"{1000 * mine:.0f} ms of {1000 * (mine + rest):.0f} ms"
+        ],
     }
 
 
