@@ -172,14 +172,6 @@ class Dataset:
 
         return transfer.load(self.name, self.folder)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        if self.transfer:
-            return self.loaded.fingerprint
-        from utils.features import fingerprint
-
-        return fingerprint(self.loaded.samples)
-
 
 def known_datasets() -> dict[str, str]:
     """name -> group of every dataset with a row in a table."""
@@ -271,7 +263,7 @@ class Job:
     @cached_property
     def key(self) -> str:
         """What a result depends on, hashed: rows of results.jsonl with this key need not be computed again."""
-        facts = [FORMAT, self.source.sha256, self.dataset.name, self.dataset.fingerprint, self.protocol]
+        facts = [FORMAT, self.source.sha256, self.dataset.name, self.dataset.loaded.fingerprint, self.protocol]
         facts += [self.args.classes, self.source.args.get("class_ids")]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 

@@ -99,16 +99,44 @@ def test_a_metric_measured_again_replaces_the_earlier(tmp_path):
     assert model.cells["DTD", "top1"].value == 1.5
 
 
+def write_row(results: Path, value: float, **facts) -> None:
+    row = {"model": "a", "dataset": "DTD", "group": "small", "metric": "top1", "value": value, "seed": 0}
+    append_jsonl(results, row | {"checkpoint_sha256": "f1", "protocol": "fast"} | facts)
+
+
+def test_rows_of_an_earlier_checkpoint_or_protocol_are_no_seeds(tmp_path):
+    results = tmp_path / "results.jsonl"
+    write_row(results, 10, checkpoint_sha256="e0")  # judged in mid-training
+    write_row(results, 11, checkpoint_sha256="e0", dataset="Pets")  # and not judged again
+    write_row(results, 20, protocol="paper", seed=3)
+    write_row(results, 30)
+    write_row(results, 32, seed=1)
+    (model,) = report.group_models(report.read_results([results]))
+    assert list(model.cells) == [("DTD", "top1")] and model.checkpoints == {"f1"}
+    assert (model.cells["DTD", "top1"].value, model.cells["DTD", "top1"].runs) == (31, 2)
+
+
+def test_two_models_of_one_name_are_refused(tmp_path):
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        write_row(tmp_path / f"{number}/results.jsonl", 10, checkpoint_sha256=f"f{number}")
+    with pytest.raises(UserError, match=r"0/results.jsonl and .*1/results.jsonl hold two different models called a;"):
+        report.read_results([tmp_path / f"{number}/results.jsonl" for number in range(2)])
+
+
 def test_a_look_at_classes_counts_a_sets_images_once(tmp_path):
     for seed in range(2):
         folder = tmp_path / f"a-seed{seed}"
         (folder / "eval").mkdir(parents=True)
         row = {"model": f"a-seed{seed}", "dataset": "fruit", "group": "folder", "metric": "top1", "value": 75, "n": 8}
-        append_jsonl(folder / "results.jsonl", row | {"seed": seed})
+        append_jsonl(folder / "results.jsonl", row | {"seed": seed, "checkpoint_sha256": f"f{seed}"})
+        other = {"dataset": "fruit", "checkpoint_sha256": "e0", "class_ids": ["a"], "class_names": ["a"]}
+        write_json(folder / "eval/fruit.e0.json", other | {"per_class": [{"id": "a", "n": 50, "top1": 0.0}]})
         write_json(
             folder / "eval/fruit.json",
             {
                 "dataset": "fruit",
+                "checkpoint_sha256": f"f{seed}",
                 "class_ids": ["a", "b"],
                 "class_names": ["apple, malus", "pear"],
                 "per_class": [{"id": "a", "n": 4, "top1": 100.0}, {"id": "b", "n": 4, "top1": 50.0 * seed}],

@@ -257,6 +257,19 @@ def test_real_skips_3163_images_and_is_offset_by_one(tmp_path, real_labels, monk
     assert 20 < 100 * correct[1] / 46_837 < 95  # the comparison had something to compare
 
 
+def test_corrected_labels_are_another_set(tmp_path, real_labels, monkeypatch):
+    """The images are the same, but results with the old labels must not count as done."""
+    name = "ILSVRC2012_val_00000001.JPEG"
+    fill(tmp_path / "imagenet/val", [name])
+    val = testsets.LoadedSet("IN-Val", list(IDS), [(f"{tmp_path}/imagenet/val/{name}", 0)])
+    monkeypatch.setattr(testsets, "read_val", lambda *_: val)
+    folder = tmp_path / "imagenet/val"
+    before = testsets.read_real("IN-ReaL", folder, tmp_path).fingerprint
+    assert testsets.read_real("IN-ReaL", folder, tmp_path).fingerprint == before
+    (tmp_path / "imagenet/real.json").write_text(json.dumps([[7], *real_labels[1:]]))
+    assert testsets.read_real("IN-ReaL", folder, tmp_path).fingerprint != before
+
+
 def test_real_is_found_by_its_labels(tmp_path):
     fill(tmp_path / "imagenet/val", [])
     assert testsets.found("IN-Val", tmp_path)[0]

@@ -55,7 +55,7 @@ class Model:
     color: str
     published: bool
     folders: list[Path] = field(default_factory=list)  # of its results.jsonl
-    checkpoints: list[str] = field(default_factory=list)
+    checkpoints: set[str] = field(default_factory=set)  # sha256
     cells: dict[tuple[str, str], Cell] = field(default_factory=dict)  # (dataset, metric)
 
 
@@ -77,7 +77,7 @@ def write_report(
         "tables": make_tables(models, rows),
         "legend": CELL_LEGEND,
         "curves": training_curves({model.name: (model.color, model.folders) for model in models}),
-        "looks": close_looks({model.name: model.folders for model in models}),
+        "looks": close_looks({model.name: (model.folders, model.checkpoints) for model in models}),
         "sheets": contact_sheets(show_data),
         **provenance([folder for model in models for folder in model.folders], show_data),
     }
@@ -98,23 +98,44 @@ def write_report(
 
 
 def read_results(paths: Sequence[Path]) -> list[dict]:
-    """The rows of all files, each with its "folder"; a metric measured again replaces the earlier line."""
-    newest: dict[tuple, dict] = {}
+    """The rows of all files that still hold, each with its "folder".
+
+    In one file a model's last checkpoint counts, not an earlier one that was judged in mid-training, and so does the
+    last protocol of each metric; a metric measured again replaces the earlier line. UserError if two files hold
+    different checkpoints of one name.
+    """
+    kept: list[dict] = []
+    owners: dict[str, tuple[Path, str | None]] = {}  # model -> its file and checkpoint
     for path in paths:
-        if not Path(path).is_file():
-            raise UserError(f"--report: no file {path}; give results.jsonl files that evaluate.py wrote")
-        rows = read_jsonl(path)
-        if not rows:
-            raise UserError(f"--report: {path} holds no result; run evaluate.py on its checkpoint first")
-        for row in rows:
-            missing = {"model", "dataset", "metric", "value"} - row.keys()
-            if missing:
+        rows = _read_rows(path)
+        checkpoint = {row["model"]: row.get("checkpoint_sha256") for row in rows}
+        protocol = {(row["model"], row["dataset"], row["metric"]): row.get("protocol") for row in rows}
+        for model, sha256 in checkpoint.items():
+            other, its = owners.setdefault(model, (path, sha256))
+            if its != sha256:
                 raise UserError(
-                    f"--report: {path} has a line without {', '.join(sorted(missing))}; is it a results.jsonl?"
+                    f"--report: {other} and {path} hold two different models called {model}; judge one again under "
+                    "another name (evaluate.py --checkpoint NAME=...)"
                 )
-            key = (row["model"], row.get("checkpoint_sha256"), row["dataset"], row["metric"], row.get("seed"))
-            newest[key] = row | {"folder": Path(path).parent}
-    return list(newest.values())
+        newest: dict[tuple, dict] = {}
+        for row in rows:
+            key = (row["model"], row["dataset"], row["metric"])
+            if row.get("checkpoint_sha256") == checkpoint[row["model"]] and row.get("protocol") == protocol[key]:
+                newest[*key, row.get("seed")] = row | {"folder": path.parent}
+        kept += newest.values()
+    return kept
+
+
+def _read_rows(path: Path) -> list[dict]:
+    if not path.is_file():
+        raise UserError(f"--report: no file {path}; give results.jsonl files that evaluate.py wrote")
+    rows = read_jsonl(path)
+    if not rows:
+        raise UserError(f"--report: {path} holds no result; run evaluate.py on its checkpoint first")
+    for row in rows:
+        if missing := {"model", "dataset", "metric", "value"} - row.keys():
+            raise UserError(f"--report: {path} has a line without {', '.join(sorted(missing))}; is it a results.jsonl?")
+    return rows
 
 
 def group_models(rows: Iterable[dict]) -> list[Model]:
@@ -129,8 +150,8 @@ def group_models(rows: Iterable[dict]) -> list[Model]:
         model = models[name]
         if row["folder"] not in model.folders and row.get("source") != "published":
             model.folders.append(row["folder"])
-        if row.get("checkpoint") and row["checkpoint"] not in model.checkpoints:
-            model.checkpoints.append(row["checkpoint"])
+        if row.get("checkpoint_sha256"):
+            model.checkpoints.add(row["checkpoint_sha256"])
         values.setdefault((name, row["dataset"], row["metric"]), []).append(row)
     for (name, dataset, metric), measured in values.items():
         models[name].cells[dataset, metric] = as_cell(measured)

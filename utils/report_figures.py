@@ -54,18 +54,18 @@ def training_curves(models: Mapping[str, tuple[str, Sequence[Path]]]) -> str | N
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
-def close_looks(models: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
+def close_looks(models: Mapping[str, tuple[Sequence[Path], set[str]]]) -> list[dict[str, Any]]:
     """Per-class accuracy and confusion of each dataset, from eval/*.json; counts are summed over a model's seeds.
 
+    MODELS: name -> (folders of its results, sha256 of its checkpoints); a folder may hold other models' files too.
     With more than MAX_CLASSES classes the worst ones of the first model are shown, without the matrix.
     """
     looks: dict[str, dict[str, Any]] = {}
-    for name, folders in models.items():
+    for name, (folders, checkpoints) in models.items():
         for folder in folders:
             for path in sorted((folder / "eval").glob("*.json")):
                 found = read_json(path)
-                # Written before this model's results were measured again, or of another model in the same folder.
-                if not found.get("per_class"):
+                if not found.get("per_class") or found["checkpoint_sha256"] not in checkpoints:
                     continue
                 look = looks.setdefault(found["dataset"], {"dataset": found["dataset"], "models": {}, "names": {}})
                 look["names"] |= dict(zip(found["class_ids"], found["class_names"], strict=True))

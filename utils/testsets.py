@@ -6,11 +6,12 @@ Nothing here imports torch: listing and checking datasets is instant.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,15 @@ class LoadedSet:
     sample_answers: list[tuple[str, ...]] = field(default_factory=list)  # the same per image (ReaL); [] = by class
     masked: bool = False  # compare the set's classes only, as its authors do
     border: int = 0  # pixels to cut off every side before anything else
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the images and of their right answers: a corrected label file gives other results."""
+        from utils.features import fingerprint
+
+        labels = [label for _, label in self.samples]
+        facts = [fingerprint(self.samples), self.class_ids, labels, self.answers, self.sample_answers, self.masked]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
