@@ -7,18 +7,22 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
-# ===== the user's variables, with the paper's values =====
+# ===== the user's variables; an empty one leaves the script's own default, which is the paper's value =====
 CLASSES ?= 100
-PROMPT ?= c, d_c
-GUIDANCE ?= 2
-IMAGES_PER_CLASS ?= imagenet
-MODEL ?= CompVis/stable-diffusion-v1-4
+PROMPT ?=
+GUIDANCE ?=
+IMAGES_PER_CLASS ?=
+MODEL ?=
 OUT ?=
-DATASET ?= imagenet_100_sd
-DATA_ROOT ?= data
-DEVICE ?= auto
+# That of CLASSES, as generate.py names its folder.
+TABLE_100 := imagenet_100
+TABLE_1000 := imagenet_1k
+TABLE_1k := imagenet_1k
+DATASET ?= $(or $(TABLE_$(CLASSES)),$(basename $(notdir $(CLASSES))))_sd
+DATA_ROOT ?=
+DEVICE ?=
 LAUNCHER ?= inline
-# Of the launcher; an empty one leaves utils/launch.py's own default.
+# Of the launcher.
 SITE ?=
 PARTITION ?=
 NODES ?=
@@ -51,9 +55,13 @@ LAUNCHERS := inline local slurm
 ifeq ($(filter $(LAUNCHER),$(LAUNCHERS)),)
 $(error LAUNCHER=$(LAUNCHER) is unknown; use one of $(LAUNCHERS))
 endif
+ifneq ($(and $(OUT),$(filter pipeline,$(MAKECMDGOALS))),)
+$(error OUT=$(OUT) names one folder, but make pipeline fills two, data/DATASET and runs/DATASET; give DATASET)
+endif
 export CLASSES PROMPT GUIDANCE IMAGES_PER_CLASS MODEL OUT DATASET DATA_ROOT DEVICE
 
 PY := $(VENV)/bin/python
+ON_DEVICE = $(if $(DEVICE),--device "$$DEVICE")
 LAUNCH_OPTIONS = --launcher $(LAUNCHER) $(if $(SITE),--site "$(SITE)") $(if $(PARTITION),--partition "$(PARTITION)") \
   $(if $(GPUS),--gpus-per-node $(GPUS)) $(if $(PROCESSES),--processes $(PROCESSES)) \
   $(if $(TIMEOUT_MIN),--timeout-min $(TIMEOUT_MIN)) $(if $(WAIT),--wait) $(LAUNCH_ARGS)
@@ -69,14 +77,14 @@ help: ## this text
 	@printf '\nvariables (default):\n'
 	@printf '  %-17s %s\n' \
 	  CLASSES '100, 1000, digits, a .tsv of your own classes, a .txt of ids, or id,id,... ($(CLASSES))' \
-	  PROMPT '"c", "c, h_c", "c, d_c", "c, h_c inside b", or "a photo of {name}" ($(PROMPT))' \
-	  GUIDANCE 'guidance scale: 2 for diversity, 7.5 for fidelity ($(GUIDANCE))' \
-	  IMAGES_PER_CLASS 'a number, or imagenet: as many as the real class has ($(IMAGES_PER_CLASS))' \
-	  MODEL 'diffusers folder or hub id ($(MODEL))' \
-	  DATASET 'folder below data/ to train on, run below runs/ to evaluate ($(DATASET))' \
-	  DATA_ROOT 'where the real test sets are ($(DATA_ROOT))' \
+	  PROMPT '"c", "c, h_c", "c, d_c", "c, h_c inside b", or "a photo of {name}" (c, d_c)' \
+	  GUIDANCE 'guidance scale: 2 for diversity, 7.5 for fidelity (2)' \
+	  IMAGES_PER_CLASS 'a number, or imagenet: as many as the real class has (imagenet)' \
+	  MODEL 'diffusers folder or hub id (CompVis/stable-diffusion-v1-4)' \
+	  DATASET 'folder below data/ to train on, run below runs/ to evaluate (that of CLASSES: $(DATASET))' \
+	  DATA_ROOT 'where the real test sets are (data)' \
 	  OUT 'output folder (data/<classes>_sd, runs/<dataset>)' \
-	  DEVICE 'auto, cpu, cuda, cuda:N, mps ($(DEVICE))' \
+	  DEVICE 'auto, cpu, cuda, cuda:N, mps (auto)' \
 	  LAUNCHER 'inline, local (one process a GPU), slurm ($(LAUNCHER)), with PARTITION, NODES, GPUS, CHUNKS,' \
 	  '' 'PROCESSES, TIMEOUT_MIN, SITE=site.toml, WAIT=1 (stay until the end), the rest in LAUNCH_ARGS' \
 	  RUNTIME 'of make docker: docker, podman or buildah (the first that works); IMAGE names the image ($(IMAGE))' \
@@ -107,7 +115,7 @@ $(DEV_STAMP): $(STAMP)
 # ===== the whole experiment in miniature, on a CPU =====
 # Networks this small gain little from a second thread, so the cores share the work by classes and by runs.
 DEMO := runs/demo
-DEMO_IMAGES := $(if $(filter imagenet,$(IMAGES_PER_CLASS)),200,$(IMAGES_PER_CLASS))
+DEMO_IMAGES := $(or $(IMAGES_PER_CLASS),200)
 DEMO_PROCESSES := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 5 ? cores : 5)))
 DEMO_MODELS := real synthetic_g2 synthetic_g7.5
 DEMO_RUNS := $(foreach seed,$(SEEDS),$(foreach model,$(DEMO_MODELS),$(model)-seed$(seed)))
@@ -116,14 +124,14 @@ demo: $(STAMP) ## generate, train and judge handwritten digits in minutes, witho
 	@for guidance in 2 7.5; do \
 	  $(PY) -m utils.launch --launcher local --processes $(DEMO_PROCESSES) \
 	    generate.py --classes digits --model models/digits-sd --prompt "c, d_c" --guidance-scale $$guidance --steps 20 \
-	    --images-per-class $(DEMO_IMAGES) --device "$$DEVICE" --out data/digits_sd_g$$guidance; \
+	    --images-per-class $(DEMO_IMAGES) $(ON_DEVICE) --out data/digits_sd_g$$guidance; \
 	done
 	@printf '%s\n' $(DEMO_RUNS) | OMP_NUM_THREADS=1 xargs -P $(DEMO_PROCESSES) -I RUN bash -c 'set -o pipefail; \
 	  name=RUN; name=$${name%-seed*}; seed=RUN; seed=$${seed##*-seed}; \
 	  case $$name in real) data=data/digits/train;; *) data=data/digits_sd_$${name#synthetic_};; esac; \
-	  $(PY) train.py --recipe demo --data $$data --name $$name --seed $$seed --device "$$DEVICE" --out $(DEMO)/RUN 2>&1 \
+	  $(PY) train.py --recipe demo --data $$data --name $$name --seed $$seed $(ON_DEVICE) --out $(DEMO)/RUN 2>&1 \
 	  | awk "{ print \"[RUN] \" \$$0; fflush() }"'
-	@$(PY) evaluate.py --checkpoint $(DEMO_RUNS:%=$(DEMO)/%) --test digits=data/digits/test --device "$$DEVICE"
+	@$(PY) evaluate.py --checkpoint $(DEMO_RUNS:%=$(DEMO)/%) --test digits=data/digits/test $(ON_DEVICE)
 	@$(PY) evaluate.py --report $(DEMO_RUNS:%=$(DEMO)/%/results.jsonl) --out $(DEMO) \
 	  --title "Can synthetic digits replace real ones?" --show-data real=data/digits/train \
 	  --show-data synthetic_g2=data/digits_sd_g2 --show-data synthetic_g7.5=data/digits_sd_g7.5
@@ -131,10 +139,11 @@ demo: $(STAMP) ## generate, train and judge handwritten digits in minutes, witho
 
 # ===== the paper's three steps =====
 # `set -x` shows the command with its values: one that can be copied.
-GENERATE = generate.py --classes "$$CLASSES" --prompt "$$PROMPT" --guidance-scale "$$GUIDANCE" \
-  --images-per-class "$$IMAGES_PER_CLASS" --model "$$MODEL" --device "$$DEVICE"
-TRAIN = train.py --data "data/$$DATASET" --device "$$DEVICE"
-EVALUATE = evaluate.py --checkpoint "runs/$$DATASET" --data-root "$$DATA_ROOT" --device "$$DEVICE"
+GENERATE = $(strip generate.py --classes "$$CLASSES" $(if $(PROMPT),--prompt "$$PROMPT") \
+  $(if $(GUIDANCE),--guidance-scale "$$GUIDANCE") $(if $(IMAGES_PER_CLASS),--images-per-class "$$IMAGES_PER_CLASS") \
+  $(if $(MODEL),--model "$$MODEL") $(ON_DEVICE))
+TRAIN = $(strip train.py --data "data/$$DATASET" $(ON_DEVICE))
+EVALUATE = $(strip evaluate.py --checkpoint "runs/$$DATASET" $(if $(DATA_ROOT),--data-root "$$DATA_ROOT") $(ON_DEVICE))
 
 generate: $(STAMP) ## draw a synthetic dataset: make generate CLASSES=100
 	@set -x; $(call LAUNCH,$(if $(CHUNKS),--chunks $(CHUNKS))) $(GENERATE) $(if $(OUT),--out "$$OUT") $(ARGS)

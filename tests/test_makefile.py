@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
+import generate
+from utils.class_tables import load_classes
+
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = {"setup", "demo", "test", "lint", "bench", "generate", "train", "evaluate", "docker", "clean"}
-VARIABLES = ("CLASSES", "DATASET", "MODEL", "PROMPT", "GUIDANCE", "IMAGES_PER_CLASS", "OUT", "DEVICE", "LAUNCHER")
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.M))
+VARIABLES = set(re.findall(r"^([A-Z_]+) \?=", MAKEFILE, re.M))
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -21,26 +25,39 @@ def test_make_alone_prints_help_with_every_target_and_variable():
     result = make()
     assert result.returncode == 0
     shown = set(re.findall(r"^  ([a-z-]+) ", result.stdout, re.M))
-    assert shown >= TARGETS
-    for variable in (
-        "CLASSES",
-        "DATASET",
-        "MODEL",
-        "PROMPT",
-        "GUIDANCE",
-        "IMAGES_PER_CLASS",
-        "OUT",
-        "DEVICE",
-        "LAUNCHER",
-    ):
-        assert re.search(rf"^  {variable} ", result.stdout, re.M), variable
+    assert shown == TARGETS and {"demo", "generate", "train", "evaluate", "test"} <= TARGETS
+    described = result.stdout.partition("variables (default):")[2]
+    for variable in VARIABLES - {"PYTHON", "VENV", "SEEDS", "ONLY"}:  # of development, and of the demo
+        assert re.search(rf"\b{variable}\b", described), variable
 
 
-def test_the_papers_values_are_the_defaults():
-    line = make("-n", "generate").stdout
-    assert 'generate.py --classes "$CLASSES" --prompt "$PROMPT" --guidance-scale "$GUIDANCE"' in line
+def test_defaults_are_the_scripts_own():
+    assert make("-n", "generate").stdout.split("; ")[-1].split() == [
+        ".venv/bin/python",
+        "generate.py",
+        "--classes",
+        '"$CLASSES"',
+    ]
+    asked = make("-n", "generate", "GUIDANCE=7.5", "PROMPT=c, h_c", "IMAGES_PER_CLASS=9", "DEVICE=cpu").stdout
+    for option, variable in {"guidance-scale": "GUIDANCE", "prompt": "PROMPT", "device": "DEVICE"}.items():
+        assert f'--{option} "${variable}"' in asked
+
+
+def test_the_help_tells_the_scripts_defaults():
     shown = make().stdout
-    assert "CompVis/stable-diffusion-v1-4" in shown and "(c, d_c)" in shown and "fidelity (2)" in shown
+    defaults = vars(generate.get_args_parser().parse_args([]))
+    assert f"({defaults['prompt']})" in shown and f"({defaults['images_per_class']})" in shown
+    assert f"fidelity ({generate.RECIPES['paper']['guidance_scale']:g})" in shown
+    assert f"({generate.DEFAULT_MODEL})" in shown
+
+
+@pytest.mark.parametrize(
+    "classes,dataset", [("100", "imagenet_100_sd"), ("1000", "imagenet_1k_sd"), ("a/birds.tsv", "birds_sd")]
+)
+def test_a_dataset_is_named_as_generate_names_it(classes, dataset):
+    assert f"(that of CLASSES: {dataset})" in make(f"CLASSES={classes}").stdout
+    if not classes.endswith(".tsv"):
+        assert f"{load_classes(classes).name}_sd" == dataset
 
 
 @pytest.mark.parametrize("argument", ["CLASES=100", "guidance=2"])
@@ -83,6 +100,11 @@ def test_pipeline_chains_four_steps():
     order = ["--chunks 8 generate.py", "--then --chunks 1 generate.py", "--verify", "train.py", "demo", "evaluate.py"]
     places = [command.index(part) for part in order]
     assert places == sorted(places)
+
+
+def test_pipeline_refuses_one_folder_for_two_things():
+    done = make("-n", "pipeline", "OUT=x")
+    assert done.returncode == 2 and "give DATASET" in done.stderr
 
 
 def test_docker_refuses_an_unknown_runtime():
