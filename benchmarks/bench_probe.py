@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from utils import probe
+from utils.logistic import LogisticSolver
 
 TRAINVAL, TEST = 5000, 1500  # images of each dataset
 SIDE = 64  # pixels
@@ -129,11 +130,11 @@ def suite(splits: dict[str, probe.Split]) -> tuple[float, float]:
     """
     (x, y), test = splits["trainval"], splits["test"]
     part, held = probe.split_per_class(y, seed=0)
-    solver, visited = probe.LogisticSolver(x[part], y[part]), []
+    solver, visited = LogisticSolver(x[part], y[part]), []
 
     def judge(setting: probe.Setting) -> float:
         visited.append(setting)
-        return accuracy(solver.fit(setting["C"]), (x[held], y[held]))
+        return accuracy(solver.fit(setting["C"]).classifier, (x[held], y[held]))
 
     chosen, _ = probe.search_suite_c(judge, seed=0)
     visited.sort(key=lambda setting: setting["C"])
@@ -143,7 +144,7 @@ def suite(splits: dict[str, probe.Split]) -> tuple[float, float]:
     return len(visited) * statistics.fmean(seconds) + last, accuracy(predict, test)
 
 
-def timed_fit(train: probe.Split, setting: probe.Setting) -> tuple[float, Callable[[np.ndarray], np.ndarray]]:
+def timed_fit(train: probe.Split, setting: probe.Setting) -> tuple[float, probe.Predictor]:
     started = time.perf_counter()
     predict = probe.fit_sklearn(train, setting, seed=0, device="cpu")
     seconds = time.perf_counter() - started
@@ -151,7 +152,7 @@ def timed_fit(train: probe.Split, setting: probe.Setting) -> tuple[float, Callab
     return seconds, predict
 
 
-def accuracy(predict: Callable[[np.ndarray], np.ndarray], split: probe.Split) -> float:
+def accuracy(predict: probe.Predictor, split: probe.Split) -> float:
     return 100 * float((predict(split[0]) == split[1]).mean())
 
 
@@ -182,13 +183,18 @@ def probe_vs_suite() -> dict[str, Any]:
         "what": (
             f"A linear probe on {TRAINVAL} x 2048 features of a ResNet50: the search over C and the final fit. The "
             f"peer: the suite's way, scikit-learn's L-BFGS (max_iter {probe.MAX_ITER}) in {probe.TRIALS} Optuna trials "
-            f"over C in 1e-5 .. 1e6, of which {TIMED} and the final fit are timed, the others reckoned at their mean."
+            f"over C in 1e-5 .. 1e6, of which {TIMED} and the final fit are timed, the others taken at their mean. "
+            "Which C those trials visit and choose is found with the held-out accuracies of our solver."
         ),
         "notes": [
             f"{name}: ratio {ratio:.1f}, top-1 on {TEST} test images {fast:.2f} %, the suite's way {suites:.2f} %"
             for name, ratio, ((_, fast), (_, suites)) in zip(sets, ratios, measured, strict=True)
         ]
-        + [f"top-1 less the suite's, mean of {len(sets)} datasets: {gap:+.2f} points (target: at least -0.3)"],
+        + [
+            f"top-1 less the suite's, mean of {len(sets)} datasets: {gap:+.2f} points (target: at least -0.3)",
+            "the suite's README advises scikit-learn-intelex, a faster scikit-learn for Intel's: not tried here",
+        ],
+        "tolerance_met": gap >= -0.3,
     }
 
 

@@ -1,6 +1,7 @@
 """Linear probes: the exact path against scikit-learn, SGD against torch's own, splits, memory of trials."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from utils import probe
 from utils.cli import UserError
+from utils.logistic import LinearClassifier, LogisticSolver
 
 
 @pytest.fixture(scope="module")
@@ -38,28 +40,29 @@ def test_the_path_finds_scikit_learns_minimum(features, n):
     same = []
     for c in (1e-4, 1e-2, 1.0, 100.0, 1e4):
         reference = LogisticRegression(C=c, max_iter=20000, tol=1e-8).fit(x.astype(np.float64), y)
-        ours = probe.LogisticSolver(x, y).solve(c)
+        ours = LogisticSolver(x, y).solve(c).classifier
         lowest = objective(x, y, c, reference.coef_.T, reference.intercept_)
-        assert objective(x, y, c, ours.coefficients, ours.offset) == pytest.approx(lowest, rel=1e-4)
+        assert objective(x, y, c, ours.weights.numpy(), ours.offset.numpy()) == pytest.approx(lowest, rel=1e-4)
         same.append((ours(test) == reference.predict(test)).mean())
     assert np.mean(same) >= 0.999  # of 5 x 1197 predictions a few lie on a border
 
 
 def test_a_warm_start_ends_where_a_cold_one_does(features):
     x, y = features["trainval"]
-    solver, warm = probe.LogisticSolver(x, y), None
+    solver, warm = LogisticSolver(x, y), None
     for c in (1e-3, 1e-2, 0.1):
         warm = solver.fit(c, warm)
     warm = solver.fit(1.0, warm, exact=True)
-    cold = probe.LogisticSolver(x, y).solve(1.0)
-    assert objective(x, y, 1.0, warm.coefficients, warm.offset) == pytest.approx(
-        objective(x, y, 1.0, cold.coefficients, cold.offset), rel=1e-5
-    )
+    cold = LogisticSolver(x, y).solve(1.0)
+    reached = [
+        objective(x, y, 1.0, end.classifier.weights.numpy(), end.classifier.offset.numpy()) for end in (warm, cold)
+    ]
+    assert reached[0] == pytest.approx(reached[1], rel=1e-5)
 
 
 def test_labels_need_not_be_consecutive(features):
     x, y = features["trainval"]
-    predict = probe.LogisticSolver(x, y * 7 + 3).fit(1.0)
+    predict = LogisticSolver(x, y * 7 + 3).fit(1.0).classifier
     assert set(predict(x)) <= {label * 7 + 3 for label in range(10)}
     assert (predict(x) == y * 7 + 3).mean() > 0.9
 
@@ -74,6 +77,41 @@ def test_fast_is_as_accurate_as_the_suites_search(features, kind, monkeypatch):
     assert fast["top1"] > paper["top1"] - 1.5  # 1197 images: a standard error is 0.8 points
     assert fast["top1"] > 88
     assert fast["mean_per_class"] == pytest.approx(fast["top1"], abs=3)
+
+
+@pytest.mark.parametrize("scale", [0.03, 1.0, 30.0])
+def test_the_path_goes_on_where_accuracy_stands_still(features, scale):
+    """Small features and unbalanced classes: for decades of C one class wins everywhere, and accuracy is constant."""
+    rng = np.random.default_rng(0)
+    x, y = features["trainval"]
+    kept = (y == 3) | (rng.random(len(y)) < 0.4)
+    splits = {"trainval": (scale * x[kept], y[kept]), "test": (scale * features["test"][0], features["test"][1])}
+    assert probe.run_probe(splits, protocol="fast", seed=0, kind="logreg")["top1"] > 85
+
+
+def test_more_classes_than_features(features):
+    x, y = features["trainval"]
+    rng = np.random.default_rng(0)
+    labels = y * 20 + rng.integers(0, 20, len(y))  # 200 classes of 96 features
+    classifier = LogisticSolver(x, labels).solve(1.0).classifier
+    assert classifier.weights.shape == (96, len(np.unique(labels)))
+    reference = LogisticRegression(C=1.0, max_iter=20000, tol=1e-8).fit(x.astype(np.float64), labels)
+    places = np.searchsorted(classifier.classes, labels)
+    lowest = objective(x, places, 1.0, reference.coef_.T, reference.intercept_)
+    assert objective(x, places, 1.0, classifier.weights.numpy(), classifier.offset.numpy()) == pytest.approx(
+        lowest, rel=1e-4
+    )
+
+
+def test_loss_and_answers_of_a_classifier_by_hand(monkeypatch):
+    monkeypatch.setattr("utils.logistic.CHUNK_ROWS", 2)
+    classifier = LinearClassifier(torch.eye(3), torch.zeros(3), np.array([4, 5, 9]))
+    x, y = np.eye(3, dtype=np.float32) * 2, np.array([4, 5, 5])
+    assert classifier(x).tolist() == [4, 5, 9]
+    right = -math.log(math.e**2 / (math.e**2 + 2))
+    assert classifier.loss(x, y) == pytest.approx((2 * right + right + 2) / 3)
+    broken = LinearClassifier(torch.full((3, 3), math.nan), torch.zeros(3), np.array([4, 5, 9]))
+    assert broken(x).tolist() == [4, 4, 4]
 
 
 def test_the_probe_reports_what_its_classifier_gets_right(features):
@@ -93,12 +131,16 @@ def test_sgd_is_torchs_own(features):
     together = probe.train_together((x, y), settings_, seed=3, device="cpu", epochs=20)
     for setting, predict in zip(settings_, together, strict=True):
         generator = torch.Generator().manual_seed(3)
+        start = (2 * torch.rand(x.shape[1] + 1, 10, generator=generator) - 1) / x.shape[1] ** 0.5
         layer = torch.nn.Linear(x.shape[1], 10)
+        assert layer.weight.abs().max() <= start.abs().max() * 1.01  # the same range as torch's own start
         with torch.no_grad():
-            layer.weight.copy_(0.01 * torch.randn(x.shape[1], 10, generator=generator).T)
-            layer.bias.zero_()
+            layer.weight.copy_(start[:-1].T)
+            layer.bias.copy_(start[-1])
         optimizer = torch.optim.SGD(layer.parameters(), momentum=0.9, **setting)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * max(0, epoch - 1) / 20))
+        )
         for _ in range(20):  # 600 images are one batch of at most 1024
             rows = torch.randperm(len(x), generator=generator)
             loss = torch.nn.functional.cross_entropy(layer(torch.from_numpy(x)[rows]), torch.from_numpy(y)[rows])
@@ -130,7 +172,7 @@ def test_a_fifth_of_every_class_is_held_out(labels, seed):
     assert sorted([*part, *held]) == list(range(len(labels)))
     for label in np.unique(labels):
         n = int(counts[label])
-        assert (labels[held] == label).sum() == (0 if n == 1 else max(1, round(0.2 * n)))
+        assert (labels[held] == label).sum() == (0 if n == 1 else max(1, int(0.2 * n)))
         assert (labels[part] == label).any()
 
 
