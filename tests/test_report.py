@@ -1,6 +1,7 @@
 """The report: tables from files alone, seeds joined, the radar plot, one self-contained page that a browser draws."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from PIL import Image
 
 import evaluate
-from utils import report
+from utils import metrics, report, report_figures, transfer
 from utils.cli import UserError, run
 from utils.storage import append_jsonl, write_json
 
@@ -27,7 +29,8 @@ def write_run(folder: Path, model: str, shift: float = 0.0, seed: int = 0) -> Pa
     for name, value in SETS.items():
         for metric, more in (("top1", 0), ("top5", 15)):
             row = {"model": model, "checkpoint": f"{folder}/a.pth", "dataset": name, "group": "imagenet", "seed": seed}
-            row |= {"metric": metric, "value": value + more + shift, "low": value - 1, "high": value + 1, "n": 5000}
+            score = value + more + shift
+            row |= {"metric": metric, "value": score, "low": score - 1, "high": score + 1, "n": 5000}
             append_jsonl(results, row | {"num_classes": 100, "source": "measured"})
     for group, members in TRANSFER.items():
         for name, value in members.items():
@@ -50,18 +53,32 @@ def two_models(tmp_path):
 
 def test_the_tables_hold_the_numbers(two_models):
     text = (two_models / "report.md").read_text()
-    assert "| real <1K> | 73.3 (72.3 to 74.3) | 60.1 (59.1 to 61.1) |" in text
-    assert "| ImageNet-100-SD (paper) | 73.3 |" in text
+    assert "| real <1K> | 73.3 (72.3 to 74.3); 5,000 images, 100 classes | 60.1 (59.1 to 61.1) |" in text
+    assert "| synthetic | 70.8 (69.8 to 71.8); -2.5 (-3.9 to -1.1); 5,000 images, 100 classes | 57.6" in text
+    assert "| ImageNet-100-SD (paper) | 73.3; +0.0 |" in text  # the same 5,000 images of 100 classes
     groups = re.findall(r"^## (Transfer.*)$", text, re.M)
     assert groups == [
         "Transfer, ImageNet-CoG: linear probe, top-1",
         "Transfer, iNaturalist: linear probe, top-1",
         "Transfer, 8 small sets: linear probe, top-1",
-        "Transfer, as published",
+        "Transfer, all 15 sets",
     ]
     # average 75; log-odds average of 0.7 and 0.8
     wanted = (np.log(0.7 / 0.3) + np.log(0.8 / 0.2)) / 2
-    assert f"| real <1K> | 70.0 | 80.0 | 75.0 | {wanted:.1f} |" in text
+    assert f"| real <1K> | 70.0 | 80.0 | 75.0 | {wanted:.3f} |" in text
+    assert "average of 2 of 8 sets" in text
+    assert "| ImageNet-1K-SD (paper) | 68.4 |  |" in text  # measured models lack sets: no average over all
+
+
+@pytest.mark.parametrize("kind", ["md", "html"])
+def test_the_report_is_the_golden_one(two_models, kind):
+    """Set UPDATE_GOLDEN=1 to accept a change, and look at the difference before committing it."""
+    page = (two_models / f"report.{kind}").read_text()
+    page = re.sub(r"<svg.*?</svg>", "<svg/>", page, flags=re.S)  # drawn by matplotlib; tested for its axes below
+    golden = ROOT / f"tests/golden/report.{kind}"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(page)
+    assert page == golden.read_text()
 
 
 def test_the_page_is_self_contained_escaped_and_shows_differences(two_models):
@@ -78,9 +95,55 @@ def test_the_radar_plot_has_the_papers_axes(two_models):
         assert axis in picture
     assert Image.open(two_models / "radar.png").width >= 600
     models = report.group_models(report.read_results([two_models.parent / "real/results.jsonl"]))
-    values = report.radar_values(models[0])
-    assert values["IN-Val\ntop-5"] == pytest.approx(88.3)
-    assert values["ImageNet-CoG\ntop-1"] == pytest.approx(55.0)
+    axes, values = report.radar_values(models)
+    assert len(axes) == 8 and values["real <1K>"]["IN-Val\ntop-5"] == pytest.approx(88.3)
+    assert values["real <1K>"]["ImageNet-CoG (2 of 5)\ntop-1"] == pytest.approx(55.0)
+
+
+def test_a_group_counts_by_the_same_sets_for_every_model():
+    """One model judged on the easiest set alone must not look best on the group's axis, nor in its average."""
+    many, one = report.Model("many", "#000", False), report.Model("one", "#111", False)
+    for name in transfer.DATASETS:
+        many.cells[name, "top1"] = report.Cell(60.0, n=100, group=transfer.DATASETS[name].group)
+    one.cells["EuroSAT", "top1"] = report.Cell(94.0, n=100, group="small")
+    _, values = report.radar_values([many, one])
+    assert values["many"]["8 small sets\ntop-1"] == pytest.approx(60) and not values["one"]
+    small = [name for name, row in transfer.DATASETS.items() if row.group == "small"]
+    made = report.group_table("t", "small", small, [many, one])
+    assert [str(cell) for cell in made["rows"][0]["cells"][-2:]] == ["60.0", "0.405"]
+    assert made["rows"][1]["cells"][-2:] == [None, None]
+    every = report.all_transfer_table([many, one])["rows"]
+    assert [row["model"].name for row in every] == ["many"] and str(every[0]["cells"][1]) == "0.405"
+
+
+def test_log_odds_of_a_perfect_score_go_by_the_images():
+    cells = [report.Cell(100.0, n=3333), report.Cell(70.0, n=1000)]
+    wanted = (np.log((1 - 0.5 / 3333) / (0.5 / 3333)) + np.log(0.7 / 0.3)) / 2
+    assert str(report.averages(cells)[1]) == f"{wanted:.3f}"
+
+
+def test_numbers_of_other_images_are_not_subtracted():
+    in1k = report.Model("in1k", "#000", False, cells={("IN-R", "top1"): report.Cell(40, n=30_000, num_classes=200)})
+    in100 = report.Model("in100", "#111", False, cells={("IN-R", "top1"): report.Cell(70, n=3_000, num_classes=19)})
+    made = report.metric_table("t", [("IN-R", "top1", "IN-R")], [in1k, in100])
+    assert made["note"] == "" and made["rows"][1]["differences"] == [""]
+    assert [row["sizes"] for row in made["rows"]] == [["30,000 images, 200 classes"], ["3,000 images, 19 classes"]]
+
+
+def test_intervals_of_differences():
+    # Newcombe 1998, table II, example (a): 56/70 less 48/80 is 0.2, method 10: 0.0524 to 0.3339
+    runs = [metrics.wilson_interval(56, 70), metrics.wilson_interval(48, 80)]
+    a, b = (report.Cell(value, low=low, high=high) for value, (low, high) in zip((80.0, 60.0), runs, strict=True))
+    assert report.difference_interval(a, b) == pytest.approx((5.24, 33.39), abs=0.01)
+    # Welch: scipy's own interval of the same samples
+    first, second = [70.0, 71.0, 72.5], [68.0, 68.5, 70.0, 69.0]
+    cells = [
+        report.Cell(np.mean(values), spread=np.std(values, ddof=1), runs=len(values)) for values in (first, second)
+    ]
+    theirs = scipy.stats.ttest_ind(first, second, equal_var=False).confidence_interval()
+    assert report.difference_interval(*cells) == pytest.approx((theirs.low, theirs.high))
+    assert cells[0].less(cells[1]) == f"+2.3 ({theirs.low:+.1f} to {theirs.high:+.1f})"
+    assert report.difference_interval(a, cells[0]) is None
 
 
 def test_seeds_become_mean_and_deviation(tmp_path):
@@ -116,6 +179,25 @@ def test_rows_of_an_earlier_checkpoint_or_protocol_are_no_seeds(tmp_path):
     assert (model.cells["DTD", "top1"].value, model.cells["DTD", "top1"].runs) == (31, 2)
 
 
+def test_one_measurement_given_twice_is_one(tmp_path):
+    results = tmp_path / "results.jsonl"
+    write_row(results, 30)
+    copy = tmp_path / "copy.jsonl"
+    shutil.copy(results, copy)
+    write_row(copy, 35, protocol="fast, bicubic")  # the same checkpoint judged in another way
+    (model,) = report.group_models(report.read_results([results, results, copy]))
+    assert (model.cells["DTD", "top1"].value, model.cells["DTD", "top1"].runs) == (35, 1)
+
+
+def test_rows_of_a_repaired_dataset_replace_those_of_the_broken_one(tmp_path):
+    results = tmp_path / "results.jsonl"
+    write_row(results, 50, key="broken")
+    write_row(results, 52, key="broken", seed=1)
+    write_row(results, 70, key="whole")
+    (model,) = report.group_models(report.read_results([results]))
+    assert (model.cells["DTD", "top1"].value, model.cells["DTD", "top1"].runs) == (70, 1)
+
+
 def test_two_models_of_one_name_are_refused(tmp_path):
     for number in range(2):
         (tmp_path / str(number)).mkdir()
@@ -149,9 +231,35 @@ def test_a_look_at_classes_counts_a_sets_images_once(tmp_path):
     assert "| apple | 4 | 100.0 |" in text and "| pear | 4 | 25.0 |" in text
 
 
+def test_models_of_other_classes_in_a_close_look(tmp_path):
+    """A class the other model does not know has no accuracy there, and matrices of other classes do not mix."""
+    for name, ids in (("few", ["b", "d"]), ("many", ["a", "b", "c", "d"])):
+        folder = tmp_path / name
+        (folder / "eval").mkdir(parents=True)
+        write_row(folder / "results.jsonl", 50, model=name, dataset="fruit", group="folder", checkpoint_sha256=name)
+        per_class = [{"id": one, "n": 4, "top1": 50.0} for one in ids]
+        look = {"dataset": "fruit", "checkpoint_sha256": name, "class_ids": ids, "class_names": ids}
+        matrix = [[2] * len(ids) for _ in ids]
+        write_json(folder / "eval/fruit.json", look | {"per_class": per_class, "confusion": matrix})
+    looks = {name: ([tmp_path / name], {name}) for name in ("many", "few")}
+    (look,) = report_figures.close_looks(looks)
+    assert [row["top1"] for row in look["classes"]] == [[50.0, None], [50.0, 50.0], [50.0, None], [50.0, 50.0]]
+    assert look["labels"] == ["a", "b", "c", "d"]
+    assert [model["confusion"] is None for model in look["models"]] == [False, True]
+    (look,) = report_figures.close_looks(dict(reversed(looks.items())))
+    assert look["labels"] == ["b", "d"] and len(look["models"][0]["confusion"]) == 2
+
+
 @pytest.mark.parametrize(
     "content,message",
-    [(None, "no file"), ("", "holds no result"), ('{"model": "a"}\n', "without dataset, metric, value")],
+    [
+        (None, "no file"),
+        ("", "holds no result"),
+        ('{"model": "a"}\n', "without dataset, metric, value"),
+        ("3\n", "without dataset"),
+        ('{"model": "a", "dataset": "d", "metric": "top1", "value": NaN}\n', "top1 of a on d is nan, no number"),
+        ('{"model": "a", "dataset": "d", "metric": "top1", "value": null}\n', "is None, no number"),
+    ],
 )
 def test_bad_results_are_named(tmp_path, content, message):
     path = tmp_path / "results.jsonl"
