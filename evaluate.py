@@ -21,25 +21,17 @@ What is missing and where to get it: python evaluate.py --list-datasets
 from __future__ import annotations
 
 import argparse
-import datetime
-import hashlib
-import json
 import os
 import sys
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
 
-from utils import pretrained, testsets
-from utils.cli import UserError, command_line, make_parser, non_negative_int, positive_int, run
-from utils.environment import cpu_has_bf16, snapshot
-from utils.storage import append_jsonl, read_jsonl, require_writable, write_json
+from utils import pretrained, testsets, transfer
+from utils.cli import UserError, make_parser, non_negative_int, positive_int, run
+from utils.jobs import Job, chosen_datasets, find, known_datasets, read_datasets
+from utils.storage import require_writable
 
-GROUPS = ("imagenet", "small", "inat", "cog")  # as the paper's tables and the radar plot group the datasets
-METRICS = ("top1", "top5", "mean_per_class", "ece")  # of a set the model classifies itself
-PROBE_METRICS = ("top1", "mean_per_class")  # of a transfer dataset, one of each a seed
-MAX_CONFUSION = 200  # classes: a larger matrix is no longer read by anyone
-FORMAT = 1  # raise it when numbers change: finished pairs are then computed again
+MAX_CONFUSION = 200  # classes: a larger matrix is too large to read
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -76,6 +68,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--protocol", choices=("fast", "paper"), default="fast", help="linear probes: fast, or the suite's own search"
     )
     parser.add_argument("--seeds", nargs="+", type=non_negative_int, default=[0], help="of the linear probes")
+    parser.add_argument(
+        "--allow-truncated", action="store_true", help="read JPEGs that end early as far as they go, as t-ReX's suite"
+    )
     # Runtime
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     parser.add_argument(
@@ -108,22 +103,25 @@ def main(args: argparse.Namespace) -> int:
         return dataset_report.run(args)
     if args.report:
         return draw_report(args)
+    for option, needs in (("real", "dataset_report"), ("title", "report"), ("show_data", "report")):
+        if getattr(args, option):
+            raise UserError(f"--{option.replace('_', '-')} goes with --{needs.replace('_', '-')}; see --help")
     if not args.checkpoint:
         raise UserError("--checkpoint is required (or --report, --dataset-report, --list-datasets); see --help")
 
     # ===== finding checkpoints and datasets =====
     sources = [pretrained.locate(spec, download=not args.dry_run) for spec in args.checkpoint]
     refuse_twins(sources)
-    datasets = chosen_datasets(args)
+    datasets, wrong_copies = read_datasets(chosen_datasets(args), look_at_images=not args.dry_run)
+    if not datasets:
+        raise UserError(f"--data-root {args.data_root}: none of the datasets found there is a right copy, see above")
     jobs = [Job(args, source, dataset) for source in sources for dataset in datasets]
 
     # ===== what is left to do =====
     for job in jobs:
         if args.dry_run or job.done:
             print(f"{job.source.label} on {job.dataset.name}: {'done already' if job.done else job.plan()}", flush=True)
-    if args.dry_run:
-        return 0
-    todo = [job for job in jobs if not job.done]
+    todo = [job for job in jobs if not job.done] if not args.dry_run else []
     for folder in dict.fromkeys(job.out for job in todo):
         require_writable(folder / "eval", "--out")
 
@@ -131,95 +129,22 @@ def main(args: argparse.Namespace) -> int:
     model = None
     for job in todo:
         if model is None or model.source is not job.source:
-            model = LoadedModel(args, job.source, need_head=not all(dataset.transfer for dataset in datasets))
+            model = LoadedModel(args, job.source)
         try:
-            rows, sidecar = (judge_by_probe if job.dataset.transfer else judge_by_logits)(args, job, model)
-        except testsets.NoSharedClass as error:
+            for rows, sidecar in (judge_by_probe if job.dataset.transfer else judge_by_logits)(args, job, model):
+                job.save(rows, sidecar)
+        except (testsets.NoSharedClass, pretrained.NoClassifier) as error:
             if job.dataset.asked_for:
                 raise
             print(f"{job.source.label} on {job.dataset.name}: left out; {error}", flush=True)
-            continue
-        save(job, rows, sidecar)
 
     # ===== telling =====
-    print_table(jobs)
-    return 0
-
-
-# ===== datasets =====
-
-
-@dataclass
-class Dataset:
-    """A dataset of this call; it is read from disk once, when the first job needs it."""
-
-    name: str
-    group: str
-    folder: str  # --data-root, or DIR of --test
-    asked_for: bool  # by name: then a model without its classes is an error
-
-    @property
-    def transfer(self) -> bool:
-        return self.group in GROUPS[1:]
-
-    @cached_property
-    def loaded(self):
-        if self.group == "folder":
-            return testsets.load_folder(self.name, self.folder)
-        if self.group == "imagenet":
-            return testsets.load(self.name, self.folder)
-        from utils import transfer
-
-        return transfer.load(self.name, self.folder)
-
-
-def known_datasets() -> dict[str, str]:
-    """name -> group of every dataset with a row in a table."""
-    from utils import transfer
-
-    names = {name: row.group for name, row in testsets.DATASETS.items()}
-    return names | {name: row.group for name, row in transfer.DATASETS.items()}
-
-
-def find(name: str, data_root: str) -> tuple[bool, str]:
-    from utils import transfer
-
-    return (testsets if name in testsets.DATASETS else transfer).found(name, data_root)
-
-
-def chosen_datasets(args: argparse.Namespace) -> list[Dataset]:
-    """--test and --datasets; without either, every dataset found below --data-root."""
-    chosen = []
-    for spec in args.test:
-        name, _, folder = spec.partition("=")
-        if not name or not folder or "/" in name:
-            raise UserError(f"--test {spec}: expected NAME=DIR, such as digits=data/digits/test")
-        if name in (dataset.name for dataset in chosen) or name in testsets.DATASETS:
-            raise UserError(f"--test {spec}: the name {name} is taken; choose another")
-        chosen.append(Dataset(name, "folder", folder, True))
-    if args.test and not args.datasets:
-        return chosen
-    groups = known_datasets()
-    unknown = [name for name in args.datasets if name not in (*groups, *GROUPS, "all")]
-    if unknown:
-        allowed = ", ".join((*GROUPS, "all", *groups))
-        raise UserError(f"--datasets {unknown[0]}: unknown; use {allowed}")
-    for name, group in groups.items():
-        if name in args.datasets:
-            chosen.append(Dataset(name, group, args.data_root, True))
-        elif (not args.datasets or {group, "all"} & set(args.datasets)) and find(name, args.data_root)[0]:
-            chosen.append(Dataset(name, group, args.data_root, False))
-    if not chosen:
-        raise UserError(
-            f"--data-root {args.data_root}: none of the datasets is there; --list-datasets says where to get them, "
-            "--test NAME=DIR judges on any folder"
-        )
-    return chosen
+    if not args.dry_run:
+        print_table(jobs)
+    return 2 if wrong_copies else 0
 
 
 def list_datasets(data_root: str) -> int:
-    from utils import transfer
-
     for name in known_datasets():
         there, where = find(name, data_root)
         row = testsets.DATASETS.get(name) or transfer.DATASETS[name]
@@ -229,95 +154,6 @@ def list_datasets(data_root: str) -> int:
         print(f"{'':14} source   {row.where}\n")
     print("any folder     --test NAME=DIR with DIR/<class id>/<images>")
     return 0
-
-
-# ===== jobs: one checkpoint on one dataset =====
-
-
-@dataclass
-class Job:
-    args: argparse.Namespace
-    source: pretrained.Source
-    dataset: Dataset
-
-    @property
-    def out(self) -> Path:
-        if self.args.out:
-            return Path(self.args.out)
-        return Path("runs") / self.source.label if self.source.torchvision else Path(self.source.path).parent
-
-    @cached_property
-    def transform(self) -> tuple[int, int, str]:
-        """(short side, crop, interpolation). The suite resizes to the crop's own size, with bicubic (t-ReX)."""
-        resize, crop, interpolation = pretrained.transform_of(self.source)
-        if self.dataset.transfer:
-            resize, interpolation = crop, "bicubic"
-        return resize, crop, self.args.interpolation or interpolation
-
-    @cached_property
-    def protocol(self) -> str:
-        resize, crop, interpolation = self.transform
-        text = f"resize {resize} {interpolation}, crop {crop}, {number_format(self.args)}"
-        return f"{text}, {self.args.protocol} linear probe" if self.dataset.transfer else text
-
-    @cached_property
-    def key(self) -> str:
-        """What a result depends on, hashed: rows of results.jsonl with this key need not be computed again."""
-        facts = [FORMAT, self.source.sha256, self.dataset.name, self.dataset.loaded.fingerprint, self.protocol]
-        facts += [self.args.classes, self.source.args.get("class_ids")]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-    @property
-    def sidecar(self) -> Path:
-        return self.out / "eval" / f"{self.dataset.name}.{self.source.sha256[:12]}.json"
-
-    def rows(self) -> list[dict]:
-        """This job's finished rows; of rows written twice by a killed and a continued run, the newer."""
-        newest = {
-            (row["metric"], row.get("seed") if self.dataset.transfer else None): row
-            for row in read_jsonl(self.out / "results.jsonl")
-            if row.get("key") == self.key
-        }
-        return list(newest.values())
-
-    @property
-    def done(self) -> bool:
-        if not self.source.sha256 or not self.sidecar.exists():
-            return False
-        rows = self.rows()
-        if self.dataset.transfer:
-            return not self.missing_seeds(rows)
-        return {row["metric"] for row in rows} >= {"top1", "mean_per_class", "ece"}
-
-    def missing_seeds(self, rows: list[dict]) -> list[int]:
-        have = {(row["seed"], row["metric"]) for row in rows}
-        return [seed for seed in self.args.seeds if any((seed, metric) not in have for metric in PROBE_METRICS)]
-
-    def plan(self) -> str:
-        loaded = self.dataset.loaded
-        if self.dataset.transfer:
-            counts = ", ".join(f"{len(samples):,} {split}" for split, samples in loaded.splits.items())
-            return f"to do: {loaded.num_classes} classes, {counts}; {self.protocol}; seeds {self.args.seeds}"
-        return f"to do: {len(loaded.class_ids)} classes, {len(loaded.samples):,} images; {self.protocol}"
-
-    def row(self, metric: str, value: float, interval: tuple[float, float] | None, **facts) -> dict:
-        low, high = interval or (None, None)
-        return {
-            "model": self.source.label,
-            "checkpoint": self.source.path,
-            "checkpoint_sha256": self.source.sha256,
-            "dataset": self.dataset.name,
-            "group": self.dataset.group,
-            "metric": metric,
-            "value": round(value, 4),
-            "low": None if low is None else round(low, 4),
-            "high": None if high is None else round(high, 4),
-            "protocol": self.protocol,
-            **facts,
-            "source": "measured",
-            "key": self.key,
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
 
 
 def refuse_twins(sources: list[pretrained.Source]) -> None:
@@ -331,27 +167,19 @@ def refuse_twins(sources: list[pretrained.Source]) -> None:
             )
 
 
-def number_format(args: argparse.Namespace) -> str:
-    """fp32, fp16 or bf16, as --dtype and --device come out here."""
-    if args.dtype != "auto":
-        return args.dtype
-    if args.device == "cpu":  # known without torch: keeps a dry run instant
-        return "bf16" if cpu_has_bf16() else "fp32"
-    from utils.device import resolve_device, resolve_dtype
-
-    device = resolve_device(args.device)
-    return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(resolve_dtype("auto", device))[6:]]
-
-
 class LoadedModel:
     """A checkpoint in memory with the machine it runs on."""
 
-    def __init__(self, args: argparse.Namespace, source: pretrained.Source, need_head: bool):
+    def __init__(self, args: argparse.Namespace, source: pretrained.Source):
         from utils.device import resolve_device, resolve_dtype
         from utils.features import Extractor
 
         self.source = source
-        self.classifier = pretrained.load(source, args.classes, need_head)
+        self.no_classifier: pretrained.NoClassifier | None = None
+        try:
+            self.classifier = pretrained.load(source, args.classes)
+        except pretrained.NoClassifier as error:  # enough for transfer datasets
+            self.classifier, self.no_classifier = pretrained.load(source, need_head=False), error
         if self.classifier.classes_from.startswith("assumed"):
             print(f"{source.label}: outputs {self.classifier.classes_from} (else give --classes)", flush=True)
         device = resolve_device(args.device)
@@ -359,17 +187,19 @@ class LoadedModel:
         self.extract = Extractor(self.classifier.backbone, source.sha256, device, dtype, args.batch_size, args.workers)
 
 
-def judge_by_logits(args: argparse.Namespace, job: Job, model: LoadedModel) -> tuple[list[dict], dict]:
-    """Accuracy of the model's own classifier on a set whose classes it knows."""
+def judge_by_logits(args: argparse.Namespace, job: Job, model: LoadedModel) -> Iterator[tuple[list[dict], dict]]:
+    """(rows, sidecar): accuracy of the model's own classifier on a set whose classes it knows."""
     import numpy as np
     import torch
 
     from utils import metrics
     from utils.features import Transform
 
+    if model.no_classifier:
+        raise model.no_classifier
     classifier = model.classifier
     matched = testsets.match(job.dataset.loaded, classifier.class_ids)
-    transform = Transform(*job.transform, border=matched.border)
+    transform = Transform(*job.transform, border=matched.border, truncated=args.allow_truncated)
     title = f"{job.source.label} on {job.dataset.name}"
     features = model.extract(matched.samples, transform, job.out / "features", title)
     with torch.inference_mode():
@@ -414,18 +244,18 @@ def judge_by_logits(args: argparse.Namespace, job: Job, model: LoadedModel) -> t
     if matched.single_answer and compared == matched.class_ids and len(compared) <= MAX_CONFUSION:
         table = metrics.confusion(logits.argmax(1), matched.labels, len(compared))
         sidecar["confusion"] = table.tolist()
-    return rows, sidecar
+    yield rows, sidecar
 
 
-def judge_by_probe(args: argparse.Namespace, job: Job, model: LoadedModel) -> tuple[list[dict], dict]:
-    """Accuracy of a linear classifier trained on the frozen features, once a seed."""
+def judge_by_probe(args: argparse.Namespace, job: Job, model: LoadedModel) -> Iterator[tuple[list[dict], dict]]:
+    """(rows, sidecar) of each seed: accuracy of a linear classifier trained on the frozen features."""
     import numpy as np
 
     from utils import metrics, probe
     from utils.features import Transform
 
     loaded = job.dataset.loaded
-    transform = Transform(*job.transform)
+    transform = Transform(*job.transform, truncated=args.allow_truncated)
     features = {}
     for split, samples in loaded.splits.items():
         title = f"{job.source.label} on {job.dataset.name}, {split}"
@@ -433,28 +263,21 @@ def judge_by_probe(args: argparse.Namespace, job: Job, model: LoadedModel) -> tu
         features[split] = (model.extract(samples, transform, job.out / "features", title), labels)
     n = len(loaded.splits["test"])
     kind = "logreg" if job.dataset.group == "small" else "sgd"
-    rows, runs = [], []
+    runs = job.finished_runs()
+    memo = job.out / "eval" / f"{job.dataset.name}.{job.key}.trials.jsonl"
     for seed in job.missing_seeds(job.rows()):
-        memo = job.out / "eval" / f"{job.dataset.name}.{job.key}.trials.jsonl"
         result = probe.run_probe(
             features, protocol=args.protocol, seed=seed, kind=kind, device=model.extract.device, memo=memo
         )
         facts = {"n": n, "num_classes": loaded.num_classes, "seed": seed}
         correct = round(result["top1"] * n / 100)
-        rows.append(job.row("top1", result["top1"], metrics.wilson_interval(correct, n), **facts))
-        rows.append(job.row("mean_per_class", result["mean_per_class"], None, **facts))
-        runs.append(
-            {"seed": seed, **{key: value for key, value in result.items() if key in ("top1", "chosen", "held_out")}}
-        )
-    return rows, {"class_ids": [], "class_names": [], "per_class": [], "runs": runs}
-
-
-def save(job: Job, rows: list[dict], sidecar: dict) -> None:
-    """The sidecar first: a pair counts as finished when all of its rows are there."""
-    head = {"dataset": job.dataset.name, "model": job.source.label, "checkpoint_sha256": job.source.sha256}
-    write_json(job.sidecar, head | sidecar | {"command": command_line(), "environment": snapshot()})
-    for row in rows:
-        append_jsonl(job.out / "results.jsonl", row)
+        rows = [
+            job.row("top1", result["top1"], metrics.wilson_interval(correct, n), **facts),
+            job.row("mean_per_class", result["mean_per_class"], None, **facts),
+        ]
+        runs = [run for run in runs if run["seed"] != seed]
+        runs.append({"seed": seed, **{key: result[key] for key in ("top1", "chosen", "held_out")}})
+        yield rows, {"class_ids": [], "class_names": [], "per_class": [], "runs": runs}
 
 
 # ===== telling =====

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -239,3 +240,32 @@ def test_two_runs_at_a_time_compute_once(many):
     assert [worker.wait() for worker in workers] == [0, 0]
     assert sum(map(int, (cache / "forwards.log").read_text().split())) == 16
     assert np.array_equal(np.load(cache / "out1.npy"), np.load(cache / "out2.npy"))
+
+
+def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path):
+    """Joining the blocks fails half-way: the next run finds no features and no leftovers."""
+    entry = tmp_path / "entry"
+    entry.mkdir()
+    (entry / ".features.npy.1.tmp").write_bytes(b"of a killed run")
+    blocks = [np.ones((features.BLOCK, 2), np.float32), np.zeros((10, 2), np.float32)]
+    samples = [("x", 0)] * (features.BLOCK + 10)
+    for start, block in zip((0, features.BLOCK), blocks, strict=True):
+        np.save(features._block_path(entry, start), block)
+    extract = features.Extractor(None, "", torch.device("cpu"), torch.float32, 1, 1)
+    extract._blocks = lambda *_: iter(())
+    code = f"""
+import resource, signal, sys, torch
+from utils import features
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+extract = features.Extractor(None, "", torch.device("cpu"), torch.float32, 1, 1)
+extract._blocks = lambda *_: iter(())
+try:
+    extract._fill(__import__("pathlib").Path({str(entry)!r}), {{}}, [("x", 0)] * {len(samples)}, None, "x")
+except OSError as error:
+    sys.exit(error.errno)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == errno.EFBIG
+    assert sorted(path.name for path in entry.iterdir()) == ["block_00000000.npy", "block_00004096.npy", "key.json"]
+    extract._fill(entry, {}, samples, None, "x")
+    assert np.array_equal(np.load(entry / "features.npy"), np.concatenate(blocks))

@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from utils.cli import UserError
@@ -96,3 +97,18 @@ def test_a_folder_without_images_is_refused_by_name(state, tmp_path):
         (root / "n1").mkdir()
     with pytest.raises(UserError, match=r"--data: .*train"):
         list_image_folder(root)
+
+
+def test_a_truncated_jpeg_is_read_as_far_as_it_goes_only_on_demand(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
+    whole = simplejpeg.encode_jpeg(pixels)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(BadImage, match=r"a\.jpg"):
+        decode_rgb(path)
+    half = decode_rgb(path, truncated=True)
+    assert half.shape == (64, 48, 3) and np.array_equal(half[:16], simplejpeg.decode_jpeg(whole)[:16])
+    assert f"truncated image {path}" in capsys.readouterr().err
+    path.write_bytes(b"no image")
+    with pytest.raises(BadImage):
+        decode_rgb(path, truncated=True)

@@ -13,7 +13,7 @@ import scipy.stats
 from PIL import Image
 
 import evaluate
-from utils import metrics, report, report_figures, transfer
+from utils import metrics, report, report_figures, report_tables, transfer
 from utils.cli import UserError, run
 from utils.storage import append_jsonl, write_json
 
@@ -55,7 +55,9 @@ def test_the_tables_hold_the_numbers(two_models):
     text = (two_models / "report.md").read_text()
     assert "| real <1K> | 73.3 (72.3 to 74.3); 5,000 images, 100 classes | 60.1 (59.1 to 61.1) |" in text
     assert "| synthetic | 70.8 (69.8 to 71.8); -2.5 (-3.9 to -1.1); 5,000 images, 100 classes | 57.6" in text
-    assert "| ImageNet-100-SD (paper) | 73.3; +0.0 |" in text  # the same 5,000 images of 100 classes
+    assert (
+        "| ImageNet-100-SD (paper) | 73.3; +0.0; 5,000 images, 100 classes |" in text
+    )  # the same 5,000 images of 100 classes
     groups = re.findall(r"^## (Transfer.*)$", text, re.M)
     assert groups == [
         "Transfer, ImageNet-CoG: linear probe, top-1",
@@ -102,30 +104,34 @@ def test_the_radar_plot_has_the_papers_axes(two_models):
 
 def test_a_group_counts_by_the_same_sets_for_every_model():
     """One model judged on the easiest set alone must not look best on the group's axis, nor in its average."""
-    many, one = report.Model("many", "#000", False), report.Model("one", "#111", False)
+    many, one = report_tables.Model("many", "#000", False), report_tables.Model("one", "#111", False)
     for name in transfer.DATASETS:
-        many.cells[name, "top1"] = report.Cell(60.0, n=100, group=transfer.DATASETS[name].group)
-    one.cells["EuroSAT", "top1"] = report.Cell(94.0, n=100, group="small")
+        many.cells[name, "top1"] = report_tables.Cell(60.0, n=100, group=transfer.DATASETS[name].group)
+    one.cells["EuroSAT", "top1"] = report_tables.Cell(94.0, n=100, group="small")
     _, values = report.radar_values([many, one])
     assert values["many"]["8 small sets\ntop-1"] == pytest.approx(60) and not values["one"]
     small = [name for name, row in transfer.DATASETS.items() if row.group == "small"]
-    made = report.group_table("t", "small", small, [many, one])
+    made = report_tables.group_table("t", "small", small, [many, one])
     assert [str(cell) for cell in made["rows"][0]["cells"][-2:]] == ["60.0", "0.405"]
     assert made["rows"][1]["cells"][-2:] == [None, None]
-    every = report.all_transfer_table([many, one])["rows"]
+    every = report_tables.all_transfer_table([many, one])["rows"]
     assert [row["model"].name for row in every] == ["many"] and str(every[0]["cells"][1]) == "0.405"
 
 
 def test_log_odds_of_a_perfect_score_go_by_the_images():
-    cells = [report.Cell(100.0, n=3333), report.Cell(70.0, n=1000)]
+    cells = [report_tables.Cell(100.0, n=3333), report_tables.Cell(70.0, n=1000)]
     wanted = (np.log((1 - 0.5 / 3333) / (0.5 / 3333)) + np.log(0.7 / 0.3)) / 2
-    assert str(report.averages(cells)[1]) == f"{wanted:.3f}"
+    assert str(report_tables.averages(cells)[1]) == f"{wanted:.3f}"
 
 
 def test_numbers_of_other_images_are_not_subtracted():
-    in1k = report.Model("in1k", "#000", False, cells={("IN-R", "top1"): report.Cell(40, n=30_000, num_classes=200)})
-    in100 = report.Model("in100", "#111", False, cells={("IN-R", "top1"): report.Cell(70, n=3_000, num_classes=19)})
-    made = report.metric_table("t", [("IN-R", "top1", "IN-R")], [in1k, in100])
+    in1k = report_tables.Model(
+        "in1k", "#000", False, cells={("IN-R", "top1"): report_tables.Cell(40, n=30_000, num_classes=200)}
+    )
+    in100 = report_tables.Model(
+        "in100", "#111", False, cells={("IN-R", "top1"): report_tables.Cell(70, n=3_000, num_classes=19)}
+    )
+    made = report_tables.metric_table("t", [("IN-R", "top1", "IN-R")], [in1k, in100])
     assert made["note"] == "" and made["rows"][1]["differences"] == [""]
     assert [row["sizes"] for row in made["rows"]] == [["30,000 images, 200 classes"], ["3,000 images, 19 classes"]]
 
@@ -133,17 +139,20 @@ def test_numbers_of_other_images_are_not_subtracted():
 def test_intervals_of_differences():
     # Newcombe 1998, table II, example (a): 56/70 less 48/80 is 0.2, method 10: 0.0524 to 0.3339
     runs = [metrics.wilson_interval(56, 70), metrics.wilson_interval(48, 80)]
-    a, b = (report.Cell(value, low=low, high=high) for value, (low, high) in zip((80.0, 60.0), runs, strict=True))
-    assert report.difference_interval(a, b) == pytest.approx((5.24, 33.39), abs=0.01)
+    a, b = (
+        report_tables.Cell(value, low=low, high=high) for value, (low, high) in zip((80.0, 60.0), runs, strict=True)
+    )
+    assert report_tables.difference_interval(a, b) == pytest.approx((5.24, 33.39), abs=0.01)
     # Welch: scipy's own interval of the same samples
     first, second = [70.0, 71.0, 72.5], [68.0, 68.5, 70.0, 69.0]
     cells = [
-        report.Cell(np.mean(values), spread=np.std(values, ddof=1), runs=len(values)) for values in (first, second)
+        report_tables.Cell(np.mean(values), spread=np.std(values, ddof=1), runs=len(values))
+        for values in (first, second)
     ]
     theirs = scipy.stats.ttest_ind(first, second, equal_var=False).confidence_interval()
-    assert report.difference_interval(*cells) == pytest.approx((theirs.low, theirs.high))
+    assert report_tables.difference_interval(*cells) == pytest.approx((theirs.low, theirs.high))
     assert cells[0].less(cells[1]) == f"+2.3 ({theirs.low:+.1f} to {theirs.high:+.1f})"
-    assert report.difference_interval(a, cells[0]) is None
+    assert report_tables.difference_interval(a, cells[0]) is None
 
 
 def test_seeds_become_mean_and_deviation(tmp_path):

@@ -270,6 +270,19 @@ def test_corrected_labels_are_another_set(tmp_path, real_labels, monkeypatch):
     assert testsets.read_real("IN-ReaL", folder, tmp_path).fingerprint != before
 
 
+def test_real_and_100_classes(tmp_path):
+    """Images of the model's classes only: a stray label among ReaL's does not bring in an image of another class."""
+    loaded = testsets.LoadedSet(
+        "IN-ReaL",
+        ["ant", "bee", "cow"],
+        [("1", 0), ("2", 1), ("3", 2)],
+        sample_answers=[("ant",), ("ant", "bee"), ("cow", "ant")],
+    )
+    matched = testsets.match(loaded, ["ant", "cow"])
+    assert [path for path, _ in matched.samples] == ["1", "3"] and matched.class_ids == ["ant", "cow"]
+    assert matched.labels.tolist() == [[True, False], [True, True]]
+
+
 def test_real_is_found_by_its_labels(tmp_path):
     fill(tmp_path / "imagenet/val", [])
     assert testsets.found("IN-Val", tmp_path)[0]

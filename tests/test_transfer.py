@@ -125,7 +125,8 @@ def inat(year, root, first="train_val/Aves/30/a.jpg"):
 def cog(root):
     base = root / "cog"
     base.mkdir(parents=True)
-    levels = {"L1": ["n0009"], "L2": np.array(["n0002", "n0001"])}  # labels follow the sorted concepts, not this order
+    # As published: one list a level. Labels follow the sorted concepts, not this order.
+    levels = [["n0009"], np.array(["n0002", "n0001"]), [], [], []]
     files = {
         "n0001": {"train": ["n0001_1.JPEG"], "test": ["n0001_2.JPEG"]},
         "n0002": {"train": np.array(["n0002_1.JPEG", "n0002_3.JPEG"]), "test": ["n0002_2.JPEG"]},

@@ -29,6 +29,8 @@ from utils.storage import atomic_write, read_json, require_writable, write_json
 
 NEIGHBOURS = 5  # of the balls of precision, recall, density and coverage (Naeem et al., 2020)
 DUPLICATE = 0.995  # cosine similarity of centred descriptors from which two images of a class are near-duplicates
+CHUNK_ROWS = 8192  # features summed at a time
+KID_IMAGES = 5000  # of each set, at most: its kernel matrix is quadratic in them
 THUMBNAIL = 16  # pixels a side of the descriptor without a checkpoint
 PICTURES = 8  # images a class shown, from the least typical duplicates on
 SHOWN_CLASSES = 100  # the worst ones
@@ -62,13 +64,17 @@ def run(args: argparse.Namespace) -> int:
         described["real"] = describe(real)
 
     # ===== measuring =====
-    classes = [measure_class(class_id, synthetic, real, described) for class_id in synthetic.ids]
+    centre = moments(described["synthetic"])[0].astype(np.float32)
+    classes = [measure_class(class_id, synthetic, real, described, centre) for class_id in synthetic.ids]
     worst_first(classes)
     totals = summarize(classes)
     if real:
-        shared = [synthetic.of_classes(real.ids), real.of_classes(synthetic.ids)]
-        left, right = described["synthetic"][shared[0]], described["real"][shared[1]]
-        totals |= {"FID": frechet_distance(left, right), "KID": kernel_distance(left, right)}
+        both = [
+            (described["synthetic"], synthetic.of_classes(real.ids)),
+            (described["real"], real.of_classes(synthetic.ids)),
+        ]
+        some = [features[evenly(rows, KID_IMAGES)] for features, rows in both]
+        totals |= {"FID": frechet_distance(*(moments(*one) for one in both)), "KID": kernel_distance(*some)}
 
     # ===== telling =====
     record = {
@@ -122,8 +128,7 @@ def descriptor_of(args: argparse.Namespace, out: Path) -> tuple[Callable[[Folder
     transform = Transform(resize, crop, args.interpolation or interpolation)
 
     def describe(folder: Folder) -> np.ndarray:
-        features = extract(folder.samples, transform, out / "features", f"{source.label} on {folder.folder}")
-        return np.asarray(features, dtype=np.float32)
+        return extract(folder.samples, transform, out / "features", f"{source.label} on {folder.folder}")
 
     return describe, f"features of {source.label} ({source.sha256[:12]})"
 
@@ -147,10 +152,11 @@ def thumbnails(folder: Folder) -> np.ndarray:
 # ===== measures =====
 
 
-def measure_class(class_id: str, synthetic: Folder, real: Folder | None, described: dict) -> dict[str, Any]:
+def measure_class(
+    class_id: str, synthetic: Folder, real: Folder | None, described: dict, centre: np.ndarray
+) -> dict[str, Any]:
     """One row: counts, near-duplicates, diversity, and the neighbourhoods' measures where the class has real images."""
-    x = described["synthetic"][synthetic.rows[class_id]]
-    centre = described["synthetic"].mean(0)
+    x = described["synthetic"][synthetic.rows[class_id]].astype(np.float32)
     duplicates, closest = near_duplicates(x - centre)
     first = int(synthetic.rows[class_id][0])
     row: dict[str, Any] = {
@@ -162,7 +168,7 @@ def measure_class(class_id: str, synthetic: Folder, real: Folder | None, describ
         "closest": [synthetic.samples[first + index][0] for index in closest],
     }
     if real and class_id in real.rows:
-        row |= neighbourhoods(described["real"][real.rows[class_id]], x)
+        row |= neighbourhoods(described["real"][real.rows[class_id]].astype(np.float32), x)
         row["real_images"] = len(real.rows[class_id])
     return row
 
@@ -209,10 +215,23 @@ def neighbourhoods(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
     }
 
 
-def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """|mean difference|^2 + trace(A + B - 2 sqrt(A B)) of the two sets' covariances."""
-    difference = x.mean(0, dtype=np.float64) - y.mean(0, dtype=np.float64)
-    a, b = (np.cov(values, rowvar=False, dtype=np.float64) for values in (x, y))
+def moments(features: np.ndarray, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(mean (D,), covariance (D, D)) of some rows in float64, a block at a time: a million features stay on disk."""
+    rows = np.arange(len(features)) if rows is None else rows
+    origin = features[rows[0]].astype(np.float64)  # near the mean: sums of squares then cancel little
+    total, squares = np.zeros_like(origin), np.zeros((len(origin), len(origin)))
+    for start in range(0, len(rows), CHUNK_ROWS):
+        block = features[rows[start : start + CHUNK_ROWS]].astype(np.float64) - origin
+        total += block.sum(0)
+        squares += block.T @ block
+    mean = total / len(rows)
+    return origin + mean, (squares - len(rows) * np.outer(mean, mean)) / max(1, len(rows) - 1)
+
+
+def frechet_distance(x: tuple[np.ndarray, np.ndarray], y: tuple[np.ndarray, np.ndarray]) -> float:
+    """|mean difference|^2 + trace(A + B - 2 sqrt(A B)) of two sets' moments."""
+    (mean_x, a), (mean_y, b) = x, y
+    difference = mean_x - mean_y
     # The eigenvalues of A B are real and not negative; symmetrized they need no matrix square root of A B.
     values, vectors = np.linalg.eigh(a)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
@@ -220,9 +239,13 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
     return float(difference @ difference + np.trace(a) + np.trace(b) - 2 * cross)
 
 
-def kernel_distance(x: np.ndarray, y: np.ndarray, most: int = 5000) -> float:
-    """Unbiased squared MMD, times 1000 as is usual; of at most MOST images of each set, at even distances."""
-    x, y = (values[np.linspace(0, len(values) - 1, min(most, len(values))).astype(int)] for values in (x, y))
+def evenly(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most MOST of ROWS, at even distances."""
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
+
+
+def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased squared MMD, times 1000 as is usual."""
     n, m = len(x), len(y)
 
     def kernel(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -267,8 +290,7 @@ def render(record: dict[str, Any], synthetic: Folder, real: Folder | None) -> st
 
     def picture(folder: Folder, class_id: str) -> str:
         rows = folder.rows[class_id]
-        chosen = rows[np.linspace(0, len(rows) - 1, min(PICTURES, len(rows))).astype(int)]
-        return strip([folder.samples[row][0] for row in chosen])
+        return strip([folder.samples[row][0] for row in evenly(rows, PICTURES)])
 
     shown = []
     for row in record["classes"][:SHOWN_CLASSES]:

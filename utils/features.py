@@ -43,13 +43,13 @@ class Transform:
     crop: int
     interpolation: str
     border: int = 0  # cut off every side first (ObjectNet)
-
-    def __str__(self) -> str:
-        return f"resize {self.resize} {self.interpolation}, crop {self.crop}"
+    truncated: bool = False  # read JPEGs that end early as far as they go
 
     def load(self, path: str) -> torch.Tensor:
         """Image file -> (crop, crop, 3) uint8 RGB."""
-        pixels = load_eval_image(path, self.resize, self.crop, self.interpolation, border=self.border)
+        pixels = load_eval_image(
+            path, self.resize, self.crop, self.interpolation, border=self.border, truncated=self.truncated
+        )
         return pixels.permute(1, 2, 0)  # back to the decoder's own order, which is channels_last
 
 
@@ -113,6 +113,8 @@ class Extractor:
         complete = entry / "features.npy"
         if _read_block(complete, len(samples)) is not None:
             return
+        for leftover in entry.glob(".*.tmp"):  # of a killed process
+            leftover.unlink()
         write_json(entry / "key.json", key | {"what": what, "count": len(samples)})
         starts = range(0, len(samples), BLOCK)
         missing = [s for s in starts if _read_block(_block_path(entry, s), min(BLOCK, len(samples) - s)) is None]
@@ -121,14 +123,12 @@ class Extractor:
                 np.save(file, block)
         paths = [_block_path(entry, start) for start in starts]
         first = np.load(paths[0], mmap_mode="r")
-        with atomic_path(complete, fsync=True) as temporary:
-            joined = np.lib.format.open_memmap(
-                temporary, mode="w+", dtype=first.dtype, shape=(len(samples), first.shape[1])
-            )
-            for start, path in zip(starts, paths, strict=True):
-                joined[start : start + BLOCK] = np.load(path)
-            joined.flush()
-            del joined
+        header = np.lib.format.header_data_from_array_1_0(first) | {"shape": (len(samples), first.shape[1])}
+        # Written, not mapped: a full disk is then an error instead of a signal that ends the process.
+        with atomic_path(complete, fsync=True) as temporary, open(temporary, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for path in paths:
+                file.write(np.load(path, mmap_mode="r").data)
         for path in paths:
             path.unlink()
 
@@ -182,7 +182,12 @@ class Extractor:
             with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype, enabled=sixteen_bit):
                 for part in pixels.split(at_once):
                     batch = part.to(self.device).permute(0, 3, 1, 2)  # (B, 3, H, W), channels last in memory
-                    parts.append(model(normalize(batch)).flatten(1).float().cpu().numpy())
+                    try:
+                        parts.append(model(normalize(batch)).flatten(1).float().cpu().numpy())
+                    except torch.OutOfMemoryError:
+                        raise UserError(
+                            f"--batch-size {self.batch_size}: the GPU is out of memory; try {max(1, at_once // 2)}"
+                        ) from None
             return np.concatenate(parts)
 
         return forward
@@ -229,7 +234,10 @@ def read_ahead(
                 queue.append(pool.submit(transform.load, path))
             yield torch.stack([queue.popleft().result() for _ in range(count)])
     except BadImage as error:
-        raise UserError(f"damaged image {error}; restore it from the dataset's archive") from None
+        raise UserError(
+            f"damaged image {error}; restore it from the dataset's archive (evaluate.py --allow-truncated reads "
+            "JPEGs that end early as far as they go)"
+        ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,13 +28,17 @@ class BadImage(Exception):
     """An image file that cannot be decoded; the message names it."""
 
 
-def decode_rgb(source: str | Path | bytes, min_side: int | None = None, name: str | None = None) -> np.ndarray:
+def decode_rgb(
+    source: str | Path | bytes, min_side: int | None = None, name: str | None = None, truncated: bool = False
+) -> np.ndarray:
     """Decode an image file (or its bytes) to uint8 RGB, (H, W, 3).
 
     With min_side a JPEG may come out at 1/2, 1/4 or 1/8 size as long as its shorter side stays at least min_side:
-    libjpeg-turbo then skips most of the work. Raises BadImage, naming the file.
+    libjpeg-turbo then skips most of the work. With truncated a JPEG that ends early is decoded as far as it goes, grey
+    below, and named on stderr. Raises BadImage, naming the file.
     """
     name = name or (str(source) if not isinstance(source, bytes) else "image")
+    data = None
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if data[:3] == JPEG_MAGIC:
@@ -46,6 +51,13 @@ def decode_rgb(source: str | Path | bytes, min_side: int | None = None, name: st
             image.load()  # a truncated file raises here
             return np.asarray(image.convert("RGB"))
     except OSError as error:
+        if truncated and data is not None and data[:3] == JPEG_MAGIC:
+            try:
+                pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False)
+                print(f"truncated image {name}: read as far as it goes", file=sys.stderr, flush=True)
+                return pixels
+            except ValueError:
+                pass
         raise BadImage(f"{name}: {error}") from None
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImage(f"{name}: {error}") from None
@@ -82,16 +94,18 @@ def load_eval_image(
     interpolation: str = "bilinear",
     name: str | None = None,
     border: int = 0,
+    truncated: bool = False,
 ) -> torch.Tensor:
     """The test transform: shorter side to RESIZE, centre crop: uint8 (3, crop, crop), RGB.
 
     Pixel for pixel torchvision's Resize(RESIZE) and CenterCrop(CROP) on a Pillow image. BORDER pixels are cut off
-    every side first (ObjectNet's red frame). Raises BadImage. The caller normalises on its device: `normalize`.
+    every side first (ObjectNet's red frame). TRUNCATED as in decode_rgb. Raises BadImage. The caller normalises on its
+    device: `normalize`.
     """
     import torch
 
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    image = Image.fromarray(decode_rgb(path, name=name))
+    image = Image.fromarray(decode_rgb(path, name=name, truncated=truncated))
     if border:
         image = image.crop((border, border, image.width - border, image.height - border))
     width, height = image.size

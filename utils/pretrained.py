@@ -27,6 +27,10 @@ RESIZE, CROP = 256, 224  # short side and centre crop, pixels (t-ReX defaults, a
 INTERPOLATION = "bilinear"  # not in paper: as train.py's validation and torchvision's references
 
 
+class NoClassifier(UserError):
+    """The weights have no classifier, or nobody knows which class its outputs stand for: only features are of use."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A checkpoint that was found but not loaded yet: enough for a dry run and for the key of cached results."""
@@ -112,18 +116,18 @@ def _locate_torchvision(spec: str, label: str, download: bool) -> Source:
 def load(source: Source, classes: str | None = None, need_head: bool = True) -> Classifier:
     """Load the weights strictly. CLASSES (--classes) names the outputs where the checkpoint does not.
 
-    UserError if the file cannot be read, fits no architecture, or its classes are unknown. With need_head=False
-    weights without a classifier are accepted: transfer only needs features.
+    UserError if the file cannot be read or fits no architecture; NoClassifier if it can give features only, which is
+    accepted with need_head=False.
     """
     weights = read_weights(source.path)
     arch = source.torchvision.partition(":")[0] or source.args.get("arch")
     model, arch, head_name = _build(source, weights, arch)
     model.float().eval().requires_grad_(False)
     linear = _detach(model, head_name) if head_name else None
-    if linear is None and need_head:
-        raise UserError(f"--checkpoint {source.path}: no classifier in it, so only transfer datasets can judge it")
-    if linear is None:
+    if not need_head:
         return Classifier(source, arch, model, None, [], [], "")
+    if linear is None:
+        raise NoClassifier(f"--checkpoint {source.path}: no classifier in it, so only transfer datasets can judge it")
     ids, names, origin = name_outputs(source, linear.out_features, classes)
     head: torch.nn.Module = linear
     if source.args.get("head") == "cosine":
@@ -294,7 +298,7 @@ def name_outputs(source: Source, count: int, classes: str | None) -> tuple[list[
         ids, names = table.ids, [row.first_name for row in table.rows]
         origin = f"assumed: the {count} sorted wnids of {table.name}"
     else:
-        raise UserError(f"--checkpoint {source.path}: {count} outputs of unknown classes; name them with --classes")
+        raise NoClassifier(f"--checkpoint {source.path}: {count} outputs of unknown classes; name them with --classes")
     if len(ids) != count:
         where = f"--classes {classes}" if classes is not None else f"args.json beside {source.path}"
         raise UserError(f"{where}: names {len(ids)} classes but the checkpoint has {count} outputs")

@@ -20,6 +20,7 @@ from utils.class_tables import load_classes
 from utils.cli import UserError
 from utils.images import IMAGE_SUFFIXES, list_image_folder
 from utils.storage import read_json
+from utils.transfer import read_mat
 
 INDICES = Path(__file__).resolve().parent / "indices"
 
@@ -101,7 +102,12 @@ def match(loaded: LoadedSet, model_ids: Sequence[str]) -> MatchedSet:
     known = [tuple(position[a] for a in accepted if a in position) for accepted in answers]
     if loaded.sample_answers:
         by_sample = [tuple(position[a] for a in accepted if a in position) for accepted in loaded.sample_answers]
-        kept = [(path, label, right) for (path, label), right in zip(loaded.samples, by_sample, strict=True) if right]
+        # An image whose own class the model lacks stays out, even if one of its other labels is known.
+        kept = [
+            (path, label, right)
+            for (path, label), right in zip(loaded.samples, by_sample, strict=True)
+            if right and known[label]
+        ]
     else:
         kept = [(path, label, known[label]) for path, label in loaded.samples if known[label]]
     if not kept:
@@ -199,29 +205,29 @@ def read_val(name: str, folder: Path, data_root: Path) -> LoadedSet:
         return read_wnid_folders(name, folder, data_root)
     wnids = read_devkit(name, folder, data_root)
     if len(wnids) != len(flat):
-        raise UserError(f"{name}: {folder} has {len(flat):,} images but the devkit has {len(wnids):,} labels")
+        raise UserError(
+            f"{name}: {folder} has {len(flat):,} images but the devkit has {len(wnids):,} labels; unpack both again"
+        )
     class_ids = sorted(set(wnids))
     position = {wnid: label for label, wnid in enumerate(class_ids)}
     samples = []
     for file in flat:
         number = _val_number(file)
         if not 1 <= number <= len(wnids):
-            raise UserError(f"{name}: {folder / file} is not one of the {len(wnids):,} validation files")
+            raise UserError(f"{name}: {folder / file} is not one of the {len(wnids):,} validation files; remove it")
         samples.append((f"{folder}/{file}", position[wnids[number - 1]]))
     return LoadedSet(name, class_ids, samples)
 
 
 def read_devkit(name: str, folder: Path, data_root: Path) -> list[str]:
     """wnid of each validation file, in file order. The devkit counts classes 1..1000 in an order of its own."""
-    from scipy.io import loadmat
-
     places = [folder.parent / "ILSVRC2012_devkit_t12", data_root / "ILSVRC2012_devkit_t12"]
     devkit = next((place / "data" for place in places if (place / "data").is_dir()), None)
     if devkit is None:
         raise UserError(f"{name}: {folder} has no class folders; unpack ILSVRC2012_devkit_t12.tar.gz to {places[0]}")
     try:
         truth = (devkit / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
-        synsets = loadmat(str(devkit / "meta.mat"), squeeze_me=True)["synsets"]
+        synsets = read_mat(devkit / "meta.mat", "synsets")
         # Rows are (ILSVRC2012_ID, WNID, words, gloss, num_children, ...); inner nodes of the hierarchy have children.
         wnid_of = {int(row[0]): str(row[1]) for row in synsets if int(row[4]) == 0}
         return [wnid_of[int(number)] for number in truth]

@@ -160,7 +160,7 @@ def read_aircraft(folder: Path) -> tuple[Samples, Samples, int]:
 def read_cars(folder: Path) -> tuple[Samples, Samples, int]:
     """Two layouts are in use: one cars_annos.mat for all images, or a devkit with two folders of images."""
     if (folder / "cars_annos.mat").exists():
-        rows = _mat(folder / "cars_annos.mat", "annotations")
+        rows = read_mat(folder / "cars_annos.mat", "annotations")
         trainval, test = (
             [
                 (_inside(folder, str(row["relative_im_path"])), int(row["class"]) - 1)
@@ -173,7 +173,7 @@ def read_cars(folder: Path) -> tuple[Samples, Samples, int]:
         trainval, test = (
             [
                 (_inside(folder / images, str(row["fname"])), int(row["class"]) - 1)
-                for row in _mat(next(path for path in places if path.exists() or path == places[-1]), "annotations")
+                for row in read_mat(next(path for path in places if path.exists() or path == places[-1]), "annotations")
             ]
             for images, places in (
                 ("cars_train", [folder / "devkit/cars_train_annos.mat"]),
@@ -186,7 +186,7 @@ def read_cars(folder: Path) -> tuple[Samples, Samples, int]:
     return trainval, test, len({label for _, label in trainval + test})
 
 
-def _mat(path: Path, key: str) -> Any:
+def read_mat(path: Path, key: str) -> Any:
     """Variable KEY of a MATLAB file. scipy reads numbers and text only: nothing in it is run."""
     from scipy.io import loadmat
 
@@ -248,8 +248,8 @@ def read_eurosat(folder: Path) -> tuple[Samples, Samples, int]:
 
 def read_flowers(folder: Path) -> tuple[Samples, Samples, int]:
     """setid.mat lists image numbers of train, val and test; imagelabels.mat their classes, from 1."""
-    labels = _mat(folder / "imagelabels.mat", "labels")
-    parts = {part: _mat(folder / "setid.mat", part) for part in ("trnid", "valid", "tstid")}
+    labels = read_mat(folder / "imagelabels.mat", "labels")
+    parts = {part: read_mat(folder / "setid.mat", part) for part in ("trnid", "valid", "tstid")}
 
     def split(*names: str) -> Samples:
         numbers = sorted(int(number) for name in names for number in parts[name])
@@ -306,13 +306,10 @@ def read_inat(year: int, folder: Path) -> tuple[Samples, Samples, int]:
 
 
 def read_cog(level: int, folder: Path) -> tuple[Samples, Samples, int]:
-    """Two pickles: level -> concepts (wnids), concept -> {"train", "test"} file lists. Labels: sorted concepts."""
+    """Two pickles: five lists of concepts (wnids), concept -> {"train", "test"} file lists. Labels: sorted concepts."""
     levels = safe_pickle.load(folder / "cog_levels_mapping_file.pkl")
     with _as_published(folder / "cog_levels_mapping_file.pkl"):
-        chosen = (
-            levels[level - 1] if isinstance(levels, list) else levels[f"L{level}" if f"L{level}" in levels else level]
-        )
-        concepts = sorted({str(concept) for concept in chosen})
+        concepts = sorted({str(concept) for concept in levels[level - 1]})
     files = safe_pickle.load(folder / "cog_concepts_split_file.pkl")
 
     def split(part: str) -> Samples:
@@ -431,7 +428,7 @@ DATASETS: dict[str, TransferSet] = {
         where="Get SUN397.tar.gz and Partitions.zip: vision.princeton.edu/projects/2010/SUN",
         layout="SUN397/<letter>/<class>/*.jpg with ClassName.txt, Training_01.txt, Testing_01.txt (or in Partitions/)",
         folders=("SUN397",),
-        markers=("Training_01.txt", "Partitions/Training_01.txt", "partitions/Training_01.txt", "a/abbey"),
+        markers=("Training_01.txt", "Partitions/Training_01.txt", "partitions/Training_01.txt"),
         classes=397,
         trainval=19_850,
         test=19_850,
