@@ -163,7 +163,7 @@ pipeline: $(STAMP) ## generate, verify, train, evaluate; on slurm queued at once
 # ===== development =====
 # check-prompts needs Debian's wordnet-base; tests/test_build_tables.py says so where it is absent.
 test: $(DEV_STAMP) $(if $(wildcard /usr/share/wordnet/data.noun),check-prompts) ## every test, with coverage
-	$(PY) -m pytest -n 2 --dist worksteal --cov=. --cov-report=term:skip-covered -q
+	$(PY) -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered -q
 
 check-prompts: $(DEV_STAMP) ## rebuild prompts/*.tsv from WordNet and compare byte for byte
 	$(PY) prompts/build_tables.py --check

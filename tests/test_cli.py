@@ -10,7 +10,6 @@ from utils import cli
 from utils.cli import (
     UserError,
     command_line,
-    fraction,
     make_parser,
     non_negative_int,
     positive_float,
@@ -81,7 +80,6 @@ def test_help_shows_the_docstring_as_written_and_only_telling_defaults():
         (positive_int, ["1", "7"], ["0", "-1", "1.5", ""]),
         (non_negative_int, ["0", "7"], ["-1", "x"]),
         (positive_float, ["0.5", "1e-6"], ["0", "-1", "nan", "inf"]),
-        (fraction, ["0", "1", "0.25"], ["-0.1", "1.01", "nan"]),
     ],
 )
 def test_numbers_are_checked_at_the_door(convert, good, bad):

@@ -1,4 +1,4 @@
-"""Manners shared by the command lines: help that teaches, one-line errors, exit codes that scripts can trust.
+"""Shared by all command lines: help that teaches, one-line errors, exit codes that scripts can trust.
 
 Exit codes: 0 done; 2 something the user can mend (option, file, disk); 1 unexpected; 130 interrupted.
 """
@@ -112,14 +112,6 @@ def non_negative_int(text: str) -> int:
 
 def positive_float(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
-
-
-def non_negative_float(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
-
-
-def fraction(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def _number(text, convert, accept, wanted):
