@@ -5,8 +5,8 @@ below --data-root. Writes OUT/results.jsonl (one line a metric), OUT/eval/*.json
 OUT/features/ (the cache); OUT is the checkpoint's folder unless --out is given. Pairs of checkpoint and dataset that
 are in results.jsonl already are not computed again: run the same command to continue.
 
-    # without a GPU, in seconds: two models side by side on one folder of real images
-    python evaluate.py --checkpoint runs/digits_sd runs/digits_real --test digits=data/digits/test
+    # without a GPU, in seconds, after `make demo`: two models side by side on one folder of real images
+    python evaluate.py --checkpoint runs/demo/real-seed0 runs/demo/synthetic_g2-seed0 --test digits=data/digits/test
 
     # one GPU: everything found below data/, then the report with tables and the radar plot
     python evaluate.py --checkpoint runs/imagenet_100_sd --data-root data
@@ -36,61 +36,70 @@ MAX_CONFUSION = 200  # classes: a larger matrix is too large to read
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    # Models
-    parser.add_argument(
+    models = parser.add_argument_group("models")
+    models.add_argument(
         "--checkpoint",
         nargs="+",
         default=[],
         metavar="[LABEL=]MODEL",
         help="run folder, weights file (.pth, .safetensors) or torchvision name (resnet50, resnet50:IMAGENET1K_V1)",
     )
-    parser.add_argument("--classes", help="classes of the outputs, if the checkpoint has no record: 100, 1000, a .txt")
-    # Data
-    parser.add_argument("--data-root", default="data", help="folder that holds the datasets; see --list-datasets")
-    parser.add_argument(
+    models.add_argument("--classes", help="classes of the outputs, if the checkpoint has no record: 100, 1000, a .txt")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-root", default="data", help="folder that holds the datasets; see --list-datasets")
+    data.add_argument(
         "--datasets",
         nargs="+",
         default=[],
         metavar="NAME",
         help="names or groups (imagenet, small, inat, cog, all); default: those found, or --test's alone",
     )
-    parser.add_argument(
+    data.add_argument(
         "--test", action="append", default=[], metavar="NAME=DIR", help="a folder DIR/<class id>/<images>; repeatable"
     )
-    parser.add_argument("--list-datasets", action="store_true", help="each dataset: what, where from, whether found")
-    # Protocol
-    parser.add_argument(
+    data.add_argument("--list-datasets", action="store_true", help="each dataset: what, where from, whether found")
+    protocol = parser.add_argument_group("protocol")
+    protocol.add_argument(
         "--interpolation",
         choices=("bilinear", "bicubic"),
-        help="of resizing; default: as torchvision published its weights, else bilinear; bicubic for transfer",
+        help="filter of resizing (default: as torchvision published its weights, else bilinear; for transfer bicubic)",
     )
-    parser.add_argument(
-        "--protocol", choices=("fast", "paper"), default="fast", help="linear probes: fast, or the suite's own search"
+    protocol.add_argument(
+        "--protocol",
+        choices=("fast", "paper"),
+        default="fast",
+        help="linear probes: fast, or the search of t-ReX's transfer suite",
     )
-    parser.add_argument("--seeds", nargs="+", type=non_negative_int, default=[0], help="of the linear probes")
-    parser.add_argument(
-        "--allow-truncated", action="store_true", help="read JPEGs that end early as far as they go, as t-ReX's suite"
+    protocol.add_argument(
+        "--seeds", nargs="+", type=non_negative_int, default=[0], help="seeds of the linear probes: one result each"
     )
-    # Runtime
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    parser.add_argument(
+    protocol.add_argument(
+        "--allow-truncated",
+        action="store_true",
+        help="read JPEGs that end early as far as they go, as t-ReX's suite does",
+    )
+    runtime = parser.add_argument_group("runtime")
+    runtime.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    runtime.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "fp16", "bf16", "fp32"),
         help="auto: fp16 on CUDA; bf16 on CPUs with AMX; else fp32",
     )
-    parser.add_argument("--batch-size", type=positive_int, default=64, help="images a batch")
-    parser.add_argument("--workers", type=positive_int, default=min(16, os.cpu_count() or 1), help="decoding threads")
-    parser.add_argument("--out", help="folder of the results (default: the checkpoint's folder)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be computed, and stop")
-    # Reports
-    parser.add_argument("--report", nargs="+", metavar="JSONL", help="draw report.md, report.html and the radar plot")
-    parser.add_argument("--title", help="with --report: its heading")
-    parser.add_argument(
+    runtime.add_argument("--batch-size", type=positive_int, default=64, help="images of a forward pass")
+    runtime.add_argument(
+        "--workers", type=positive_int, default=min(16, os.cpu_count() or 1), help="threads that decode images"
+    )
+    runtime.add_argument("--out", help="folder of the results (default: the checkpoint's folder)")
+    runtime.add_argument("--dry-run", action="store_true", help="say what would be computed, and stop")
+    reports = parser.add_argument_group("reports")
+    reports.add_argument("--report", nargs="+", metavar="JSONL", help="draw report.md, report.html and the radar plot")
+    reports.add_argument("--title", help="with --report: its heading")
+    reports.add_argument(
         "--show-data", action="append", default=[], metavar="NAME=DIR", help="with --report: images to show; repeatable"
     )
-    parser.add_argument("--dataset-report", metavar="DATASET", help="look at a synthetic dataset: duplicates, FID ...")
-    parser.add_argument("--real", metavar="DIR", help="with --dataset-report: real images to compare with")
+    reports.add_argument("--dataset-report", metavar="DATASET", help="look at a synthetic dataset: duplicates, FID ...")
+    reports.add_argument("--real", metavar="DIR", help="with --dataset-report: real images to compare with")
     return parser
 
 

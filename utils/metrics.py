@@ -95,13 +95,10 @@ def mean_per_class(correct: np.ndarray, labels: np.ndarray, num_classes: int) ->
     return 100 * mean, 100 * max(0.0, mean - spread), 100 * min(1.0, mean + spread)
 
 
-def confusion(
-    predicted: np.ndarray, labels: np.ndarray, num_classes: int, num_outputs: int | None = None
-) -> np.ndarray:
-    """(K, num_outputs) counts: row = true class, column = predicted class."""
-    num_outputs = num_outputs or num_classes
-    flat = np.bincount(np.asarray(labels) * num_outputs + predicted, minlength=num_classes * num_outputs)
-    return flat.reshape(num_classes, num_outputs)
+def confusion(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """(K, K) counts: row = true class, column = predicted class."""
+    flat = np.bincount(np.asarray(labels) * num_classes + predicted, minlength=num_classes**2)
+    return flat.reshape(num_classes, num_classes)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
