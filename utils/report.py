@@ -6,15 +6,18 @@ Runs that differ by their seed alone (`NAME-seed0`, `NAME-seed1`, ...) are one m
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from utils import transfer
 from utils.cli import UserError
-from utils.metrics import log_odds_average
+from utils.metrics import log_odds_average, mean_and_std
 from utils.radar import COLORS, draw_radar
 from utils.report_figures import close_looks, contact_sheets, provenance, training_curves
 from utils.storage import atomic_write, read_json, read_jsonl, require_writable
@@ -23,8 +26,10 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 IMAGENET_SETS = ("IN-Val", "IN-v2", "IN-Sketch", "IN-R", "IN-A")  # the paper's five, in its order
 TRANSFER_GROUPS = {"cog": "ImageNet-CoG", "inat": "iNaturalist", "small": "8 small sets"}
 SEED_SUFFIX = re.compile(r"[-_]seed\d+$")
-CELL_LEGEND = (
-    "Percent; ± is the standard deviation over seeds, (a to b) a 95 % interval; an empty cell was not measured."
+GROUP_SIZES = Counter(row.group for row in transfer.DATASETS.values())  # 8, 2, 5
+LEGEND = (
+    "Percent; ± is the standard deviation over seeds, (a to b) a 95 % interval, a signed number the difference to the "
+    "first row on the same images; an empty cell was not measured."
 )
 
 
@@ -40,11 +45,53 @@ class Cell:
     n: int | None = None
     num_classes: int | None = None
     group: str = "folder"
+    digits: int = 1
 
     def __str__(self) -> str:
         if self.spread is not None:
-            return f"{self.value:.1f} ± {self.spread:.1f}"
-        return f"{self.value:.1f}"
+            return f"{self.value:.{self.digits}f} ± {self.spread:.{self.digits}f}"
+        return f"{self.value:.{self.digits}f}"
+
+    @property
+    def interval(self) -> str:
+        """ "72.1 to 74.5", or "" where there is none."""
+        return f"{self.low:.1f} to {self.high:.1f}" if self.low is not None and self.high is not None else ""
+
+    @property
+    def size(self) -> str:
+        """ "5,000 images, 100 classes", or "" where it is not known."""
+        classes = f", {self.num_classes} classes" if self.num_classes else ""
+        return f"{self.n:,} images{classes}" if self.n else ""
+
+    def less(self, other: Cell) -> str:
+        """ "-2.5 (-3.9 to -1.1)": the difference with its 95 % interval, or "" where other images were judged."""
+        if self.size and other.size and self.size != other.size:
+            return ""
+        difference = f"{self.value - other.value:+.{self.digits}f}"
+        bounds = difference_interval(self, other)
+        return f"{difference} ({bounds[0]:+.1f} to {bounds[1]:+.1f})" if bounds else difference
+
+
+def difference_interval(a: Cell, b: Cell) -> tuple[float, float] | None:
+    """95 % interval of a - b: Newcombe's from two runs' own intervals, Welch's from two models' seeds, else None.
+
+    Both take the two as independent; on the same images the truth is a little narrower (Newcombe 1998, method 10).
+    """
+    difference = a.value - b.value
+    if a.low is not None and a.high is not None and b.low is not None and b.high is not None:
+        below = math.hypot(a.value - a.low, b.high - b.value)
+        above = math.hypot(a.high - a.value, b.value - b.low)
+        return difference - below, difference + above
+    if a.spread is not None and b.spread is not None:
+        from scipy.stats import t
+
+        parts = a.spread**2 / a.runs, b.spread**2 / b.runs
+        if not sum(parts):
+            return difference, difference
+        freedom = sum(parts) ** 2 / (parts[0] ** 2 / (a.runs - 1) + parts[1] ** 2 / (b.runs - 1))
+        half = float(t.ppf(0.975, freedom)) * math.sqrt(sum(parts))
+        return difference - half, difference + half
+    return None
 
 
 @dataclass
@@ -75,7 +122,7 @@ def write_report(
         "models": models,
         "headline": headline(models),
         "tables": make_tables(models, rows),
-        "legend": CELL_LEGEND,
+        "legend": LEGEND,
         "curves": training_curves({model.name: (model.color, model.folders) for model in models}),
         "looks": close_looks({model.name: (model.folders, model.checkpoints) for model in models}),
         "sheets": contact_sheets(show_data),
@@ -83,9 +130,9 @@ def write_report(
     }
     written = [out / "report.html", out / "report.md"]
     page["radar"] = None
-    if axes := radar_axes(models):
+    axes, polygons = radar_values(models)
+    if axes:
         colors = {model.name: model.color for model in models}
-        polygons = {model.name: radar_values(model) for model in models}
         draw_radar(axes, polygons, out / "radar.svg", out / "radar.png", colors)
         page["radar"] = (out / "radar.svg").read_text(encoding="utf-8")
         written += [out / "radar.svg", out / "radar.png"]
@@ -100,16 +147,15 @@ def write_report(
 def read_results(paths: Sequence[Path]) -> list[dict]:
     """The rows of all files that still hold, each with its "folder".
 
-    In one file a model's last checkpoint counts, not an earlier one that was judged in mid-training, and so does the
-    last protocol of each metric; a metric measured again replaces the earlier line. UserError if two files hold
+    A model's last checkpoint counts, not an earlier one that was judged in mid-training; of each metric the last way
+    of measuring (protocol, images), never a mix; of rows written twice the newer. UserError if two files hold
     different checkpoints of one name.
     """
-    kept: list[dict] = []
+    rows: list[dict] = []
     owners: dict[str, tuple[Path, str | None]] = {}  # model -> its file and checkpoint
-    for path in paths:
-        rows = _read_rows(path)
-        checkpoint = {row["model"]: row.get("checkpoint_sha256") for row in rows}
-        protocol = {(row["model"], row["dataset"], row["metric"]): row.get("protocol") for row in rows}
+    for path in dict.fromkeys(paths):
+        found = _read_rows(path)
+        checkpoint = {row["model"]: row.get("checkpoint_sha256") for row in found}
         for model, sha256 in checkpoint.items():
             other, its = owners.setdefault(model, (path, sha256))
             if its != sha256:
@@ -117,13 +163,21 @@ def read_results(paths: Sequence[Path]) -> list[dict]:
                     f"--report: {other} and {path} hold two different models called {model}; judge one again under "
                     "another name (evaluate.py --checkpoint NAME=...)"
                 )
-        newest: dict[tuple, dict] = {}
-        for row in rows:
-            key = (row["model"], row["dataset"], row["metric"])
-            if row.get("checkpoint_sha256") == checkpoint[row["model"]] and row.get("protocol") == protocol[key]:
-                newest[*key, row.get("seed")] = row | {"folder": path.parent}
-        kept += newest.values()
-    return kept
+        rows += [
+            row | {"folder": path.parent} for row in found if row.get("checkpoint_sha256") == checkpoint[row["model"]]
+        ]
+    way = {_metric_of(row): _way_of(row) for row in rows}
+    newest = {(*_metric_of(row), row.get("seed")): row for row in rows if _way_of(row) == way[_metric_of(row)]}
+    return list(newest.values())
+
+
+def _metric_of(row: dict) -> tuple[str, str, str]:
+    return row["model"], row["dataset"], row["metric"]
+
+
+def _way_of(row: dict) -> tuple[str | None, str | None]:
+    """How a row was measured; evaluate.py's key covers checkpoint, images, labels and protocol."""
+    return row.get("key"), row.get("protocol")
 
 
 def _read_rows(path: Path) -> list[dict]:
@@ -133,8 +187,14 @@ def _read_rows(path: Path) -> list[dict]:
     if not rows:
         raise UserError(f"--report: {path} holds no result; run evaluate.py on its checkpoint first")
     for row in rows:
-        if missing := {"model", "dataset", "metric", "value"} - row.keys():
+        missing = {"model", "dataset", "metric", "value"} - (row.keys() if isinstance(row, dict) else set())
+        if missing:
             raise UserError(f"--report: {path} has a line without {', '.join(sorted(missing))}; is it a results.jsonl?")
+        if not isinstance(row["value"], int | float) or not math.isfinite(row["value"]):
+            raise UserError(
+                f"--report: {path}: {row['metric']} of {row['model']} on {row['dataset']} is {row['value']!r}, no "
+                "number; remove the line and run evaluate.py again"
+            )
     return rows
 
 
@@ -159,12 +219,12 @@ def group_models(rows: Iterable[dict]) -> list[Model]:
 
 
 def as_cell(rows: Sequence[dict]) -> Cell:
-    numbers = [row["value"] for row in rows]
     first = rows[0]
-    cell = Cell(statistics.fmean(numbers), runs=len(rows), n=first.get("n"), num_classes=first.get("num_classes"))
+    mean, deviation = mean_and_std(row["value"] for row in rows)
+    cell = Cell(mean, runs=len(rows), n=first.get("n"), num_classes=first.get("num_classes"))
     cell.group = first.get("group", "folder")
     if len(rows) > 1:
-        cell.spread = statistics.stdev(numbers)
+        cell.spread = deviation
     else:
         cell.low, cell.high = first.get("low"), first.get("high")
     return cell
@@ -174,7 +234,7 @@ def as_cell(rows: Sequence[dict]) -> Cell:
 
 
 def make_tables(models: Sequence[Model], rows: Sequence[dict]) -> list[dict]:
-    """[{title, note, columns, rows: [(model, [Cell | None, ...])]}]: ImageNet sets, transfer groups, other folders."""
+    """The tables of the report, see as_table: ImageNet sets, transfer groups with averages, other folders."""
     groups: dict[str, list[str]] = {}
     for row in rows:
         members = groups.setdefault(row.get("group", "folder"), [])
@@ -183,59 +243,97 @@ def make_tables(models: Sequence[Model], rows: Sequence[dict]) -> list[dict]:
     tables = []
     for dataset in groups.get("folder", []):
         columns = [(dataset, "top1", "top-1"), (dataset, "top5", "top-5"), (dataset, "ece", "calibration error")]
-        tables.append(table(f"Real images: {dataset}", columns, models))
+        tables.append(metric_table(f"Real images: {dataset}", columns, models))
     sets = sorted(groups.get("imagenet", []), key=lambda name: (*IMAGENET_SETS, name).index(name))
     for metric, shown in (("top1", "top-1"), ("top5", "top-5")):
         if sets:
-            tables.append(table(f"ImageNet test sets, {shown}", [(name, metric, name) for name in sets], models))
+            columns = [(name, metric, name) for name in sets]
+            tables.append(metric_table(f"ImageNet test sets, {shown}", columns, models))
     for group, shown in TRANSFER_GROUPS.items():
         if names := groups.get(group):
-            metric_columns = [(name, "top1", name) for name in names]
-            tables.append(table(f"Transfer, {shown}: linear probe, top-1", metric_columns, models, average=True))
-    if names := groups.get("average"):
-        tables.append(table("Transfer, as published", [(name, "top1", name) for name in names], models))
+            tables.append(group_table(f"Transfer, {shown}: linear probe, top-1", group, names, models))
+    tables.append(all_transfer_table(models))
     return [made for made in tables if made["rows"]]
 
 
-def table(title: str, columns: Sequence[tuple[str, str, str]], models: Sequence[Model], average: bool = False) -> dict:
-    """One table. The first model is the reference of the differences; a cell that was not measured stays empty."""
-    columns = [column for column in columns if any((column[0], column[1]) in model.cells for model in models)]
-    heads = [shown for _, _, shown in columns]
-    body, reference = [], None
+def metric_table(title: str, columns: Sequence[tuple[str, str, str]], models: Sequence[Model]) -> dict:
+    """COLUMNS: (dataset, metric, heading); those that no model knows are left out."""
+    columns = [column for column in columns if any(column[:2] in model.cells for model in models)]
+    body = [(model, [model.cells.get(column[:2]) for column in columns]) for model in models]
+    return as_table(title, [shown for _, _, shown in columns], body)
+
+
+def group_table(title: str, group: str, names: Sequence[str], models: Sequence[Model]) -> dict:
+    """A transfer group with its averages, for models that know all the sets shown."""
+    body = []
     for model in models:
-        cells: list[Cell | None] = [model.cells.get((dataset, metric)) for dataset, metric, _ in columns]
-        if not any(cells):
-            continue
-        if average:
-            known = [cell.value for cell in cells if cell]
-            whole = len(known) == len(columns)
-            cells.append(Cell(statistics.fmean(known)) if whole else None)
-            cells.append(Cell(log_odds_average(known)) if whole else None)
-        reference = reference or cells
-        differences = [a.value - b.value if a and b else None for a, b in zip(cells, reference, strict=True)]
-        body.append({"model": model, "cells": cells, "differences": differences if cells is not reference else None})
-    sizes = []
-    for dataset, metric, shown in columns:
-        cell = next(model.cells[dataset, metric] for model in models if (dataset, metric) in model.cells)
-        if cell.n:
-            classes = f", {cell.num_classes} classes" if cell.num_classes else ""
-            sizes.append(f"{shown}: {cell.n:,} images{classes}")
-    if len({size.partition(": ")[2] for size in sizes}) == 1:
-        sizes = [sizes[0].partition(": ")[2]]
-    heads += ["average", "log-odds average"] if average else []
-    return {"title": title, "columns": heads, "rows": body, "note": "; ".join(sizes)}
+        cells = [model.cells.get((name, "top1")) for name in names]
+        body.append((model, [*cells, *averages(cells)]))
+    of = f" of {len(names)} of {GROUP_SIZES[group]} sets" if len(names) < GROUP_SIZES[group] else ""
+    return as_table(title, [*names, f"average{of}", f"log-odds average{of}"], body)
+
+
+def all_transfer_table(models: Sequence[Model]) -> dict:
+    """The averages over all fifteen transfer sets, as the suite gives them, beside the published ones."""
+    body = []
+    for model in models:
+        cells = averages([model.cells.get((name, "top1")) for name in transfer.DATASETS])
+        body.append((model, [cells[0] or model.cells.get(("average transfer", "top1")), cells[1]]))
+    return as_table(f"Transfer, all {len(transfer.DATASETS)} sets", ["average", "log-odds average"], body)
+
+
+def averages(cells: Sequence[Cell | None]) -> list[Cell | None]:
+    """[mean, mean of log(acc / (1 - acc))] of CELLS; [None, None] where one is missing."""
+    known = [cell for cell in cells if cell]
+    if not known or len(known) < len(cells):
+        return [None, None]
+    values, sizes = [cell.value for cell in known], [cell.n or 10**6 for cell in known]
+    return [Cell(statistics.fmean(values)), Cell(log_odds_average(values, sizes), digits=3)]
+
+
+def as_table(title: str, heads: list[str], body: Sequence[tuple[Model, list[Cell | None]]]) -> dict:
+    """{title, note, columns, rows: [{model, cells, differences, sizes}]}, without models that know no cell.
+
+    The first model is the reference of the differences. The number of images and classes stands in the note where all
+    models agree on it, else in the cells.
+    """
+    body = [(model, cells) for model, cells in body if any(cells)]
+    notes, agreed = [], []
+    for head, *column in zip(heads, *(cells for _, cells in body), strict=True):
+        sizes = list(dict.fromkeys(cell.size for cell in column if cell and cell.size))
+        agreed.append(len(sizes) <= 1)
+        if len(sizes) == 1:
+            notes.append((head, sizes[0]))
+    common = len(dict(notes)) == len(heads) and len({size for _, size in notes}) == 1
+    rows = []
+    for model, cells in body:
+        reference = body[0][1]
+        rows.append(
+            {
+                "model": model,
+                "cells": cells,
+                "differences": [
+                    a.less(b) if a and b and cells is not reference else ""
+                    for a, b in zip(cells, reference, strict=True)
+                ],
+                "sizes": ["" if same or not cell else cell.size for cell, same in zip(cells, agreed, strict=True)],
+            }
+        )
+    note = notes[0][1] if common else "; ".join(f"{head}: {size}" for head, size in notes)
+    return {"title": title, "columns": heads, "rows": rows, "note": note}
 
 
 def headline(models: Sequence[Model]) -> list[str]:
-    """What the numbers say, in sentences that hold for these numbers only; nothing for other kinds of report."""
+    """What the numbers say of runs of train.py on one set of images; nothing for other kinds of report."""
     folders = {dataset for model in models for dataset, metric in model.cells if metric == "top1"}
-    if len(folders) != 1 or len(models) < 2:
+    if len(folders) != 1:
         return []
     (dataset,) = folders
-    scored = [(model, model.cells[dataset, "top1"]) for model in models if (dataset, "top1") in model.cells]
-    reference, best = scored[0], max(scored[1:], key=lambda pair: pair[1].value, default=None)
-    if best is None:
+    trained = [model for model in models if any((folder / "args.json").is_file() for folder in model.folders)]
+    scored = [(model, model.cells[dataset, "top1"]) for model in trained if (dataset, "top1") in model.cells]
+    if len(scored) < 2 or len({cell.size for _, cell in scored}) > 1:
         return []
+    reference, best = scored[0], max(scored[1:], key=lambda pair: pair[1].value)
     gap = reference[1].value - best[1].value
     relation = f"{abs(gap):.1f} points {'below' if gap > 0 else 'above'}" if abs(gap) >= 0.05 else "the same as"
     said = [
@@ -281,25 +379,26 @@ def data_folders(run: Path) -> list[Path]:
 # ===== radar =====
 
 
-def radar_axes(models: Sequence[Model]) -> list[str]:
-    """The paper's eight axes, those that at least one model knows; [] below three: no polygon then."""
-    known = {axis for model in models for axis in radar_values(model)}
-    wanted = [f"{name}\ntop-5" for name in IMAGENET_SETS] + [f"{name}\ntop-1" for name in TRANSFER_GROUPS.values()]
-    axes = [axis for axis in wanted if axis in known]
-    return axes if len(axes) >= 3 else []
+def radar_values(models: Sequence[Model]) -> tuple[list[str], dict[str, dict[str, float]]]:
+    """(the paper's axes that some model knows, {model: {axis: percent}}); no axes below three: no polygon then.
 
-
-def radar_values(model: Model) -> dict[str, float]:
-    """{axis: percent}: a transfer group counts by the mean top-1 of its sets."""
-    values = {}
-    for name in IMAGENET_SETS:
-        if cell := model.cells.get((name, "top5")):
-            values[f"{name}\ntop-5"] = cell.value
+    A transfer group is the mean top-1 of the same sets for every model: one that lacks a set has no value there.
+    """
+    values: dict[str, dict[str, float]] = {model.name: {} for model in models}
+    axes = [f"{name}\ntop-5" for name in IMAGENET_SETS]
+    for axis, name in zip(axes, IMAGENET_SETS, strict=True):
+        for model in models:
+            if cell := model.cells.get((name, "top5")):
+                values[model.name][axis] = cell.value
     for group, shown in TRANSFER_GROUPS.items():
-        scores = [cell.value for (_, metric), cell in model.cells.items() if metric == "top1" and cell.group == group]
-        if scores:
-            values[f"{shown}\ntop-1"] = statistics.fmean(scores)
-    return values
+        measured = {name for model in models for (name, _), cell in model.cells.items() if cell.group == group}
+        part = f" ({len(measured)} of {GROUP_SIZES[group]})" if len(measured) < GROUP_SIZES[group] else ""
+        axes.append(f"{shown}{part}\ntop-1")
+        for model in models:
+            if mean := averages([model.cells.get((name, "top1")) for name in measured])[0]:
+                values[model.name][axes[-1]] = mean.value
+    known = [axis for axis in axes if any(axis in its for its in values.values())]
+    return known if len(known) >= 3 else [], values
 
 
 # ===== rendering =====
@@ -319,8 +418,10 @@ def render_markdown(page: dict) -> str:
     for made in page["tables"]:
         lines += [f"## {made['title']}", ""]
         lines += [markdown_row(["model", *made["columns"]]), markdown_row(["---"] * (len(made["columns"]) + 1))]
-        lines += [markdown_row([row["model"].name, *map(markdown_cell, row["cells"])]) for row in made["rows"]]
-        lines += ["", f"{made['note']}. " * bool(made["note"]) + CELL_LEGEND, ""]
+        for row in made["rows"]:
+            cells = map(markdown_cell, row["cells"], row["differences"], row["sizes"])
+            lines.append(markdown_row([row["model"].name, *cells]))
+        lines += ["", f"{made['note']}. " * bool(made["note"]) + LEGEND, ""]
     if page["radar"]:
         lines += ["![radar plot](radar.png)", ""]
     for look in page["looks"]:
@@ -328,7 +429,11 @@ def render_markdown(page: dict) -> str:
         names = [model["name"] for model in look["models"]]
         lines += [markdown_row(["class", "n", *names]), markdown_row(["---"] * (len(names) + 2))]
         for row in look["classes"]:
-            lines.append(markdown_row([row["name"], row["n"], *(f"{value:.1f}" for value in row["top1"])]))
+            lines.append(
+                markdown_row(
+                    [row["name"], row["n"], *("" if value is None else f"{value:.1f}" for value in row["top1"])]
+                )
+            )
         lines.append("")
     lines += ["## How this was made", "", *(f"    {command}" for command in page["commands"]), ""]
     lines += [f"- {name}: {value}" for name, value in page["versions"].items()]
@@ -339,8 +444,8 @@ def markdown_row(cells: Iterable[Any]) -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-def markdown_cell(cell: Cell | None) -> str:
+def markdown_cell(cell: Cell | None, difference: str, size: str) -> str:
     if cell is None:
         return ""
-    interval = f" ({cell.low:.1f} to {cell.high:.1f})" if cell.low is not None and cell.high is not None else ""
-    return f"{cell}{interval}"
+    text = f"{cell} ({cell.interval})" if cell.interval else str(cell)
+    return "; ".join(part for part in (text, difference, size) if part)

@@ -69,13 +69,16 @@ def close_looks(models: Mapping[str, tuple[Sequence[Path], set[str]]]) -> list[d
                     continue
                 look = looks.setdefault(found["dataset"], {"dataset": found["dataset"], "models": {}, "names": {}})
                 look["names"] |= dict(zip(found["class_ids"], found["class_names"], strict=True))
-                mine = look["models"].setdefault(name, {"correct": {}, "n": {}, "images": {}, "confusion": None})
+                mine = look["models"].setdefault(
+                    name, {"ids": found["class_ids"], "correct": {}, "n": {}, "images": {}, "confusion": None}
+                )
                 for row in found["per_class"]:
                     class_id, n = row["id"], row["n"]
                     mine["images"][class_id] = n
                     mine["n"][class_id] = mine["n"].get(class_id, 0) + n  # over seeds
                     mine["correct"][class_id] = mine["correct"].get(class_id, 0) + n * row["top1"] / 100
-                add_confusion(mine, found.get("confusion"))
+                if found["class_ids"] == mine["ids"]:
+                    add_confusion(mine, found.get("confusion"))
     return [shown_look(look) for look in looks.values()]
 
 
@@ -84,7 +87,7 @@ def add_confusion(mine: dict[str, Any], matrix: list[list[int]] | None) -> None:
         return
     if mine["confusion"] is None:
         mine["confusion"] = matrix
-    elif len(mine["confusion"]) == len(matrix):
+    else:
         pairs = zip(mine["confusion"], matrix, strict=True)
         mine["confusion"] = [[a + b for a, b in zip(ours, more, strict=True)] for ours, more in pairs]
 
@@ -96,24 +99,26 @@ def shown_look(look: dict[str, Any]) -> dict[str, Any]:
     ids = [class_id for class_id in first["n"] if first["n"][class_id]]
     accuracy = {
         class_id: [
-            100 * mine["correct"].get(class_id, 0) / max(1, mine["n"].get(class_id, 0)) for mine in models.values()
+            100 * mine["correct"][class_id] / mine["n"][class_id] if mine["n"].get(class_id) else None
+            for mine in models.values()
         ]
         for class_id in ids
     }
     cut = len(ids) > MAX_CLASSES
     if cut:
-        ids = sorted(ids, key=lambda class_id: accuracy[class_id][0])[:MAX_CLASSES]
+        ids = sorted(ids, key=lambda class_id: first["correct"][class_id] / first["n"][class_id])[:MAX_CLASSES]
     names = {class_id: name.split(",")[0] for class_id, name in look["names"].items()}
     return {
         "dataset": look["dataset"],
         "cut": cut,
-        "labels": [names[class_id] for class_id in look["names"]],
+        "labels": [names[class_id] for class_id in first["ids"]],
         "classes": [
             {"id": class_id, "name": names[class_id], "n": first["images"][class_id], "top1": accuracy[class_id]}
             for class_id in ids
         ],
         "models": [
-            {"name": name, "confusion": None if cut else shares(mine["confusion"])} for name, mine in models.items()
+            {"name": name, "confusion": None if cut or mine["ids"] != first["ids"] else shares(mine["confusion"])}
+            for name, mine in models.items()
         ],
     }
 
