@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import launch, slurm_checks
+from utils import launch, slurm, slurm_checks
 from utils.cli import UserError, run
 from utils.site import site_options
 
@@ -131,3 +131,22 @@ def test_a_site_file_serves_each_script_its_own_and_the_command_line_wins(tmp_pa
     assert site_options(site, "generate", parser)[-1] == "--chunks=9"
     with pytest.raises(UserError, match="no such file"):
         site_options(tmp_path / "none.toml", "train", parser)
+
+
+@pytest.mark.parametrize(
+    ("said", "in_grace"),
+    [
+        ("JobId=7 JobState=RUNNING Reason=None PreemptTime=2026-01-01T00:00:00", True),
+        ("JobId=7 JobState=RUNNING Reason=None PreemptTime=None", False),  # a SIGTERM by hand
+        ("JobId=7 JobState=CANCELLED Reason=None PreemptTime=None", False),
+        ("JobId=7 JobState=COMPLETING Reason=None PreemptTime=2026-01-01T00:00:00", False),  # ended without a GraceTime
+        (None, True),  # a container without SLURM's programs
+    ],
+)
+def test_a_stopped_job_stays_only_during_a_preemptions_grace(programs, monkeypatch, said, in_grace):
+    assert not slurm.in_preemption_grace()  # no job at all
+    for name, value in {"SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "slurm"}.items():
+        monkeypatch.setenv(name, value)
+    if said:
+        programs("scontrol", said)
+    assert slurm.in_preemption_grace() is in_grace
