@@ -263,7 +263,7 @@ def load(folder: PipelineFolder, recipe: dict, device_name: str) -> tuple[Sample
     device = resolve_device(device_name)
     dtype = resolve_dtype(recipe["dtype"] or "auto", device)
     recipe = recipe | {"dtype": DTYPE_NAMES[str(dtype)]}
-    recipe["attention"] = diffusion_setup.resolve_attention(recipe["attention"] or "auto", device)
+    recipe["attention"] = diffusion_setup.resolve_attention(recipe["attention"] or "auto", device, dtype)
     keys = ("scheduler", "steps", "guidance_scale", "guidance_interval", "height", "width")
     sampler = diffusion_setup.load_sampler(
         folder,

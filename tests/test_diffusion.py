@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -221,6 +223,32 @@ def test_attention_by_device():
     assert diffusion_setup.resolve_attention("sdpa", CPU) == "sdpa"
     with pytest.raises(UserError, match=r"--attention xformers.*cpu.*sdpa"):
         diffusion_setup.resolve_attention("xformers", CPU)
+
+
+@pytest.mark.parametrize(
+    "lacks",
+    [
+        lambda query: False,
+        lambda query: query.dtype == torch.float16 and query.shape[-1] == 512,
+        lambda query: query.dtype == torch.float32,
+    ],
+)
+def test_auto_takes_xformers_only_where_all_its_operators_run(monkeypatch, lacks):
+    def attention(query, key, value):
+        if lacks(query):
+            raise NotImplementedError("No operator found for this attention\nsm_120")
+        return query
+
+    plain, cuda = torch.zeros, torch.device("cuda")
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **rest: plain(*size, **rest))  # no GPU here
+    monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=attention))
+    usable = not any(lacks(plain(1, 8, 1, 512, dtype=kind)) for kind in (torch.float16, torch.float32))
+    assert diffusion_setup.resolve_attention("auto", cuda, torch.float16) == ("xformers" if usable else "sdpa")
+    if usable:
+        assert diffusion_setup.resolve_attention("xformers", cuda, torch.float16) == "xformers"
+    else:
+        with pytest.raises(UserError, match=r"--attention xformers: .*cuda \(No operator found.*\); use"):
+            diffusion_setup.resolve_attention("xformers", cuda, torch.float16)
 
 
 def test_automatic_batch_on_a_cpu_depends_on_the_size_alone(tiny):
