@@ -60,6 +60,14 @@ def test_same_pixels_as_the_plain_pipeline_call(tiny, scheduler, guidance):
     assert np.abs(ours - plain).max() <= 1
 
 
+def test_no_scheduler_clips_latents(tiny):
+    config = find_pipeline(str(tiny)).scheduler_config
+    assert "clip_sample" not in config  # as released: a PNDM scheduler
+    for name in diffusion.SCHEDULERS:
+        settings = diffusion.build_scheduler(name, config).config
+        assert not settings.get("clip_sample") and not settings.get("thresholding"), name
+
+
 def test_sizes_other_than_the_native_one(tiny):
     assert draw(sampler_for(tiny, size=(32, 24))).shape == (3, 32, 24, 3)
 

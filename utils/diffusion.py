@@ -26,7 +26,9 @@ from utils.device import memory_format
 # name on the command line -> (diffusers class, settings beside the model's own scheduler settings)
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {}),  # Liu et al., ICLR 2022: the scheduler SD 1.4 is released with
-    "ddim": ("DDIMScheduler", {}),  # Song et al., ICLR 2021, eta 0
+    # Song et al., ICLR 2021, eta 0. Its clipping to -1..1 is for pixels; latents reach beyond, and PNDM's settings, which
+    # most models come with, do not mention it.
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),  # Lu et al. 2022
     "euler": ("EulerDiscreteScheduler", {}),  # Karras et al., NeurIPS 2022, Algorithm 2 without churn
     "unipc": ("UniPCMultistepScheduler", {}),  # Zhao et al., NeurIPS 2023
