@@ -52,8 +52,8 @@ def load_sampler(
     if attention == "xformers":
         use_xformers(pipeline, device)
     if compile_unet:
-        pipeline.unet.compile(dynamic=False)  # one program a batch size; a class has two: full and last
-    return Sampler(pipeline, sampling, device, dtype)
+        pipeline.unet.compile(dynamic=False)  # Sampler gives it one batch size
+    return Sampler(pipeline, sampling, device, dtype, compiled=compile_unet)
 
 
 # ===== choices by device =====
@@ -129,7 +129,8 @@ def _seconds_a_step(sampler: Sampler, size: int) -> float:
     for _ in range(2):
         torch.cuda.synchronize(sampler.device)
         started = time.perf_counter()
-        sampler.unet(scaled, step, encoder_hidden_states=text, return_dict=False)
+        # forward(): never the compiled UNet, which would be compiled for every size that is tried.
+        sampler.unet.forward(scaled, step, encoder_hidden_states=text, return_dict=False)
         torch.cuda.synchronize(sampler.device)
     seconds = time.perf_counter() - started
     sampler._decode(latents)
