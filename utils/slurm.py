@@ -23,7 +23,7 @@ from typing import Any
 from submitit.helpers import Checkpointable
 
 from utils.cli import UserError
-from utils.processes import Process, Team, chunk_processes, rank_processes, report
+from utils.processes import Process, Team, chunk_processes, rank_processes, report, share, visible_gpus
 from utils.slurm_checks import last_line, resolves
 from utils.storage import write_json
 
@@ -71,8 +71,11 @@ class Task(Checkpointable):
     def _team(self, node: int, nodes: int) -> Team:
         command = (sys.executable, "-u", *self.command)
         if self.chunks is not None and self.of > 1:
-            devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-            return Team(chunk_processes(command, self.chunks, self.of), self.processes, devices=devices)
+            # Not asking nvidia-smi, which may show GPUs of other jobs.
+            gpus = visible_gpus() if "CUDA_VISIBLE_DEVICES" in os.environ else []
+            return Team(
+                chunk_processes(command, self.chunks, self.of), self.processes, devices=share(gpus, self.processes)
+            )
         if self.ranks and nodes * self.processes > 1:
             ranks = rank_processes(command, self.processes, node, nodes, master_address(), master_port())
             return Team(ranks, self.processes, together=True)
