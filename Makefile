@@ -55,6 +55,11 @@ LAUNCHERS := inline local slurm
 ifeq ($(filter $(LAUNCHER),$(LAUNCHERS)),)
 $(error LAUNCHER=$(LAUNCHER) is unknown; use one of $(LAUNCHERS))
 endif
+# Inline the script runs without the launcher: what was meant for a cluster would run here.
+UNUSED := $(strip $(foreach v,SITE PARTITION NODES GPUS PROCESSES CHUNKS TIMEOUT_MIN WAIT LAUNCH_ARGS,$(if $($v),$v)))
+ifneq ($(and $(UNUSED),$(filter inline,$(LAUNCHER)),$(filter generate train evaluate,$(MAKECMDGOALS))),)
+$(error $(UNUSED) has no use with LAUNCHER=inline; give LAUNCHER=slurm or local, or leave it out)
+endif
 ifneq ($(and $(OUT),$(filter pipeline,$(MAKECMDGOALS))),)
 $(error OUT=$(OUT) names one folder, but make pipeline fills two, data/DATASET and runs/DATASET; give DATASET)
 endif

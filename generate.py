@@ -28,21 +28,20 @@ import numpy as np
 from utils import dataset as datasets
 from utils import inspection
 from utils.cli import UserError, command_line, make_parser, positive_float, positive_int, run
-from utils.dataset import ClassFolder, Dataset
-from utils.drawing import QUALITY, draw
+from utils.dataset import ClassFolder, Dataset, in_chunk
+from utils.drawing import CHROMA, QUALITY, draw
 from utils.environment import snapshot
 from utils.pipeline_folder import PipelineFolder, find_pipeline
 from utils.prompts import (
     NAMES,
     ClassTable,
     Template,
-    class_prompts,
     images_per_class,
     load_classes,
     parse_template,
     prompt_warnings,
 )
-from utils.storage import AlreadyOwned, free_bytes, require_writable
+from utils.storage import AlreadyOwned, require_writable
 
 if TYPE_CHECKING:
     from utils.diffusion import Sampler
@@ -59,9 +58,6 @@ DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 SCHEDULERS = ("pndm", "ddim", "dpmpp_2m", "euler", "unipc")
 DTYPE_NAMES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
 FORMATS = tuple(datasets.SUFFIXES)
-# --dry-run's guess where nothing was measured: 85 TFLOP an image at 125 TFLOP/s, 40 % of an A100's fp16 peak.
-ASSUMED_IMAGES_PER_S = 1.5
-BYTES_PER_PIXEL = {"jpg": 0.35, "png": 1.6, "webp": 0.25}  # --dry-run's guess for photographs at QUALITY
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -83,7 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--height", type=positive_int, metavar="PIXELS", help="the model's own size if not given")
     parser.add_argument("--width", type=positive_int, metavar="PIXELS", help="the model's own size if not given")
     # With what
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="pipeline folder or hub id")
+    parser.add_argument("--model", help=f"folder or hub id (default: {DEFAULT_MODEL}; --reproduce: as recorded)")
     parser.add_argument("--revision", help="commit or tag of a hub id")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", choices=("auto", "fp16", "bf16", "fp32"), default="auto", help="number format")
@@ -117,6 +113,9 @@ def main(args: argparse.Namespace) -> int:
     # ===== checking the request =====
     table, template = load_classes(args.classes), parse_template(args.prompt)
     out = Path(args.out or f"data/{table.name}_sd")
+    for whole in ("preview", "pack", "reproduce"):
+        if args.chunk and getattr(args, whole):
+            raise UserError(f"--chunk: --{whole} takes all classes together; leave --chunk out")
     if args.status or args.verify or args.preview or args.pack:
         return look_at(datasets.open_dataset(out), args)
     if args.reproduce:
@@ -127,10 +126,10 @@ def main(args: argparse.Namespace) -> int:
     recipe = datasets.settle_recipe(wanted, existing)
     counts = images_per_class(table, args.images_per_class)
     if args.dry_run:
-        return show_plan(args, table, template, recipe, counts, out)
+        return dry_run(args, table, template, recipe, counts, out)
 
     # ===== finding the model =====
-    folder = find_pipeline(args.model, args.revision)
+    folder = find_pipeline(args.model or DEFAULT_MODEL, args.revision)
     recipe = settle_with_model(recipe, folder)
     require_writable(out, "--out")
     hashes = folder.hashes(recipe["safety"] != "off")
@@ -170,6 +169,7 @@ def main(args: argparse.Namespace) -> int:
     sampler.micro_batch = recipe["batch_size"]
     session = draw(dataset, in_chunk(dataset.folders, args.chunk), sampler, table, template)
     session |= {"device": str(sampler.device), "chunk": args.chunk and "/".join(map(str, args.chunk))}
+    session["micro_batch"] = sampler.micro_batch  # less than the batch size where memory ran out
     totals = datasets.record_session(dataset, session)
     print(
         f"{out}: {totals['images']} of {totals['wanted']} images; this run drew {session['images']} in "
@@ -198,12 +198,6 @@ def chunk(text: str) -> tuple[int, int]:
     if not 0 <= part < parts:
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N, such as 0/8 ... 7/8")
     return part, parts
-
-
-def in_chunk(items: list, chunk: tuple[int, int] | None) -> list:
-    """Every Nth item from the Ith: the N chunks share the items without overlap, equal to within one."""
-    part, parts = chunk or (0, 1)
-    return items[part::parts]
 
 
 def wanted_recipe(args: argparse.Namespace, table: ClassTable, template: Template) -> dict:
@@ -237,6 +231,7 @@ def wanted_recipe(args: argparse.Namespace, table: ClassTable, template: Templat
         "safety": args.safety,
         "format": args.format,
         "quality": None if args.format == "png" else QUALITY,
+        "chroma": CHROMA if args.format == "jpg" else None,
         "save_size": args.save_size,
     }
 
@@ -263,7 +258,7 @@ def load(folder: PipelineFolder, recipe: dict, device_name: str) -> tuple[Sample
     device = resolve_device(device_name)
     dtype = resolve_dtype(recipe["dtype"] or "auto", device)
     recipe = recipe | {"dtype": DTYPE_NAMES[str(dtype)]}
-    recipe["attention"] = diffusion_setup.resolve_attention(recipe["attention"] or "auto", device)
+    recipe["attention"] = diffusion_setup.resolve_attention(recipe["attention"] or "auto", device, dtype)
     keys = ("scheduler", "steps", "guidance_scale", "guidance_interval", "height", "width")
     sampler = diffusion_setup.load_sampler(
         folder,
@@ -381,10 +376,10 @@ def reproduce(args: argparse.Namespace) -> int:
     recipe, model = dataset.recipe, dataset.info["model"]
     table, template = reproduction.recorded_classes(dataset), parse_template(recipe["prompt"])
     chosen = reproduction.choose_batches(dataset, args.sample, args.seed)
-    if args.model == DEFAULT_MODEL:
-        folder = find_pipeline(model["id"], model["revision"] if not Path(model["id"]).is_dir() else None)
-    else:
+    if args.model:
         folder = find_pipeline(args.model, args.revision)
+    else:
+        folder = find_pipeline(model["id"], model["revision"] if not Path(model["id"]).is_dir() else None)
     hashes = folder.hashes(recipe["safety"] != "off")
     for name, _, _ in reproduction.differences(model["files"], hashes):
         raise UserError(f"--model {folder.name} is not the model {dataset.root} was drawn with: {name} differs")
@@ -410,6 +405,11 @@ def reproduce(args: argparse.Namespace) -> int:
         print(f"  {name}: recorded {json.dumps(recorded)}, here {json.dumps(here)}")
     if others := reproduction.other_environments(dataset):
         print(f"note: {others} other environments drew parts of it (sessions.jsonl); which image each drew is not kept")
+    if smaller := reproduction.smaller_batches(dataset):
+        print(f"note: memory ran out in {smaller} sessions, which denoised batches in parts (micro_batch in "
+              "sessions.jsonl); low bits of their images may differ")  # fmt: skip
+    if sampler.micro_batch < used["batch_size"]:
+        print(f"note: memory ran out here, so at most {sampler.micro_batch} images were denoised at once")
     return 0 if all(one.verdict in (reproduction.EQUAL, reproduction.NEAR) for one in found) else 1
 
 
@@ -425,65 +425,23 @@ def own_choices(args: argparse.Namespace, recipe: dict) -> dict:
     } | {name: getattr(args, name) for name in ("dtype", "attention") if getattr(args, name) != "auto"}
 
 
-def show_plan(
+def dry_run(
     args: argparse.Namespace, table: ClassTable, template: Template, recipe: dict, counts: dict[str, int], out: Path
 ) -> int:
-    """--dry-run: what a run would draw and cost. Opens no model; sizes it does not know are those of SD 1.4."""
-    rows = in_chunk(list(table.rows), args.chunk)
-    images = sum(counts[row.wnid] for row in rows)
+    """What a run would draw and cost. Loads no model and downloads none; what it does not know is as in SD 1.4."""
+    from utils.plan import show_plan
+
+    schedule: dict = {}
     try:
-        recipe = settle_with_model(recipe, folder := find_pipeline(args.model, args.revision, download=False))
-        schedule = folder.scheduler_config
+        folder = find_pipeline(args.model or DEFAULT_MODEL, args.revision, download=False)
+        recipe, schedule = settle_with_model(recipe, folder), folder.scheduler_config
     except UserError as error:
         print(f"note: {error}", file=sys.stderr)
-        recipe, schedule = recipe | {side: recipe[side] or 512 for side in ("height", "width")}, {}
-    forwards = expected_forwards(recipe, schedule)
-    pixels = recipe["height"] * recipe["width"]
-    stored = (
-        pixels
-        if not recipe["save_size"]
-        else pixels * (recipe["save_size"] / min(recipe["height"], recipe["width"])) ** 2
-    )
-    size = images * (1000 + stored * BYTES_PER_PIXEL[recipe["format"]])
-    rate = args.rate or ASSUMED_IMAGES_PER_S * (102 / forwards) * (512 * 512 / pixels)
-    basis = (
-        "as given" if args.rate else "assumed for Stable Diffusion 1.4 on an A100, not measured; give yours with --rate"
-    )
-    part, parts = args.chunk or (0, 1)
-    print(f"out: {out}")
-    print(f"classes: {len(rows)} of {table.name}" + (f" (chunk {part} of {parts})" if parts > 1 else ""))
-    print(f"images: {images:,} of {recipe['width']} x {recipe['height']} pixels")
-    print(
-        f"UNet forwards: about {forwards} an image, {images * forwards:,} in all ({args.recipe}: {recipe['scheduler']},"
-    )
-    print(f"  {recipe['steps']} steps, guidance {recipe['guidance_scale']:g})")
-    print(f"GPU hours: {images / rate / 3600:,.1f} at {rate:.2f} images/s a GPU ({basis})")
-    print(f"disk: about {size / 1e9:,.2f} GB as {recipe['format']}, {free_bytes(out) / 1e9:,.1f} GB free at {out}")
-    sizes = [sum(counts[row.wnid] for row in in_chunk(list(table.rows), (i, 8))) for i in range(8)]
-    print(f"chunks: --chunk 0/8 ... 7/8, for example, draw {min(sizes):,} to {max(sizes):,} images each")
-    for row in rows[:3]:
-        (first,) = class_prompts(row, template, 1, args.seed, args.names)
-        print(f"prompt: {first.wnid}_{0:06d}, seed {first.seed}: {first.text}")
+        recipe = recipe | {side: recipe[side] or 512 for side in ("height", "width")}
+    show_plan(recipe, schedule, table, template, counts, args.chunk, out, args.rate)
     for warning in prompt_warnings(table, template, args.names):
         print(f"warning: {warning}", file=sys.stderr)
     return 0
-
-
-def expected_forwards(recipe: dict, schedule: dict) -> int:
-    """UNet forwards an image, reckoned without the scheduler's code; exact but for a guidance interval's ends.
-
-    SCHEDULE is the model's scheduler_config.json; what it lacks is as in SD 1.4.
-    """
-    evaluations = recipe["steps"] + (recipe["scheduler"] == "pndm" and recipe["steps"] > 1)  # PNDM draws one step twice
-    if recipe["guidance_scale"] <= 1:
-        return evaluations
-    if not recipe["guidance_interval"]:
-        return 2 * evaluations
-    betas = np.linspace(schedule.get("beta_start", 0.00085) ** 0.5, schedule.get("beta_end", 0.012) ** 0.5, 1000) ** 2
-    signal = np.cumprod(1 - betas)
-    levels = np.sqrt((1 - signal) / signal)
-    low, high = recipe["guidance_interval"]
-    return evaluations + round(evaluations * float(np.mean((low < levels) & (levels <= high))))
 
 
 if __name__ == "__main__":

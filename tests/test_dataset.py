@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generate import in_chunk
 from utils import dataset as datasets
 from utils import inspection
 from utils.cli import UserError
-from utils.dataset import ClassFolder
+from utils.dataset import ClassFolder, in_chunk
 from utils.shards import write_shards
 from utils.storage import AlreadyOwned, sha256_bytes
 

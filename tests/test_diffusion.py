@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -56,6 +58,14 @@ def test_same_pixels_as_the_plain_pipeline_call(tiny, scheduler, guidance):
     ours = draw(sampler_for(tiny, scheduler, 6, guidance))
     assert plain.std() > 20  # pictures, not a constant
     assert np.abs(ours - plain).max() <= 1
+
+
+def test_no_scheduler_clips_latents(tiny):
+    config = find_pipeline(str(tiny)).scheduler_config
+    assert "clip_sample" not in config  # as released: a PNDM scheduler
+    for name in diffusion.SCHEDULERS:
+        settings = diffusion.build_scheduler(name, config).config
+        assert not settings.get("clip_sample") and not settings.get("thresholding"), name
 
 
 def test_sizes_other_than_the_native_one(tiny):
@@ -199,6 +209,29 @@ def test_safety_checker_flags_but_never_blackens(tiny_safe):
     assert torch.equal(pixels, before)
 
 
+def test_the_safety_checker_has_its_own_batch_and_halves_it_when_memory_runs_out(tiny_safe, monkeypatch):
+    sampler = sampler_for(tiny_safe, safety=True)
+    checker, sizes = sampler.pipeline.safety_checker, []
+    torch.nn.init.constant_(checker.concept_embeds_weights, 0.72)
+    pixels, _ = sampler.decode(sampler.denoise(list(range(40)), ["a cat"] * 40))
+    whole = sampler.flagged(pixels)
+    plain = checker.forward
+
+    def small_memory(clip_input, images):
+        sizes.append(len(clip_input))
+        if len(clip_input) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(clip_input, images)
+
+    monkeypatch.setattr(checker, "forward", small_memory)
+    assert sampler.flagged(pixels) == whole and set(whole) == {False, True}
+    assert max(sizes) <= diffusion.CHECKED_IMAGES and sampler.check_batch == 4
+    monkeypatch.setattr(diffusion, "is_out_of_memory", lambda error: True)
+    monkeypatch.setattr(checker, "forward", lambda **named: small_memory(torch.zeros(9), None))
+    with pytest.raises(UserError, match="--safety off"):
+        sampler.flagged(pixels)
+
+
 def test_flags_are_those_of_the_plain_pipeline(tiny_safe):
     sampler = sampler_for(tiny_safe, safety=True)
     torch.nn.init.constant_(sampler.pipeline.safety_checker.concept_embeds_weights, 0.55)
@@ -208,12 +241,58 @@ def test_flags_are_those_of_the_plain_pipeline(tiny_safe):
     assert ours == list(plain)
 
 
-def test_compile_compiles_the_unet_and_nothing_else(tiny, monkeypatch):
-    """Compiling for real takes minutes on a CPU; there it was checked by hand that the pixels stay within 2 of 255."""
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
+@pytest.fixture
+def compiled_sizes(monkeypatch) -> list[int]:
+    """The batch sizes that a UNet sees after its compile(), which here compiles nothing.
+
+    Compiling for real takes minutes on a CPU; there it was checked by hand that the pixels stay within 2 of 255.
+    """
+    sizes: list[int] = []
+
+    def pretend(module, **options):
+        assert isinstance(module, diffusers.UNet2DConditionModel) and options == {"dynamic": False}
+        eager = module._call_impl
+        module._compiled_call_impl = lambda sample, *rest, **named: (
+            sizes.append(len(sample)) or eager(sample, *rest, **named)
+        )
+
+    monkeypatch.setattr(torch.nn.Module, "compile", pretend)
+    return sizes
+
+
+def test_a_compiled_unet_sees_one_batch_size_and_images_do_not_depend_on_what_fills_it(tiny, compiled_sizes):
     sampler = sampler_for(tiny, compile_unet=True)
-    assert compiled == [(sampler.unet, {"dynamic": False})]
+    sampler.micro_batch = 4
+    seeds, texts = list(range(7)), [f"a cat in {number}" for number in range(7)]
+    together = sampler.denoise(seeds, texts)
+    assert together.shape[0] == 7
+    assert torch.equal(sampler.denoise(seeds[4:5], texts[4:5])[0], together[4])  # a redraw: one image, filled up
+    assert set(compiled_sizes) == {8}  # guided: two rows an image
+    plain = sampler_for(tiny)
+    assert np.abs(draw(plain, seeds, texts) - draw(sampler, seeds, texts)).max() <= 1
+
+
+def test_the_search_for_a_batch_size_compiles_nothing(tiny, compiled_sizes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    sampler = sampler_for(tiny, compile_unet=True)
+    for size in (1, 2, 4):
+        assert diffusion_setup._seconds_a_step(sampler, size) > 0
+    assert compiled_sizes == []
+
+
+def test_out_of_memory_halves_a_compiled_batch_too(tiny, compiled_sizes, monkeypatch):
+    sampler = sampler_for(tiny, compile_unet=True)
+    sampler.micro_batch = 8
+    plain = sampler._denoise
+
+    def small_memory(latents, *rest):
+        if len(latents) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(latents, *rest)
+
+    monkeypatch.setattr(sampler, "_denoise", small_memory)
+    assert len(sampler.denoise([1, 2, 3], ["a cat"] * 3)) == 3
+    assert sampler.micro_batch == 4 and set(compiled_sizes) == {8}
 
 
 def test_attention_by_device():
@@ -221,6 +300,32 @@ def test_attention_by_device():
     assert diffusion_setup.resolve_attention("sdpa", CPU) == "sdpa"
     with pytest.raises(UserError, match=r"--attention xformers.*cpu.*sdpa"):
         diffusion_setup.resolve_attention("xformers", CPU)
+
+
+@pytest.mark.parametrize(
+    "lacks",
+    [
+        lambda query: False,
+        lambda query: query.dtype == torch.float16 and query.shape[-1] == 512,
+        lambda query: query.dtype == torch.float32,
+    ],
+)
+def test_auto_takes_xformers_only_where_all_its_operators_run(monkeypatch, lacks):
+    def attention(query, key, value):
+        if lacks(query):
+            raise NotImplementedError("No operator found for this attention\nsm_120")
+        return query
+
+    plain, cuda = torch.zeros, torch.device("cuda")
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **rest: plain(*size, **rest))  # no GPU here
+    monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=attention))
+    usable = not any(lacks(plain(1, 8, 1, 512, dtype=kind)) for kind in (torch.float16, torch.float32))
+    assert diffusion_setup.resolve_attention("auto", cuda, torch.float16) == ("xformers" if usable else "sdpa")
+    if usable:
+        assert diffusion_setup.resolve_attention("xformers", cuda, torch.float16) == "xformers"
+    else:
+        with pytest.raises(UserError, match=r"--attention xformers: .*cuda \(No operator found.*\); use"):
+            diffusion_setup.resolve_attention("xformers", cuda, torch.float16)
 
 
 def test_automatic_batch_on_a_cpu_depends_on_the_size_alone(tiny):

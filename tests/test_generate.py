@@ -15,7 +15,7 @@ from PIL import Image
 
 import generate
 from tests.tiny_sd import build_tiny_sd
-from utils import diffusion, diffusion_setup, drawing
+from utils import diffusion, diffusion_setup, drawing, plan
 from utils.cli import run
 from utils.prompts import image_seed
 
@@ -228,6 +228,16 @@ def test_another_recipe_into_the_same_folder_is_refused(tmp_path, tiny, capsys, 
     assert files_of(finished) == before
 
 
+def test_a_dataset_whose_recipe_does_not_tell_the_chroma_is_continued(tmp_path, tiny, capsys):
+    out = tmp_path / "out"
+    assert call(out, tiny) == 0
+    info = json.loads((out / "dataset.json").read_text())
+    assert info["recipe"].pop("chroma") == "420"
+    (out / "dataset.json").write_text(json.dumps(info))
+    (out / "train" / ONE / f"{ONE}_000000.jpg").unlink()
+    assert call(out, tiny) == 0, capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny):
     out = tmp_path_factory.mktemp("finished") / "out"
@@ -257,6 +267,9 @@ def test_another_model_into_the_same_folder_is_refused(tmp_path, tiny, capsys, f
         (["--device", "cuda:7"], "--device cuda:7"),
         (["--attention", "xformers", "--device", "cpu"], "--attention xformers"),
         (["--prompt", "{nme}"], "--prompt"),
+        (["--preview", "--chunk", "0/2"], "--chunk: --preview takes all classes together"),
+        (["--pack", "--chunk", "0/2"], "--chunk: --pack takes all classes together"),
+        (["--reproduce", "x", "--chunk", "0/2"], "--chunk: --reproduce takes all classes together"),
         (["--classes", "no such thing"], "--classes"),
         (["--model", "CompVis/no-such-weights"], "hf download"),
         (["--revision", "main"], "--revision main"),
@@ -315,7 +328,7 @@ def test_dry_run_reckons_the_forwards_that_are_run(tmp_path, tiny, recipe):
     keys = ("scheduler", "steps", "guidance_scale", "guidance_interval")
     sampling = diffusion.Sampling(**{key: wanted[key] for key in keys}, height=16, width=16)
     sampler = diffusion_setup.load_sampler(folder, sampling, torch.device("cpu"), torch.float32, "sdpa", False, False)
-    assert abs(generate.expected_forwards(wanted, folder.scheduler_config) - sampler.forwards_per_image) <= 1
+    assert abs(plan.expected_forwards(wanted, folder.scheduler_config) - sampler.forwards_per_image) <= 1
 
 
 # ===== images that must not stay =====
@@ -422,6 +435,8 @@ def test_out_of_memory_changes_no_seed_and_no_composition(tmp_path, tiny, monkey
         kept = ("index", "prompt", "seed", "attempt")
         theirs = [json.loads(line) for line in reference[f"manifest/{class_id}.jsonl"].splitlines()]
         assert [[e[k] for k in kept] for e in entries(out, class_id)] == [[e[k] for k in kept] for e in theirs]
+    (session,) = (json.loads(line) for line in (out / "sessions.jsonl").read_text().splitlines())
+    assert session["micro_batch"] == 1  # of a batch size of 3: low bits may be others
 
 
 # ===== disks and permissions =====

@@ -92,7 +92,16 @@ def test_the_launchers_options_have_variables():
     ).stdout  # fmt: skip
     options = '--launcher slurm --partition "gpu" --gpus-per-node 4 --timeout-min 60 --wait --nodes 2 train.py'
     assert options in command
-    assert "utils.launch" not in make("-n", "train", "NODES=2").stdout  # inline runs the script itself
+    assert "utils.launch" not in make("-n", "train").stdout  # inline runs the script itself
+
+
+@pytest.mark.parametrize("target", ["generate", "train", "evaluate"])
+def test_the_launchers_variables_are_refused_without_a_launcher(target):
+    for variable in ("SITE", "PARTITION", "NODES", "GPUS", "PROCESSES", "CHUNKS", "TIMEOUT_MIN", "WAIT", "LAUNCH_ARGS"):
+        done = make("-n", target, f"{variable}=2")
+        assert done.returncode == 2 and f"{variable} has no use with LAUNCHER=inline" in done.stderr, variable
+    assert make("-n", target, "PARTITION=gpu", "LAUNCHER=slurm").returncode == 0
+    assert make("-n", "pipeline", "TIMEOUT_MIN=9").returncode == 0  # goes through the launcher, which refuses by itself
 
 
 def test_pipeline_chains_four_steps():

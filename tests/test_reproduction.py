@@ -8,10 +8,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import generate
 from tests.test_generate import ZERO, call, entries, files_of, tiny, tiny_safe  # noqa: F401
-from utils import reproduction
+from utils import diffusion, reproduction
+from utils.cli import run
 from utils.drawing import encode_image
 from utils.environment import cpu_has_bf16
 from utils.storage import sha256_bytes
@@ -95,6 +98,34 @@ def test_what_differs_from_the_record_is_listed(drawn, capsys):
     assert f'recipe.dtype: recorded "fp16", here "{"bf16" if cpu_has_bf16() else "fp32"}"' in said
     assert 'recipe.attention: recorded "xformers", here "sdpa"' in said
     assert "recipe.batch_size: recorded 3, here 1" in said
+
+
+def test_the_recorded_model_is_taken_unless_another_is_named(drawn, capsys):
+    def reproduce_with(*model: str) -> int:
+        return run(generate.main, generate.get_args_parser(), ["--reproduce", str(drawn), "--sample", "1", *model])
+
+    assert reproduce_with() == 0
+    assert reproduce_with("--model", generate.DEFAULT_MODEL) == 2  # also if that is what other commands take by default
+    assert f"--model {generate.DEFAULT_MODEL}" in capsys.readouterr().err
+
+
+def test_batches_split_for_want_of_memory_are_mentioned(drawn, monkeypatch, capsys):
+    assert reproduce(drawn, "--sample", "1") == 0
+    assert "memory ran out" not in capsys.readouterr().out
+    lines = (drawn / "sessions.jsonl").read_text()
+    assert '"micro_batch": 3' in lines
+    (drawn / "sessions.jsonl").write_text(lines + lines.replace('"micro_batch": 3', '"micro_batch": 1'))
+    plain = diffusion.Sampler._denoise
+
+    def small_memory(self, latents, texts, on_step):
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(self, latents, texts, on_step)
+
+    monkeypatch.setattr(diffusion.Sampler, "_denoise", small_memory)
+    assert reproduce(drawn, "--sample", "21") == 0
+    said = capsys.readouterr().out
+    assert "memory ran out in 1 sessions" in said and "here, so at most 1 images were denoised at once" in said
 
 
 def test_what_cannot_be_reproduced_is_refused_before_the_model_is_loaded(drawn, tmp_path, tiny, capsys):  # noqa: F811

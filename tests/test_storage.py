@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -122,6 +124,16 @@ def test_a_lock_has_one_owner_and_a_dead_owner_frees_it(tmp_path):
     owner.wait()
     with owner_lock(path):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_refused_and_no_mark_is_left(tmp_path, monkeypatch, number):
+    def no_flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    with pytest.raises(UserError, match=r"chunk\.lock: .*Lustre: -o flock"), owner_lock(tmp_path / "chunk.lock"):
+        pytest.fail("it was given a lock that nobody frees")
 
 
 def test_hashes_agree_with_sha256sum(tmp_path):

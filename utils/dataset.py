@@ -4,7 +4,7 @@
     OUT/manifest/<id>.jsonl     one line an image, sorted by index: id, index, prompt, seed, attempt, rejected, safety,
                                 bytes, sha256
     OUT/train/<id>/<id>_<index:06d>.<suffix>
-    OUT/sessions.jsonl          one line a finished process: images, seconds, images/s
+    OUT/sessions.jsonl          one line a finished process: images, seconds, images/s, micro_batch (denoised at once)
     OUT/.locks/                 empty files; flock marks the classes that a living process draws
 
 An image counts as done when its manifest line is there and its file has the size the line says; --verify also compares
@@ -175,6 +175,12 @@ class ClassFolder:
         return size, json.loads(lines[-1])["index"] if lines else -1
 
 
+def in_chunk(items: list, chunk: tuple[int, int] | None) -> list:
+    """Every Nth item from the Ith: the N chunks share the items without overlap, equal to within one."""
+    part, parts = chunk or (0, 1)
+    return items[part::parts]
+
+
 def as_line(entry: dict) -> bytes:
     return (json.dumps(entry, ensure_ascii=False) + "\n").encode()
 
@@ -211,7 +217,7 @@ def settle_recipe(wanted: dict[str, Any], existing: Dataset | None) -> dict[str,
     """WANTED with each None ("auto") taken from the existing dataset; UserError with a diff if they disagree."""
     if existing is None:
         return wanted
-    recorded = existing.recipe
+    recorded = {"chroma": wanted.get("chroma")} | existing.recipe  # not yet recorded by the first version, but the same
     settled = {key: recorded.get(key) if value is None and key in AUTO_KEYS else value for key, value in wanted.items()}
     refuse_difference(existing, recorded, settled, "recipe")
     return settled

@@ -26,13 +26,16 @@ from utils.device import memory_format
 # name on the command line -> (diffusers class, settings beside the model's own scheduler settings)
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {}),  # Liu et al., ICLR 2022: the scheduler SD 1.4 is released with
-    "ddim": ("DDIMScheduler", {}),  # Song et al., ICLR 2021, eta 0
+    # Song et al., ICLR 2021, eta 0. Its clipping to -1..1 is for pixels: latents reach beyond. It is the default where
+    # the model's own settings, of PNDM, do not mention it.
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),  # Lu et al. 2022
     "euler": ("EulerDiscreteScheduler", {}),  # Karras et al., NeurIPS 2022, Algorithm 2 without churn
     "unipc": ("UniPCMultistepScheduler", {}),  # Zhao et al., NeurIPS 2023
 }
 CACHED_PROMPTS = 512  # embeddings kept: more than the 365 backgrounds of one class; 59 MB for SD 1.4 in fp16
 DECODE_PIXELS = 4 * 512 * 512  # pixels the VAE decodes at once: fixed, so that it never depends on free memory
+CHECKED_IMAGES = 16  # of 224 x 224 that the safety checker sees at once: it runs beside a UNet that fills the memory
 BLACK = 3  # an image without a pixel above 3 of 255 is no picture
 
 
@@ -51,13 +54,23 @@ class Sampling:
 class Sampler:
     """A loaded pipeline, on its device and in its number format."""
 
-    def __init__(self, pipeline, sampling: Sampling, device: torch.device, dtype: torch.dtype, micro_batch: int = 1):
+    def __init__(
+        self,
+        pipeline,
+        sampling: Sampling,
+        device: torch.device,
+        dtype: torch.dtype,
+        micro_batch: int = 1,
+        compiled: bool = False,
+    ):
         self.pipeline, self.sampling, self.device, self.dtype = pipeline, sampling, device, dtype
         self.micro_batch = micro_batch  # images denoised at once; halved when memory runs out
+        self.compiled = compiled  # the UNet is a program for one number of images
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.layout = memory_format(device, dtype)
         self.factor = pipeline.vae_scale_factor
         self.decode_batch = max(1, DECODE_PIXELS // (sampling.height * sampling.width))
+        self.check_batch = CHECKED_IMAGES
         self.scheduler = build_scheduler(sampling.scheduler, pipeline.scheduler.config)
         self.scheduler.set_timesteps(sampling.steps)
         self.guided = guided_steps(self.scheduler, sampling)
@@ -97,12 +110,20 @@ class Sampler:
         while True:
             try:
                 parts = [
-                    self._denoise(self.initial_latents(seeds[start:end]), texts[start:end], on_step)
+                    self._denoise_span(seeds[start:end], texts[start:end], on_step)
                     for start, end in spans(len(seeds), self.micro_batch)
                 ]
                 return torch.cat(parts)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
-                self.micro_batch = self._halved(error, min(self.micro_batch, len(seeds)), "--height and --width")
+                size = self.micro_batch if self.compiled else min(self.micro_batch, len(seeds))
+                self.micro_batch = self._halved(error, size, "--height and --width")
+
+    def _denoise_span(self, seeds: Sequence[int], texts: Sequence[str], on_step) -> torch.Tensor:
+        """At most micro_batch images. A compiled UNet gets always as many: it would be compiled anew, for minutes, for
+        the last batch of a class and for every number of redraws, and dynamo gives up after eight sizes."""
+        surplus = self.micro_batch - len(seeds) if self.compiled else 0
+        latents = self.initial_latents([*seeds, *[seeds[-1]] * surplus])
+        return self._denoise(latents, [*texts, *[texts[-1]] * surplus], on_step)[: len(seeds)]
 
     @torch.inference_mode()
     def _denoise(self, latents: torch.Tensor, texts: Sequence[str], on_step) -> torch.Tensor:
@@ -171,9 +192,18 @@ class Sampler:
                 faults.append("" if is_finite and not is_black else "black" if is_finite else "non-finite")
         return torch.cat(pixels), faults
 
-    @torch.inference_mode()
     def flagged(self, pixels: torch.Tensor) -> list[bool]:
         """What the pipeline's safety checker says of uint8 (B, H, W, 3) images. They stay as they are."""
+        while True:
+            try:
+                parts = [self._flagged(pixels[start:end]) for start, end in spans(len(pixels), self.check_batch)]
+                return [flag for part in parts for flag in part]
+            except RuntimeError as error:
+                limit = min(self.check_batch, len(pixels))
+                self.check_batch = self._halved(error, limit, "--batch-size, or use --safety off")
+
+    @torch.inference_mode()
+    def _flagged(self, pixels: torch.Tensor) -> list[bool]:
         checker = self.pipeline.safety_checker
         inputs = self.pipeline.feature_extractor(list(pixels.numpy()), return_tensors="pt").pixel_values
         blackened = torch.zeros(len(pixels), 1)  # the checker blackens the images it is given: not ours

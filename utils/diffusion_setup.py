@@ -15,6 +15,7 @@ from utils.pipeline_folder import PipelineFolder
 CPU_LATENTS = 6400  # batch x latent area on a CPU: 100 images of 8x8 latents, 1 of 64x64; larger gained nothing
 MOST_IMAGES_A_BATCH = 64  # CUDA: more images gain nothing and lose more to a kill
 FILLED = 0.8  # CUDA: share of its memory that a batch may take; decoding beside the next batch needs some
+HEAD_SIZES = (40, 64, 80, 160, 512)  # of attention: the UNets of SD 1.x (40, 80, 160) and 2.x (64), and their VAE (512)
 WORTHWHILE = 1.03  # CUDA: a doubled batch must draw this many times faster to be taken
 
 
@@ -51,28 +52,38 @@ def load_sampler(
     if attention == "xformers":
         use_xformers(pipeline, device)
     if compile_unet:
-        pipeline.unet.compile(dynamic=False)  # one program a batch size; a class has two: full and last
-    return Sampler(pipeline, sampling, device, dtype)
+        pipeline.unet.compile(dynamic=False)  # Sampler gives it one batch size
+    return Sampler(pipeline, sampling, device, dtype, compiled=compile_unet)
 
 
 # ===== choices by device =====
 
 
-def resolve_attention(name: str, device: torch.device) -> str:
-    """`auto` is xformers on CUDA where its operators load, else torch's scaled_dot_product_attention."""
-    usable = device.type == "cuda" and _xformers_loads()
-    if name == "xformers" and not usable:
-        where = "is not installed or does not fit this torch" if device.type == "cuda" else f"has no {device.type} code"
-        raise UserError(f"--attention xformers: xformers {where}; use --attention sdpa or auto")
-    return ("xformers" if usable else "sdpa") if name == "auto" else name
+def resolve_attention(name: str, device: torch.device, dtype: torch.dtype = torch.float16) -> str:
+    """`auto` is xformers on CUDA where its operators run, else torch's scaled_dot_product_attention."""
+    if name == "sdpa":
+        return name
+    fault = xformers_fault(device, dtype)
+    if name == "xformers" and fault:
+        raise UserError(f"--attention xformers: {fault}; use --attention sdpa or auto")
+    return "sdpa" if fault else "xformers"
 
 
-def _xformers_loads() -> bool:
+def xformers_fault(device: torch.device, dtype: torch.dtype) -> str:
+    """Why xformers cannot be used on DEVICE, "" if it can: its import tells nothing of the GPUs it was built for."""
+    if device.type != "cuda":
+        return f"xformers has no {device.type} code"
     try:
-        from xformers.ops import memory_efficient_attention_forward  # noqa: F401
-    except Exception:  # built for another torch or CUDA: it fails in many ways
-        return False
-    return True
+        from xformers.ops import memory_efficient_attention
+
+        # diffusers asks for float32 before it takes xformers, whatever the models' own number format is.
+        for kind, size in [(torch.float32, HEAD_SIZES[0]), *((dtype, size) for size in HEAD_SIZES)]:
+            query = torch.zeros(1, 8, 1, size, dtype=kind, device=device)  # (images, tokens, heads, head size)
+            memory_efficient_attention(query, query, query).cpu()  # waits: a kernel may fail late
+    except Exception as error:  # built for another torch, CUDA or GPU: it fails in many ways
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"xformers cannot be used on {device} ({reason})"
+    return ""
 
 
 def use_xformers(pipeline, device: torch.device) -> None:
@@ -118,7 +129,8 @@ def _seconds_a_step(sampler: Sampler, size: int) -> float:
     for _ in range(2):
         torch.cuda.synchronize(sampler.device)
         started = time.perf_counter()
-        sampler.unet(scaled, step, encoder_hidden_states=text, return_dict=False)
+        # forward(): never the compiled UNet, which would be compiled for every size that is tried.
+        sampler.unet.forward(scaled, step, encoder_hidden_states=text, return_dict=False)
         torch.cuda.synchronize(sampler.device)
     seconds = time.perf_counter() - started
     sampler._decode(latents)

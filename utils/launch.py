@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run
-from utils.processes import Process, Team, chunk_processes, free_port, rank_processes, report, visible_gpus
+from utils.processes import Process, Team, chunk_processes, free_port, rank_processes, report, share, visible_gpus
 from utils.storage import write_json
 
 THEN = "--then"
 SINGLE_PROCESS = ("evaluate.py",)
+WHOLE = ("preview", "pack", "reproduce")  # of generate.py: not in chunks
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ def read_stage(options: Sequence[str], piece: Sequence[str], first: bool) -> Sta
         from utils.site import site_options
 
         args = parser.parse_args([*site_options(args.site, Path(script).stem, parser), *options, *piece])
+    refuse_unused(parser, args, [*options, *own_options])
     target = load_parser(script)
     target_args = target.parse_args(args.command[1:])
     if "--chunk" in target._option_string_actions:
@@ -179,8 +181,15 @@ def read_stage(options: Sequence[str], piece: Sequence[str], first: bool) -> Sta
         args.chunks = None
     if mode != "ranks" and args.nodes > 1:
         raise UserError(f"--nodes {args.nodes}: {script} is no DDP job; give --chunks and --array-parallelism instead")
-    if mode == "chunks" and (args.chunks or 1) > 1 and "--chunk" in args.command:
-        raise UserError("--chunk is given by the launcher; leave it out, or leave --chunks out")
+    if mode == "chunks":
+        own_chunk = any(word.partition("=")[0] == "--chunk" for word in args.command)
+        whole = [name for name in WHOLE if getattr(target_args, name, None)]
+        if (args.chunks or 1) > 1 and own_chunk:
+            raise UserError("--chunk is given by the launcher; leave it out, or leave --chunks out")
+        if (args.chunks or 1) > 1 and whole:
+            raise UserError(f"--chunks {args.chunks}: --{whole[0]} takes all classes together; leave --chunks out")
+        if own_chunk or whole:
+            args.chunks = 1
     if args.container_image and args.apptainer:
         raise UserError("--container-image and --apptainer: give one of them")
     if args.launcher == "slurm":
@@ -188,6 +197,32 @@ def read_stage(options: Sequence[str], piece: Sequence[str], first: bool) -> Sta
     out = getattr(target_args, "out", None)
     outputs = (Path(out),) if out else ()
     return Stage(Path(script).stem, args, tuple(args.command), mode, outputs)
+
+
+def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, words: Sequence[str]) -> None:
+    """UserError if WORDS hold an option that the launcher in use would ignore: work meant for a cluster would run here.
+
+    A site file may describe a cluster and yet serve `local`; --chunks 1 and the like change nothing anywhere.
+    """
+    if args.launcher == "slurm":
+        return
+    (slurm,) = (group for group in parser._action_groups if group.title == "slurm")
+    own = [option for action in slurm._group_actions for option in action.option_strings]
+    users = dict.fromkeys([*own, "--wait", "--dry-run"], "slurm")  # option -> launchers that would use it
+    if args.nodes > 1:
+        users["--nodes"] = "slurm"
+    if args.launcher == "inline":
+        users["--site"] = "local or slurm"
+        if (args.chunks or 1) > 1:
+            users["--chunks"] = "local or slurm"
+        if (args.processes or 1) > 1:
+            users |= dict.fromkeys(["--processes", "--tasks-per-node"], "local or slurm")
+    for option in (word.partition("=")[0] for word in words):
+        if option in users:
+            raise UserError(
+                f"{option}: --launcher {args.launcher} does not use it; "
+                f"give --launcher {users[option]}, or leave it out"
+            )
 
 
 def load_parser(script: str) -> argparse.ArgumentParser:
@@ -217,6 +252,8 @@ def run_here(stage: Stage, launcher: str) -> int:
     gpus = visible_gpus() if launcher == "local" and stage.mode != "single" else []
     count = 1 if launcher == "inline" or stage.mode == "single" else stage.args.processes or max(1, len(gpus))
     chunks = (stage.args.chunks or count) if launcher == "local" else 1
+    if stage.mode == "chunks":
+        count = min(count, chunks)
     if stage.mode == "chunks" and chunks > 1:
         team = Team(chunk_processes(command, range(chunks), chunks), count, devices=share(gpus, count))
     elif stage.mode == "ranks" and count > 1:
@@ -231,11 +268,6 @@ def run_here(stage: Stage, launcher: str) -> int:
         print("launch: stopped; the same command continues", file=sys.stderr)
         return 128 + team.stopped_by
     return report(outcomes)
-
-
-def share(gpus: Sequence[str], count: int) -> list[str]:
-    """The GPU of each of COUNT processes: every GPU once before any is used twice."""
-    return [gpus[place % len(gpus)] for place in range(count)] if gpus else []
 
 
 # ===== on SLURM =====
@@ -291,10 +323,13 @@ def run_on_slurm(stages: Sequence[Stage]) -> int:
 
 
 def tasks_of(stage: Stage) -> list:
-    """The SLURM jobs (array elements) of a command: `processes` chunks each, or one DDP job, or one process."""
+    """The SLURM jobs (array elements) of a command: `processes` chunks each, or one DDP job, or one process.
+
+    Without --chunks a job has a chunk a process, as on this machine.
+    """
     from utils.slurm import Task
 
-    count, at_once = stage.args.chunks or 1, stage.args.processes
+    count, at_once = stage.args.chunks or stage.args.processes, stage.args.processes
     if stage.mode == "chunks" and count > 1:
         groups = [tuple(range(start, min(start + at_once, count))) for start in range(0, count, at_once)]
         return [Task(stage.command, at_once, chunks=group, of=count) for group in groups]

@@ -7,8 +7,8 @@ DDP rank.
 from __future__ import annotations
 
 import ctypes
+import io
 import os
-import re
 import shlex
 import signal
 import socket
@@ -24,6 +24,7 @@ from types import FrameType
 # Between the first stop signal and SIGKILL: a checkpoint takes seconds, SLURM's own KillWait is 30 s by default.
 GRACE_S = 60
 TAIL_LINES = 20
+PROGRESS_S = 10  # between two states of one process's progress bar
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -140,12 +141,31 @@ class _Child:
         return 128 - code if code < 0 else code
 
     def _read(self) -> None:
-        assert self.popen.stdout is not None
-        for raw in self.popen.stdout:
-            # A progress bar's redraws end in \r: its last state is the line.
-            line = re.split(r"\r", raw.decode(errors="replace").rstrip())[-1]
+        """Print lines as they end; of a progress bar (redraws begin with \\r) its state now and then, and the last."""
+        assert isinstance(self.popen.stdout, io.BufferedReader)
+        rest, bar, bar_at = b"", "", -float("inf")
+        while data := self.popen.stdout.read1():
+            *lines, rest = (rest + data).split(b"\n")
+            for line in map(_last_state, lines):
+                self.tail.append(line)
+                if not bar or line != bar:  # not the end of a bar that stands there already
+                    self._print(line)
+                bar = ""
+            if b"\r" in rest and (state := _last_state(rest)) and time.monotonic() >= bar_at + PROGRESS_S:
+                bar, bar_at = state, time.monotonic()
+                self._print(bar)
+            rest = rest[rest.rfind(b"\r", 0, -1) + 1 :]
+        if (line := _last_state(rest)) and line != bar:  # a process that was killed ends no line
             self.tail.append(line)
-            print(f"[{self.process.label}] {line}", flush=True)
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        print(f"[{self.process.label}] {line}", flush=True)
+
+
+def _last_state(line: bytes) -> str:
+    """What a terminal would show of LINE: what stands behind its last \\r that is not its end."""
+    return line.decode(errors="replace").rstrip().rpartition("\r")[2]
 
 
 def _die_with_parent() -> None:
@@ -205,6 +225,11 @@ def visible_gpus() -> list[str]:
     from utils.environment import gpus
 
     return [str(index) for index in range(len(gpus()["gpus"]))]
+
+
+def share(gpus: Sequence[str], count: int) -> list[str]:
+    """The GPU of each of COUNT processes: every GPU once before any is used twice."""
+    return [gpus[place % len(gpus)] for place in range(count)] if gpus else []
 
 
 def free_port() -> int:

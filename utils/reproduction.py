@@ -77,6 +77,12 @@ def other_environments(dataset: Dataset) -> int:
     return len(found - {repr("as in dataset.json")})
 
 
+def smaller_batches(dataset: Dataset) -> int:
+    """How many finished processes denoised fewer images at once than a batch has, because memory ran out."""
+    sessions, size = read_jsonl(dataset.root / "sessions.jsonl"), dataset.recipe["batch_size"]
+    return sum((line.get("micro_batch") or size) < size for line in sessions)
+
+
 # ===== the sample =====
 
 

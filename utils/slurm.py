@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -22,7 +23,7 @@ from typing import Any
 from submitit.helpers import Checkpointable
 
 from utils.cli import UserError
-from utils.processes import Process, Team, chunk_processes, rank_processes, report
+from utils.processes import Process, Team, chunk_processes, rank_processes, report, share, visible_gpus
 from utils.slurm_checks import last_line, resolves
 from utils.storage import write_json
 
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGE_PYTHON = "/opt/venv/bin/python"  # where the Dockerfile puts it
 # Below the range that kernels hand out themselves (32768 and above on Linux): nobody has them by chance.
 FIRST_PORT, PORTS = 20000, 12000
+LONGEST_GRACE_S = 3600  # a partition's GraceTime is minutes; a bound, should SLURM change its mind
 OWN_SBATCH_KEYS = {"array", "output", "error", "signal", "requeue", "open-mode", "dependency", "wrap", "job-name"}
 
 
@@ -58,6 +60,8 @@ class Task(Checkpointable):
             self._requeue(requeue, node)
         if team.stopped_by is not None and any(outcome.code != 0 for outcome in outcomes):
             print(f"launch: stopped by {signal.Signals(team.stopped_by).name}", flush=True)
+            if team.stopped_by == signal.SIGTERM and in_preemption_grace():
+                self._await_the_end()
             sys.exit(128 + team.stopped_by)  # SLURM itself requeues what it preempts, and leaves what it cancels
         code = report(outcomes)
         write_json(_exit_file(node), {"code": code, "failed": [o.process.label for o in outcomes if o.code != 0]})
@@ -67,8 +71,11 @@ class Task(Checkpointable):
     def _team(self, node: int, nodes: int) -> Team:
         command = (sys.executable, "-u", *self.command)
         if self.chunks is not None and self.of > 1:
-            devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-            return Team(chunk_processes(command, self.chunks, self.of), self.processes, devices=devices)
+            # Not asking nvidia-smi, which may show GPUs of other jobs.
+            gpus = visible_gpus() if "CUDA_VISIBLE_DEVICES" in os.environ else []
+            return Team(
+                chunk_processes(command, self.chunks, self.of), self.processes, devices=share(gpus, self.processes)
+            )
         if self.ranks and nodes * self.processes > 1:
             ranks = rank_processes(command, self.processes, node, nodes, master_address(), master_port())
             return Team(ranks, self.processes, together=True)
@@ -83,6 +90,37 @@ class Task(Checkpointable):
                 sys.exit(128 + signal.SIGUSR2)
         # Another node's task leaves when the requeue ends the job; leaving first would end node 0 before it has saved.
         time.sleep(120)
+
+    def _await_the_end(self) -> None:
+        """Stay until SLURM ends the job at the end of its GraceTime: it requeues no job that ended before by itself."""
+        signal.signal(
+            signal.SIGUSR2, signal.SIG_IGN
+        )  # the grace period is a time limit too, and submitit would requeue
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print("launch: saved; waiting for SLURM to requeue this job", flush=True)
+        time.sleep(LONGEST_GRACE_S)
+
+
+def in_preemption_grace() -> bool:
+    """Whether this job is being preempted but not ended yet. A job that SLURM ends at once or cancels is not running.
+
+    True as well where SLURM cannot be asked (in a container): then a cancelled job stays for the KillWait.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        return False
+    from submitit import JobEnvironment
+
+    try:
+        result = subprocess.run(
+            ["scontrol", "--oneliner", "show", "job", JobEnvironment().job_id],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    words = dict(word.split("=", 1) for word in result.stdout.split() if "=" in word)
+    return result.returncode != 0 or (words.get("JobState") == "RUNNING" and words.get("PreemptTime") != "None")
 
 
 def _exit_file(node: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -133,11 +134,19 @@ def owner_lock(path: str | Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(str(path))
+    # The fallback, a file that marks the lock, would outlive a process killed on another host.
+    lock = FileLock(str(path), fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise AlreadyOwned(str(path)) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        raise UserError(
+            f"{path}: this file system cannot lock files ({error.strerror}); mount it with flock (Lustre: -o flock) "
+            "or choose a folder on another"
+        ) from None
     try:
         yield
     finally:

@@ -37,7 +37,10 @@ def free_ports(count: int) -> list[int]:
 
 
 class Cluster:
-    """`low` and `high` are partitions over both nodes; a job of `high` preempts (requeues) jobs of `low`."""
+    """`low`, `grace` and `high` are partitions over both nodes; a job of `high` preempts (requeues) those of the rest.
+
+    Jobs of `grace` are told GraceTime seconds before they are ended.
+    """
 
     def __init__(self) -> None:
         # Unix socket paths are limited to 107 characters: a short folder of its own.
@@ -198,6 +201,7 @@ MinJobAge=300
 OverTimeLimit=0
 {node_lines}
 PartitionName=low Nodes={",".join(NODES)} Default=YES MaxTime=60 State=UP PriorityTier=1
+PartitionName=grace Nodes={",".join(NODES)} MaxTime=60 State=UP PriorityTier=1 GraceTime=10
 PartitionName=high Nodes={",".join(NODES)} MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 """)
 

@@ -151,19 +151,27 @@ def test_processes_of_a_node_share_an_array_element(cluster, here):
     assert len(list((here / "logs").glob("*_log.out"))) == 3
 
 
+PACE = ("--seconds", "0.08")
+
+
+def preempt(cluster, job):
+    options = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+    cluster.run("sbatch", *options, "--wrap", "sleep 1")
+
+
 INTERRUPTIONS = {
     "time-out": lambda cluster, job: cluster.run("scancel", "--signal=USR2", job),  # as SLURM sends it before the limit
     "requeue": lambda cluster, job: cluster.scontrol("requeue", job),
-    "preemption": lambda cluster, job: cluster.run(
-        "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"
-    ),
+    "preemption": preempt,
+    "preemption with grace": preempt,
     "node": lambda cluster, job: cluster.kill_node(cluster.run("squeue", "-hj", job, "-o", "%N").strip()),
 }
 
 
 @pytest.mark.parametrize("how", INTERRUPTIONS)
 def test_an_interrupted_job_comes_back_by_itself_and_draws_nothing_twice_but_the_open_image(cluster, here, how):
-    job = submit(cluster, here, "--partition", "low", "draw.py", "--out", "out", "--count", "40", "--seconds", "0.08")
+    partition = "grace" if how == "preemption with grace" else "low"
+    job = submit(cluster, here, "--partition", partition, "draw.py", *("--out", "out", "--count", "40"), *PACE)
     out = here / "out"
     wait_for(lambda: len(list(out.glob("[0-9]*.txt"))) >= 8)
     INTERRUPTIONS[how](cluster, job)
@@ -226,7 +234,7 @@ def test_a_chain_runs_in_order_and_waiting_elsewhere_gives_the_same_answer(clust
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--partition", "gpu"), "--partition gpu: unknown; this cluster has high, low"),
+        (("--partition", "gpu"), "--partition gpu: unknown; this cluster has grace, high, low"),
         (("--timeout-min", "90"), "--timeout-min 90: partition low allows 60 at most"),
         (("--sbatch", "nodelist=n9"), "sbatch refuses these options: allocation failure: Invalid node name"),
         (("--apptainer", "no.sif"), "--apptainer no.sif: no such file"),
