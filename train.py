@@ -449,8 +449,9 @@ def export(training, out: Path, name: str) -> None:
     from utils.run_log import draw_curves
 
     draw_curves(out)
-    with atomic_path(out / f"{name}.pth", fsync=True) as temporary:
-        torch.save(export_state_dict(training.model), temporary)
+    # A file, not its path: for which torch would report a full disk as an error of its own.
+    with atomic_path(out / f"{name}.pth", fsync=True) as temporary, open(temporary, "wb") as file:
+        torch.save(export_state_dict(training.model), file)
 
 
 def probe(training, batches, args: argparse.Namespace) -> str:

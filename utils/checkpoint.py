@@ -20,7 +20,8 @@ def save_checkpoint(run: Path, state: dict) -> None:
     """
     newest = run / NEWEST
     with atomic_path(newest, fsync=True) as temporary:
-        torch.save(state, temporary)
+        with open(temporary, "wb") as file:  # not its path: torch would report a full disk as an error of its own
+            torch.save(state, file)
         if newest.exists():
             newest.replace(run / PREVIOUS)
 
