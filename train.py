@@ -162,8 +162,6 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     from utils.stop_signals import StopRequested, StopSignals
     from utils.training import Training, make_plan
 
-    stop = StopSignals()
-    stop.install()
     device = resolve_device(distributed.device_name(args.device))
     dtype = resolve_dtype(args.dtype, device)
     # ResNet50's step on a CPU is 1.13 times as fast with channels_last in fp32 too (row train_step_vs_fp32).
@@ -197,18 +195,24 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
         return 0
 
     # ===== training =====
+    stop = StopSignals(alone=processes.world_size == 1)
+    stop.install()  # not sooner: until now a signal may end the process, there is nothing to save
     if processes.is_main:
         closing.enter_context(own_run(out))
     for line in training.resume(out, identity):
         distributed.print0(line)
+    training.require_same_step(out)
     if processes.is_main:
         write_json(out / "args.json", describe_run(args, recipe, name, images, identity, training))
+    steps = range(training.step, plan.total_steps)
+    loader = closing.enter_context(open_loader(training, batches, steps, args))  # closed last: saving comes first
     try:
-        train(training, batches, validation, stop, out, identity, args)
+        train(training, loader, validation, stop, out, identity, args)
     except StopRequested:
         training.abandon_step()
         if processes.is_main:
             training.save(out, identity)
+        distributed.barrier()  # launchers that see one process leave soon kill the others
         distributed.print0(f"stopped by a signal; step {training.step} is saved, the same command continues from there")
         return stop.exit_code
 
@@ -298,7 +302,7 @@ def make_batches(images: Sequence, weights: Sequence[float], recipe: dict, seed:
 
 
 def open_loader(training, batches, steps: range, args: argparse.Namespace):
-    """The micro-batches of this process for optimizer steps STEPS, prepared ahead by workers."""
+    """Context manager: the micro-batches of this process for optimizer steps STEPS, prepared ahead by workers."""
     from utils.distributed import ranks
     from utils.loader import make_loader, requests, worker_count
 
@@ -372,28 +376,26 @@ def own_run(out: Path) -> Iterator[None]:
         ) from None
 
 
-def train(training, batches, validation, stop, out: Path, identity: dict, args: argparse.Namespace) -> None:
+def train(training, loader, validation, stop, out: Path, identity: dict, args: argparse.Namespace) -> None:
     """The loop: from training.step to the end, with log lines, validation and checkpoints on the way."""
-    from utils.distributed import is_main
+    from utils.distributed import any_rank, is_main
     from utils.run_log import Clock, RunLog, draw_curves
-    from utils.stop_signals import StopRequested
 
     plan = training.plan
     log = RunLog(out, training.step, tensorboard=not args.no_tensorboard) if is_main() else None
-    if training.epoch_line_due():  # stopped while validating
-        with stop.interruptible():
-            finish_epoch(training, validation, log, args)
-    steps = range(training.step, plan.total_steps)
-    loader = open_loader(training, batches, steps, args)
+    if training.epoch_line_due():
+        if any_rank(log is not None and not log.has_epoch(training.step), training.device):  # stopped while validating
+            finish_epoch(training, validation, log, stop, args)
+        training.start_epoch()
     clock = Clock(training.step)
     saved_at = drawn_at = time.monotonic()
-    for _ in steps:
+    while training.step < plan.total_steps:
         with stop.interruptible():
             training.begin()
             for micro in range(plan.micro_batches):
                 with clock.waiting():
                     batch = next(loader)
-                note_bad_images(training, batch["bad"], args.max_bad_images)
+                training.note_bad_images(batch["bad"], args.max_bad_images)
                 training.accumulate(batch, last=micro == plan.micro_batches - 1)
         training.update()
         epoch_ended = training.step % plan.steps_per_epoch == 0
@@ -401,44 +403,31 @@ def train(training, batches, validation, stop, out: Path, identity: dict, args: 
             totals = training.flush_interval()
             if log:
                 log.interval(training, totals, clock)
-        if epoch_ended:
-            with stop.interruptible():
-                finish_epoch(training, validation, log, args)
-        stopping = stop.received is not None
-        if is_main() and (stopping or epoch_ended or time.monotonic() - saved_at > 60 * args.checkpoint_minutes):
-            training.save(out, identity)
+        stop.check(training.device)
+        if is_main() and (epoch_ended or time.monotonic() - saved_at > 60 * args.checkpoint_minutes):
+            training.save(out, identity)  # before validation, which takes long and may stop at a damaged image
             saved_at = time.monotonic()
+        if epoch_ended:
+            finish_epoch(training, validation, log, stop, args)
+            training.start_epoch()
         if is_main() and epoch_ended and time.monotonic() - drawn_at > CURVES_SECONDS:
             draw_curves(out)
             drawn_at = time.monotonic()
-        if stopping and training.step < plan.total_steps:
-            raise StopRequested
 
 
-def note_bad_images(training, found: list[str], allowed: int) -> None:
-    """Remember damaged images by name; more than ALLOWED stop the run with the list."""
-    for message in found:
-        if message not in training.bad_images:
-            training.bad_images.append(message)
-            print(f"damaged image {len(training.bad_images)}, the next one takes its place: {message}", file=sys.stderr)
-    if len(training.bad_images) > allowed:
-        raise UserError(
-            f"--max-bad-images {allowed}: {len(training.bad_images)} damaged: {'; '.join(training.bad_images)}; "
-            "repair or delete them, or allow more"
-        )
-
-
-def finish_epoch(training, validation, log, args: argparse.Namespace) -> None:
+def finish_epoch(training, validation, log, stop, args: argparse.Namespace) -> None:
     """Validate if it is due, and write the epoch's line."""
     from utils.loader import worker_count
     from utils.training import validate
 
     epoch = training.step // training.plan.steps_per_epoch
     due = validation is not None and (epoch % args.val_every == 0 or epoch == training.plan.epochs)
-    scores = validate(training, validation, worker_count(args.workers, training.device)) if due else {}
+    scores: dict = {}
+    if due:
+        with stop.interruptible():
+            scores = validate(training, validation, worker_count(args.workers, training.device), stop)
     if log:
         log.epoch(training, epoch, scores)
-    training.start_epoch()
 
 
 def export(training, out: Path, name: str) -> None:
@@ -456,24 +445,29 @@ def export(training, out: Path, name: str) -> None:
 
 def probe(training, batches, args: argparse.Namespace) -> str:
     """Time some real steps and extrapolate. The weights they change are thrown away with the process."""
-    plan = training.plan
+    import torch
+
+    from utils.distributed import any_rank
+
+    plan, device = training.plan, training.device
     steps = range(min(PROBE_STEPS, plan.total_steps))
     durations: list[float] = []
-    started = time.monotonic()
-    for number, batch in enumerate(open_loader(training, batches, steps, args)):
-        if number % plan.micro_batches == 0:
+    with open_loader(training, batches, steps, args) as loader:
+        for _ in steps:
+            started = time.monotonic()
             training.begin()
-        last = (number + 1) % plan.micro_batches == 0
-        training.accumulate(batch, last)
-        if last:
+            for micro in range(plan.micro_batches):
+                training.accumulate(next(loader), last=micro == plan.micro_batches - 1)
             training.update()
-        durations.append(time.monotonic() - started - sum(durations))
-        if sum(durations) > PROBE_SECONDS:
-            break
-    seconds = statistics.median(durations[1:] or durations)  # the first micro-batch also warms up
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)  # the clock would be ahead of its kernels
+            durations.append(time.monotonic() - started)
+            if any_rank(sum(durations) > PROBE_SECONDS, device):  # all leave at the same step
+                break
+    seconds = statistics.median(durations[1:] or durations)  # the first step also warms up
     return (
-        f"probe   {len(durations)} micro-batches, median {seconds:.3f} s = {plan.micro_batch_size / seconds:.1f} img/s"
-        f" a process; {plan.total_steps} steps take about {duration(seconds * plan.micro_batches * plan.total_steps)}"
+        f"probe   {len(durations)} steps, median {seconds:.3f} s = {plan.batch_size / seconds:.1f} img/s;"
+        f" {plan.total_steps} steps take about {duration(seconds * plan.total_steps)}"
     )
 
 

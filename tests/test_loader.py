@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import tarfile
 
 import numpy as np
@@ -151,16 +152,47 @@ def test_scaled_decoding_never_enlarges(monkeypatch):
 def test_batches_do_not_depend_on_workers_or_on_the_batch(folder):
     images = FolderImages(folder)
     wanted = [Request(0, 0, 3), Request(0, 3, 6), Request(2, 0, 6)]
-    alone = list(make_loader(batches_of(images), iter(wanted), 0, False))
-    helped = list(make_loader(batches_of(images), iter(wanted), 2, False))
+
+    def load(batches, wanted, workers=0) -> list[dict]:
+        with make_loader(batches, iter(wanted), workers, False) as loader:
+            return list(loader)
+
+    alone = load(batches_of(images), wanted)
+    helped = load(batches_of(images), wanted, workers=2)
     for one, other in zip(alone, helped, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one["crops"], other["crops"], strict=True))
         assert torch.equal(one["labels"], other["labels"]) and np.array_equal(one["samples"], other["samples"])
-    single = [batch for batch in make_loader(batches_of(images), iter([Request(2, 4, 5)]), 0, False)]
+    single = load(batches_of(images), [Request(2, 4, 5)])
     assert torch.equal(single[0]["crops"][1][0], alone[2]["crops"][1][4])
-    other_seed = next(make_loader(batches_of(images, seed=1), iter([Request(2, 0, 6)]), 0, False))
-    assert not torch.equal(other_seed["crops"][0], alone[2]["crops"][0])
+    other_seed = load(batches_of(images, seed=1), [Request(2, 0, 6)])
+    assert not torch.equal(other_seed[0]["crops"][0], alone[2]["crops"][0])
     assert alone[0]["crops"][0].shape == (3, 1, 24, 24, 3) and alone[0]["crops"][1].shape == (3, 3, 12, 12, 3)
+
+
+class Refusing:
+    """Items of which the second one is a UserError."""
+
+    def __getitem__(self, request: int) -> dict:
+        if request:
+            raise UserError(f"--data: item {request} cannot be read; repair it")
+        return {"item": request}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_is_its_message_and_ends_the_workers(workers):
+    with pytest.raises(UserError) as caught, make_loader(Refusing(), iter([0, 1]), workers, False) as batches:
+        assert next(batches) == {"item": 0} and len(multiprocessing.active_children()) == workers
+        next(batches)
+    assert str(caught.value) == "--data: item 1 cannot be read; repair it"
+    assert multiprocessing.active_children() == []  # though the exception still holds the frames of the block
+
+
+def test_requests_are_made_when_they_are_due():
+    made = []
+    wanted = (made.append(0) or 0 for _ in range(10**9))
+    with make_loader(Refusing(), wanted, 1, False) as batches:
+        next(batches)
+    assert len(made) <= 4
 
 
 # ===== where images come from =====

@@ -97,8 +97,18 @@ def test_dry_run_prints_the_plan_and_writes_nothing(images, tmp_path):
     out, _ = finish(start("--data", images, "--out", tmp_path / "run", *TINY, "--dry-run"))
     assert "34 images, 3 classes" in out and "1.23 M parameters" in out
     assert f"steps   {STEPS} = 3 epochs x 4" in out
-    assert "probe   24 micro-batches" in out and f"{STEPS} steps take about" in out
+    assert f"probe   {STEPS} steps, median" in out and f"{STEPS} steps take about" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_can_be_interrupted(images, tmp_path):
+    patch = """
+        import os, signal
+        from utils.training import Training
+        Training.update = lambda self: os.kill(os.getpid(), signal.SIGINT)
+    """
+    _, err = finish(start("--data", images, "--out", tmp_path / "run", *TINY, "--dry-run", patch=patch), 130)
+    assert "interrupted" in err
 
 
 def test_damaged_images_stop_the_run_unless_allowed(tmp_path):
@@ -111,6 +121,19 @@ def test_damaged_images_stop_the_run_unless_allowed(tmp_path):
     _, err = finish(start("--data", data, "--out", run, *TINY, "--epochs", 1, "--max-bad-images", 1))
     assert "damaged image 1, the next one takes its place" in err and str(damaged) in err
     assert log_without_clock(run)[-2]["bad_images"] == 1
+
+
+def test_a_damaged_validation_image_is_one_line_and_costs_no_epoch(images, tmp_path):
+    """The error comes from a worker that ignores SIGTERM: the process must end all the same."""
+    val = make_images(tmp_path / "val", {"n01": 3})
+    (val / "n01" / "junk.jpg").write_bytes(b"junk")
+    run = tmp_path / "run"
+    _, err = finish(start("--data", images, "--val", val, "--out", run, *TINY), 2)
+    assert err.splitlines() == [err.rstrip()] and "error: damaged validation image" in err and "junk.jpg" in err
+    assert weights(run / "checkpoint.pth")["step"] == 4  # the first epoch
+    (val / "n01" / "junk.jpg").unlink()
+    finish(start("--data", images, "--val", val, "--out", run, *TINY))
+    assert [line["epoch"] for line in log_without_clock(run) if line["kind"] == "epoch"] == [1, 2, 3]
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(images, tmp_path):
