@@ -20,13 +20,13 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from utils.cli import UserError, command_line, make_parser, non_negative_int, positive_float, positive_int, run
 from utils.environment import snapshot
-from utils.storage import AlreadyOwned, atomic_path, owner_lock, read_json, require_writable, write_json
+from utils.storage import atomic_path, read_json, write_json
 
 # Every key of a recipe is read; --set changes any of them. Where no source is named: "t-ReX" is the default of the
 # paper authors' public trainer of the same line of work (t-ReX, ICLR 2023).
@@ -157,6 +157,7 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     import torch
 
     from utils import distributed
+    from utils.checkpoint import own_run
     from utils.device import memory_format, resolve_device, resolve_dtype
     from utils.model import MultiCrop, build_model, compiled, parameter_groups, refuse_sizes, sync_batchnorm
     from utils.stop_signals import StopRequested, StopSignals
@@ -203,6 +204,7 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
         distributed.print0(line)
     training.require_same_step(out)
     if processes.is_main:
+        (out / f"{name}.pth").unlink(missing_ok=True)  # of an earlier run: args.json would take it for this one's
         write_json(out / "args.json", describe_run(args, recipe, name, images, identity, training))
     steps = range(training.step, plan.total_steps)
     loader = closing.enter_context(open_loader(training, batches, steps, args))  # closed last: saving comes first
@@ -288,7 +290,8 @@ def is_finished(out: Path, name: str, identity: dict) -> bool:
     """Whether OUT holds the exported weights of this very run."""
     if not (out / f"{name}.pth").exists() or not (out / "args.json").exists():
         return False
-    return read_json(out / "args.json").get("identity") == identity
+    described = read_json(out / "args.json")
+    return (described.get("dataset"), described.get("identity")) == (name, identity)
 
 
 def make_batches(images: Sequence, weights: Sequence[float], recipe: dict, seed: int):
@@ -358,22 +361,6 @@ def describe_run(args: argparse.Namespace, recipe: dict, name: str, images: Sequ
         "identity": identity,
         "environment": snapshot(),
     }
-
-
-@contextmanager
-def own_run(out: Path) -> Iterator[None]:
-    """Two commands into one --out would overwrite each other's checkpoints: the first one owns the folder."""
-    from utils.checkpoint import remove_leftovers
-
-    require_writable(out, "--out")
-    try:
-        with owner_lock(out / ".lock"):
-            remove_leftovers(out)
-            yield
-    except AlreadyOwned:
-        raise UserError(
-            f"--out {out}: another process is training there; wait for it or choose another --out"
-        ) from None
 
 
 def train(training, loader, validation, stop, out: Path, identity: dict, args: argparse.Namespace) -> None:

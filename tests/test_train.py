@@ -93,6 +93,28 @@ def test_another_recipe_or_other_images_into_the_same_run_are_refused(finished, 
     assert "data was ['34 images" in err and "now ['25 images" in err and "Traceback" not in err
 
 
+def test_weights_of_an_earlier_run_are_not_those_of_the_next(images, tmp_path):
+    """The first one's checkpoints are deleted, its weights are forgotten, and the second one is killed."""
+    first = ["--data", images, "--out", tmp_path, *TINY, "--epochs", 1]
+    finish(start(*first))
+    for path in tmp_path.glob("checkpoint*.pth"):
+        path.unlink()
+    second = [*first, "--lr", 0.2]
+    patch = "import os; from utils.training import Training; Training.update = lambda self: os.kill(os.getpid(), 9)"
+    finish(start(*second, patch=patch), -9)
+    assert not (tmp_path / "shapes.pth").exists()
+    out, _ = finish(start(*second))
+    assert "finished already" not in out and "wrote" in out
+
+
+def test_a_run_is_finished_under_its_own_name_only(finished, images):
+    run, _ = finished
+    identity = json.loads((run / "args.json").read_text())["identity"]
+    (run / "other.pth").write_bytes(b"")
+    assert train.is_finished(run, "shapes", identity) and not train.is_finished(run, "other", identity)
+    (run / "other.pth").unlink()
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(images, tmp_path):
     out, _ = finish(start("--data", images, "--out", tmp_path / "run", *TINY, "--dry-run"))
     assert "34 images, 3 classes" in out and "1.23 M parameters" in out
