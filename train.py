@@ -8,6 +8,7 @@ alone. SIGTERM, SIGUSR1 and SIGUSR2 save a checkpoint within seconds and exit wi
 
     python train.py --recipe demo --data data/digits --val data/digits/test          # a laptop, 15 seconds
     python train.py --data data/imagenet_100_sd --val data/imagenet_100/val          # one GPU, the paper's recipe
+    python train.py --data /datasets/imagenet/train --classes imagenet_100 --val /datasets/imagenet/val
     python -m utils.launch --launcher slurm --nodes 1 --gpus-per-node 4 train.py --data data/imagenet_100_sd
 
 Several --data PATH[:WEIGHT] are mixed in proportion to their weights; all must hold the same classes.
@@ -101,6 +102,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     # Data
     parser.add_argument("--data", action="append", required=True, metavar="PATH[:WEIGHT]", help="repeat to mix")
+    parser.add_argument("--classes", metavar="SPEC", help="use these class folders only; SPEC as in generate.py --help")
     parser.add_argument("--val", metavar="DIR", help="real images to validate on each epoch, DIR/<class id>/<images>")
     parser.add_argument("--val-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last one")
     parser.add_argument("--images-per-class", type=positive_int, metavar="N", help="first N images of each class only")
@@ -146,7 +148,7 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     paths, weights = zip(*(parse_source(text) for text in args.data), strict=True)
     name = args.name or "+".join(dataset_name(path) for path in paths)
     out = Path(args.out or f"runs/{name}")
-    images = open_sources(paths, args.images_per_class)
+    images = open_sources(paths, args.images_per_class, args.classes)
     identity = make_identity(recipe, images, weights, args.seed)
     if not args.dry_run and is_finished(out, name, identity):
         print(f"{out}/{name}.pth: finished already; delete {out} to train again")
