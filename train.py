@@ -94,6 +94,14 @@ DEMO = BASIC | {
     "val_crop": 32,
 }
 RECIPES = {"paper": PAPER, "basic": BASIC, "demo": DEMO}
+CHOICES = {"head": ("cosine", "linear"), "interpolation": ("bicubic", "bilinear")}
+LIMITS = {  # lowest and highest value; of other numbers 0 and any
+    **dict.fromkeys(("epochs", "batch_size", "batch_per_device", "global_size", "global_count"), (1, math.inf)),
+    **dict.fromkeys(("local_size", "val_resize", "val_crop"), (1, math.inf)),
+    **dict.fromkeys(("momentum", "flip", "jitter", "grayscale", "global_blur", "local_blur"), (0, 1)),
+    **dict.fromkeys(("global_solarize", "local_solarize"), (0, 1)),
+    "hue": (0, 0.5),  # of a turn
+}
 PROBE_STEPS, PROBE_SECONDS = 20, 60  # of --dry-run: whichever ends first
 CURVES_SECONDS = 300  # at least, between two drawings of curves.png
 
@@ -110,7 +118,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # Recipe
     parser.add_argument("--recipe", choices=list(RECIPES), default="paper", help="defaults of all that follows")
     parser.add_argument("--arch", help="any torchvision classification model, or resnet10 (default: the recipe's)")
-    parser.add_argument("--head", choices=["cosine", "linear"], help="cosine softmax or plain linear")
+    parser.add_argument("--head", choices=CHOICES["head"], help="cosine softmax or plain linear")
     parser.add_argument("--epochs", type=positive_int, help="passes over the data")
     parser.add_argument("--batch-size", type=positive_int, help="images of an optimizer step, over all devices")
     parser.add_argument("--batch-per-device", type=positive_int, help="images at a time on a device")
@@ -241,8 +249,13 @@ def make_recipe(args: argparse.Namespace) -> dict:
             recipe[key] = parse_value(value, recipe[key])
         except ValueError:
             raise UserError(f"--set {text}: {value!r} is no value for {key}, which is {recipe[key]!r}") from None
-    if recipe["batch_size"] < 1 or recipe["epochs"] < 1 or recipe["global_count"] < 1:
-        raise UserError("--set: batch_size, epochs and global_count must be at least 1")
+    for key, value in recipe.items():
+        if key in CHOICES and value not in CHOICES[key]:
+            raise UserError(f"--set {key}={value}: choose {' or '.join(CHOICES[key])}")
+        low, high = LIMITS.get(key, (0, math.inf))
+        if isinstance(value, int | float) and not (low <= value <= high and value < math.inf):
+            most = f" and at most {high}" if high < math.inf else ""
+            raise UserError(f"--set {key}={value}: must be a number, at least {low}{most}")
     return recipe
 
 
