@@ -8,6 +8,7 @@ alone. SIGTERM, SIGUSR1 and SIGUSR2 save a checkpoint within seconds and exit wi
 
     python train.py --recipe demo --data data/digits --val data/digits/test          # a laptop, 15 seconds
     python train.py --data data/imagenet_100_sd --val data/imagenet_100/val          # one GPU, the paper's recipe
+    python train.py --data /datasets/imagenet/train --classes imagenet_100 --val /datasets/imagenet/val
     python -m utils.launch --launcher slurm --nodes 1 --gpus-per-node 4 train.py --data data/imagenet_100_sd
 
 Several --data PATH[:WEIGHT] are mixed in proportion to their weights; all must hold the same classes.
@@ -20,13 +21,13 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from utils.cli import UserError, command_line, make_parser, non_negative_int, positive_float, positive_int, run
 from utils.environment import snapshot
-from utils.storage import AlreadyOwned, atomic_path, owner_lock, read_json, require_writable, write_json
+from utils.storage import atomic_path, read_json, write_json
 
 # Every key of a recipe is read; --set changes any of them. Where no source is named: "t-ReX" is the default of the
 # paper authors' public trainer of the same line of work (t-ReX, ICLR 2023).
@@ -93,6 +94,14 @@ DEMO = BASIC | {
     "val_crop": 32,
 }
 RECIPES = {"paper": PAPER, "basic": BASIC, "demo": DEMO}
+CHOICES = {"head": ("cosine", "linear"), "interpolation": ("bicubic", "bilinear")}
+LIMITS = {  # lowest and highest value; of other numbers 0 and any
+    **dict.fromkeys(("epochs", "batch_size", "batch_per_device", "global_size", "global_count"), (1, math.inf)),
+    **dict.fromkeys(("local_size", "val_resize", "val_crop"), (1, math.inf)),
+    **dict.fromkeys(("momentum", "flip", "jitter", "grayscale", "global_blur", "local_blur"), (0, 1)),
+    **dict.fromkeys(("global_solarize", "local_solarize"), (0, 1)),
+    "hue": (0, 0.5),  # of a turn
+}
 PROBE_STEPS, PROBE_SECONDS = 20, 60  # of --dry-run: whichever ends first
 CURVES_SECONDS = 300  # at least, between two drawings of curves.png
 
@@ -101,6 +110,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     # Data
     parser.add_argument("--data", action="append", required=True, metavar="PATH[:WEIGHT]", help="repeat to mix")
+    parser.add_argument("--classes", metavar="SPEC", help="use these class folders only; SPEC as in generate.py --help")
     parser.add_argument("--val", metavar="DIR", help="real images to validate on each epoch, DIR/<class id>/<images>")
     parser.add_argument("--val-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last one")
     parser.add_argument("--images-per-class", type=positive_int, metavar="N", help="first N images of each class only")
@@ -108,7 +118,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # Recipe
     parser.add_argument("--recipe", choices=list(RECIPES), default="paper", help="defaults of all that follows")
     parser.add_argument("--arch", help="any torchvision classification model, or resnet10 (default: the recipe's)")
-    parser.add_argument("--head", choices=["cosine", "linear"], help="cosine softmax or plain linear")
+    parser.add_argument("--head", choices=CHOICES["head"], help="cosine softmax or plain linear")
     parser.add_argument("--epochs", type=positive_int, help="passes over the data")
     parser.add_argument("--batch-size", type=positive_int, help="images of an optimizer step, over all devices")
     parser.add_argument("--batch-per-device", type=positive_int, help="images at a time on a device")
@@ -146,7 +156,7 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     paths, weights = zip(*(parse_source(text) for text in args.data), strict=True)
     name = args.name or "+".join(dataset_name(path) for path in paths)
     out = Path(args.out or f"runs/{name}")
-    images = open_sources(paths, args.images_per_class)
+    images = open_sources(paths, args.images_per_class, args.classes)
     identity = make_identity(recipe, images, weights, args.seed)
     if not args.dry_run and is_finished(out, name, identity):
         print(f"{out}/{name}.pth: finished already; delete {out} to train again")
@@ -157,13 +167,12 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     import torch
 
     from utils import distributed
+    from utils.checkpoint import own_run
     from utils.device import memory_format, resolve_device, resolve_dtype
     from utils.model import MultiCrop, build_model, compiled, parameter_groups, refuse_sizes, sync_batchnorm
     from utils.stop_signals import StopRequested, StopSignals
     from utils.training import Training, make_plan
 
-    stop = StopSignals()
-    stop.install()
     device = resolve_device(distributed.device_name(args.device))
     dtype = resolve_dtype(args.dtype, device)
     # ResNet50's step on a CPU is 1.13 times as fast with channels_last in fp32 too (row train_step_vs_fp32).
@@ -197,18 +206,25 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
         return 0
 
     # ===== training =====
+    stop = StopSignals(alone=processes.world_size == 1)
+    stop.install()  # not sooner: until now a signal may end the process, there is nothing to save
     if processes.is_main:
         closing.enter_context(own_run(out))
     for line in training.resume(out, identity):
         distributed.print0(line)
+    training.require_same_step(out)
     if processes.is_main:
+        (out / f"{name}.pth").unlink(missing_ok=True)  # of an earlier run: args.json would take it for this one's
         write_json(out / "args.json", describe_run(args, recipe, name, images, identity, training))
+    steps = range(training.step, plan.total_steps)
+    loader = closing.enter_context(open_loader(training, batches, steps, args))  # closed last: saving comes first
     try:
-        train(training, batches, validation, stop, out, identity, args)
+        train(training, loader, validation, stop, out, identity, args)
     except StopRequested:
         training.abandon_step()
         if processes.is_main:
             training.save(out, identity)
+        distributed.barrier()  # launchers that see one process leave soon kill the others
         distributed.print0(f"stopped by a signal; step {training.step} is saved, the same command continues from there")
         return stop.exit_code
 
@@ -233,8 +249,13 @@ def make_recipe(args: argparse.Namespace) -> dict:
             recipe[key] = parse_value(value, recipe[key])
         except ValueError:
             raise UserError(f"--set {text}: {value!r} is no value for {key}, which is {recipe[key]!r}") from None
-    if recipe["batch_size"] < 1 or recipe["epochs"] < 1 or recipe["global_count"] < 1:
-        raise UserError("--set: batch_size, epochs and global_count must be at least 1")
+    for key, value in recipe.items():
+        if key in CHOICES and value not in CHOICES[key]:
+            raise UserError(f"--set {key}={value}: choose {' or '.join(CHOICES[key])}")
+        low, high = LIMITS.get(key, (0, math.inf))
+        if isinstance(value, int | float) and not (low <= value <= high and value < math.inf):
+            most = f" and at most {high}" if high < math.inf else ""
+            raise UserError(f"--set {key}={value}: must be a number, at least {low}{most}")
     return recipe
 
 
@@ -284,7 +305,8 @@ def is_finished(out: Path, name: str, identity: dict) -> bool:
     """Whether OUT holds the exported weights of this very run."""
     if not (out / f"{name}.pth").exists() or not (out / "args.json").exists():
         return False
-    return read_json(out / "args.json").get("identity") == identity
+    described = read_json(out / "args.json")
+    return (described.get("dataset"), described.get("identity")) == (name, identity)
 
 
 def make_batches(images: Sequence, weights: Sequence[float], recipe: dict, seed: int):
@@ -298,7 +320,7 @@ def make_batches(images: Sequence, weights: Sequence[float], recipe: dict, seed:
 
 
 def open_loader(training, batches, steps: range, args: argparse.Namespace):
-    """The micro-batches of this process for optimizer steps STEPS, prepared ahead by workers."""
+    """Context manager: the micro-batches of this process for optimizer steps STEPS, prepared ahead by workers."""
     from utils.distributed import ranks
     from utils.loader import make_loader, requests, worker_count
 
@@ -356,44 +378,26 @@ def describe_run(args: argparse.Namespace, recipe: dict, name: str, images: Sequ
     }
 
 
-@contextmanager
-def own_run(out: Path) -> Iterator[None]:
-    """Two commands into one --out would overwrite each other's checkpoints: the first one owns the folder."""
-    from utils.checkpoint import remove_leftovers
-
-    require_writable(out, "--out")
-    try:
-        with owner_lock(out / ".lock"):
-            remove_leftovers(out)
-            yield
-    except AlreadyOwned:
-        raise UserError(
-            f"--out {out}: another process is training there; wait for it or choose another --out"
-        ) from None
-
-
-def train(training, batches, validation, stop, out: Path, identity: dict, args: argparse.Namespace) -> None:
+def train(training, loader, validation, stop, out: Path, identity: dict, args: argparse.Namespace) -> None:
     """The loop: from training.step to the end, with log lines, validation and checkpoints on the way."""
-    from utils.distributed import is_main
+    from utils.distributed import any_rank, is_main
     from utils.run_log import Clock, RunLog, draw_curves
-    from utils.stop_signals import StopRequested
 
     plan = training.plan
     log = RunLog(out, training.step, tensorboard=not args.no_tensorboard) if is_main() else None
-    if training.epoch_line_due():  # stopped while validating
-        with stop.interruptible():
-            finish_epoch(training, validation, log, args)
-    steps = range(training.step, plan.total_steps)
-    loader = open_loader(training, batches, steps, args)
+    if training.epoch_line_due():
+        if any_rank(log is not None and not log.has_epoch(training.step), training.device):  # stopped while validating
+            finish_epoch(training, validation, log, stop, args)
+        training.start_epoch()
     clock = Clock(training.step)
     saved_at = drawn_at = time.monotonic()
-    for _ in steps:
+    while training.step < plan.total_steps:
         with stop.interruptible():
             training.begin()
             for micro in range(plan.micro_batches):
                 with clock.waiting():
                     batch = next(loader)
-                note_bad_images(training, batch["bad"], args.max_bad_images)
+                training.note_bad_images(batch["bad"], args.max_bad_images)
                 training.accumulate(batch, last=micro == plan.micro_batches - 1)
         training.update()
         epoch_ended = training.step % plan.steps_per_epoch == 0
@@ -401,44 +405,31 @@ def train(training, batches, validation, stop, out: Path, identity: dict, args: 
             totals = training.flush_interval()
             if log:
                 log.interval(training, totals, clock)
-        if epoch_ended:
-            with stop.interruptible():
-                finish_epoch(training, validation, log, args)
-        stopping = stop.received is not None
-        if is_main() and (stopping or epoch_ended or time.monotonic() - saved_at > 60 * args.checkpoint_minutes):
-            training.save(out, identity)
+        stop.check(training.device)
+        if is_main() and (epoch_ended or time.monotonic() - saved_at > 60 * args.checkpoint_minutes):
+            training.save(out, identity)  # before validation, which takes long and may stop at a damaged image
             saved_at = time.monotonic()
+        if epoch_ended:
+            finish_epoch(training, validation, log, stop, args)
+            training.start_epoch()
         if is_main() and epoch_ended and time.monotonic() - drawn_at > CURVES_SECONDS:
             draw_curves(out)
             drawn_at = time.monotonic()
-        if stopping and training.step < plan.total_steps:
-            raise StopRequested
 
 
-def note_bad_images(training, found: list[str], allowed: int) -> None:
-    """Remember damaged images by name; more than ALLOWED stop the run with the list."""
-    for message in found:
-        if message not in training.bad_images:
-            training.bad_images.append(message)
-            print(f"damaged image {len(training.bad_images)}, the next one takes its place: {message}", file=sys.stderr)
-    if len(training.bad_images) > allowed:
-        raise UserError(
-            f"--max-bad-images {allowed}: {len(training.bad_images)} damaged: {'; '.join(training.bad_images)}; "
-            "repair or delete them, or allow more"
-        )
-
-
-def finish_epoch(training, validation, log, args: argparse.Namespace) -> None:
+def finish_epoch(training, validation, log, stop, args: argparse.Namespace) -> None:
     """Validate if it is due, and write the epoch's line."""
     from utils.loader import worker_count
     from utils.training import validate
 
     epoch = training.step // training.plan.steps_per_epoch
     due = validation is not None and (epoch % args.val_every == 0 or epoch == training.plan.epochs)
-    scores = validate(training, validation, worker_count(args.workers, training.device)) if due else {}
+    scores: dict = {}
+    if due:
+        with stop.interruptible():
+            scores = validate(training, validation, worker_count(args.workers, training.device), stop)
     if log:
         log.epoch(training, epoch, scores)
-    training.start_epoch()
 
 
 def export(training, out: Path, name: str) -> None:
@@ -449,30 +440,36 @@ def export(training, out: Path, name: str) -> None:
     from utils.run_log import draw_curves
 
     draw_curves(out)
-    with atomic_path(out / f"{name}.pth", fsync=True) as temporary:
-        torch.save(export_state_dict(training.model), temporary)
+    # A file, not its path: for which torch would report a full disk as an error of its own.
+    with atomic_path(out / f"{name}.pth", fsync=True) as temporary, open(temporary, "wb") as file:
+        torch.save(export_state_dict(training.model), file)
 
 
 def probe(training, batches, args: argparse.Namespace) -> str:
     """Time some real steps and extrapolate. The weights they change are thrown away with the process."""
-    plan = training.plan
+    import torch
+
+    from utils.distributed import any_rank
+
+    plan, device = training.plan, training.device
     steps = range(min(PROBE_STEPS, plan.total_steps))
     durations: list[float] = []
-    started = time.monotonic()
-    for number, batch in enumerate(open_loader(training, batches, steps, args)):
-        if number % plan.micro_batches == 0:
+    with open_loader(training, batches, steps, args) as loader:
+        for _ in steps:
+            started = time.monotonic()
             training.begin()
-        last = (number + 1) % plan.micro_batches == 0
-        training.accumulate(batch, last)
-        if last:
+            for micro in range(plan.micro_batches):
+                training.accumulate(next(loader), last=micro == plan.micro_batches - 1)
             training.update()
-        durations.append(time.monotonic() - started - sum(durations))
-        if sum(durations) > PROBE_SECONDS:
-            break
-    seconds = statistics.median(durations[1:] or durations)  # the first micro-batch also warms up
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)  # the clock would be ahead of its kernels
+            durations.append(time.monotonic() - started)
+            if any_rank(sum(durations) > PROBE_SECONDS, device):  # all leave at the same step
+                break
+    seconds = statistics.median(durations[1:] or durations)  # the first step also warms up
     return (
-        f"probe   {len(durations)} micro-batches, median {seconds:.3f} s = {plan.micro_batch_size / seconds:.1f} img/s"
-        f" a process; {plan.total_steps} steps take about {duration(seconds * plan.micro_batches * plan.total_steps)}"
+        f"probe   {len(durations)} steps, median {seconds:.3f} s = {plan.batch_size / seconds:.1f} img/s;"
+        f" {plan.total_steps} steps take about {duration(seconds * plan.total_steps)}"
     )
 
 

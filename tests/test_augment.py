@@ -14,7 +14,7 @@ from torchvision.transforms import functional as reference
 
 from utils import augment as ours
 from utils.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION, AugmentSpec, Draws
-from utils.images import normalize
+from utils.images import _statistics, normalize
 
 N, SIZE = 6, 40
 PAPER = AugmentSpec(0.5, 0.8, 0.4, 0.4, 0.2, 0.1, 0.2, 0.5, 0.2)
@@ -47,6 +47,16 @@ def levels(normalized: torch.Tensor) -> torch.Tensor:
 
 def test_without_operations_the_batch_is_only_normalised(images):
     assert torch.equal(ours.augment(images, Draws(**nothing())), normalize(images))
+
+
+def test_normalisation_under_inference_leaves_gradients_possible_later(images):
+    """Its statistics are kept: those that validation made first must serve training."""
+    _statistics.cache_clear()
+    with torch.inference_mode():
+        wanted = normalize(images)
+    values = images.float().requires_grad_()
+    normalize(values).sum().backward()
+    assert torch.equal(normalize(images), wanted) and values.grad[0, 0, 0, 0] == pytest.approx(1 / (0.229 * 255))
 
 
 @pytest.mark.parametrize(

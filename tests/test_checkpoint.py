@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from utils import checkpoint
 from utils.checkpoint import NEWEST, PREVIOUS, DamagedCheckpoints, load_checkpoint, remove_leftovers, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +104,14 @@ def test_kill_9_while_writing_leaves_a_loadable_one(tmp_path):
     remove_leftovers(tmp_path)
     assert not list(tmp_path.glob(".*.tmp")), leftovers
     assert load_checkpoint(tmp_path)[0]["step"] == last
+
+
+def test_a_full_disk_is_an_oserror_as_the_command_line_expects(tmp_path, monkeypatch):
+    """/dev/full refuses every write with ENOSPC."""
+    monkeypatch.setattr(checkpoint, "atomic_path", lambda *_, **__: nullcontext(Path("/dev/full")))
+    with pytest.raises(OSError) as caught:
+        save_checkpoint(tmp_path, state(1))
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_leftovers_of_a_living_writer_stay(tmp_path):

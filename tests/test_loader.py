@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import tarfile
 
 import numpy as np
@@ -151,16 +152,47 @@ def test_scaled_decoding_never_enlarges(monkeypatch):
 def test_batches_do_not_depend_on_workers_or_on_the_batch(folder):
     images = FolderImages(folder)
     wanted = [Request(0, 0, 3), Request(0, 3, 6), Request(2, 0, 6)]
-    alone = list(make_loader(batches_of(images), iter(wanted), 0, False))
-    helped = list(make_loader(batches_of(images), iter(wanted), 2, False))
+
+    def load(batches, wanted, workers=0) -> list[dict]:
+        with make_loader(batches, iter(wanted), workers, False) as loader:
+            return list(loader)
+
+    alone = load(batches_of(images), wanted)
+    helped = load(batches_of(images), wanted, workers=2)
     for one, other in zip(alone, helped, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one["crops"], other["crops"], strict=True))
         assert torch.equal(one["labels"], other["labels"]) and np.array_equal(one["samples"], other["samples"])
-    single = [batch for batch in make_loader(batches_of(images), iter([Request(2, 4, 5)]), 0, False)]
+    single = load(batches_of(images), [Request(2, 4, 5)])
     assert torch.equal(single[0]["crops"][1][0], alone[2]["crops"][1][4])
-    other_seed = next(make_loader(batches_of(images, seed=1), iter([Request(2, 0, 6)]), 0, False))
-    assert not torch.equal(other_seed["crops"][0], alone[2]["crops"][0])
+    other_seed = load(batches_of(images, seed=1), [Request(2, 0, 6)])
+    assert not torch.equal(other_seed[0]["crops"][0], alone[2]["crops"][0])
     assert alone[0]["crops"][0].shape == (3, 1, 24, 24, 3) and alone[0]["crops"][1].shape == (3, 3, 12, 12, 3)
+
+
+class Refusing:
+    """Items of which the second one is a UserError."""
+
+    def __getitem__(self, request: int) -> dict:
+        if request:
+            raise UserError(f"--data: item {request} cannot be read; repair it")
+        return {"item": request}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_is_its_message_and_ends_the_workers(workers):
+    with pytest.raises(UserError) as caught, make_loader(Refusing(), iter([0, 1]), workers, False) as batches:
+        assert next(batches) == {"item": 0} and len(multiprocessing.active_children()) == workers
+        next(batches)
+    assert str(caught.value) == "--data: item 1 cannot be read; repair it"
+    assert multiprocessing.active_children() == []  # though the exception still holds the frames of the block
+
+
+def test_requests_are_made_when_they_are_due():
+    made = []
+    wanted = (made.append(0) or 0 for _ in range(10**9))
+    with make_loader(Refusing(), wanted, 1, False) as batches:
+        next(batches)
+    assert len(made) <= 4
 
 
 # ===== where images come from =====
@@ -263,12 +295,54 @@ def test_sources_of_a_mix_must_agree_on_classes(folder, tmp_path):
         (other / class_id / "a.jpg").write_bytes(jpeg(0))
     with pytest.raises(UserError, match=r"1 missing \(n02\); 1 extra \(n04\)"):
         open_sources([folder, other], None)
-    with pytest.raises(UserError, match=r"--val.*n04"):
-        open_validation(str(other), ["n01", "n02"])
-    (other / "n04").rename(other / "n02")
-    (other / "n01" / "a.jpg").unlink()
-    (other / "n01").rmdir()
-    assert open_validation(str(other), ["n01", "n02"]).labels.tolist() == [1]  # a part of the classes will do
+
+
+def test_validation_may_hold_more_classes_or_fewer_but_not_both(folder, tmp_path, capsys):
+    val = tmp_path / "val"
+    for class_id in ("n00", "n01", "n02", "n04"):
+        (val / class_id).mkdir(parents=True)
+        (val / class_id / "a.jpg").write_bytes(jpeg(0))
+    more = open_validation(str(val), ["n01", "n02"])
+    assert more.labels.tolist() == [0, 1] and more.name(0) == f"{val}/n01/a.jpg"
+    assert capsys.readouterr().out == f"--val {val}: 2 class folders that the training data lack are ignored\n"
+    assert open_validation(str(val), ["n00", "n01", "n02", "n03", "n04"]).labels.tolist() == [0, 1, 2, 4]
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"--val .*: 1 training classes are missing, e.g. n03, and 3 class .* n00"):
+        open_validation(str(val), ["n01", "n03"])
+
+
+def test_classes_select_folders(folder, tmp_path):
+    (folder / "n03").mkdir()
+    (folder / "n03" / "a.jpg").write_bytes(jpeg(0))
+    table = tmp_path / "two.tsv"
+    table.write_text("id\tname\nn03\tthree\nn01\tone\n")
+    (images,) = open_sources([folder], None, str(table))
+    assert images.class_ids == ["n01", "n03"] and images.labels.tolist() == [0] * 5 + [1]
+    assert images.name(5) == f"{folder}/n03/a.jpg"
+    (folder / "n02").rename(tmp_path / "n02")
+    assert images.fingerprint() == open_images(folder).fingerprint()  # the same images, so the same run
+    pack(folder, tmp_path / "shards", flat=False)
+    (packed,) = open_sources([tmp_path / "shards"], 1, str(table))
+    assert packed.class_ids == ["n01", "n03"] and packed.read(1) == images.read(5)
+    table.write_text("id\tname\nn01\tone\nn09\tnine\n")
+    with pytest.raises(UserError, match=r"--data .*differ from --classes .*two.tsv: 1 missing \(n09\)"):
+        open_sources([folder], None, str(table))
+
+
+def test_an_unfinished_dataset_is_used_with_a_warning(folder, tmp_path, capsys):
+    out = tmp_path / "set"
+    out.mkdir()
+    folder.rename(out / "train")
+    rows = [{"id": "n01", "name": "one", "images": 5}, {"id": "n02", "name": "two", "images": 4}]
+    write_json(out / "dataset.json", {"classes": rows})
+    for path in (out, out / "train"):
+        open_sources([path], None)
+        warning = f"warning: --data {out / 'train'}: 3 images that dataset.json wants are missing; "
+        assert capsys.readouterr().err == warning + f"`python generate.py --out {out} --status` shows where\n"
+    rows[1]["images"] = 1
+    write_json(out / "dataset.json", {"classes": rows})
+    open_sources([out], None)
+    assert capsys.readouterr().err == ""
 
 
 def test_damaged_images_are_named_and_replaced_by_the_next_one(folder):

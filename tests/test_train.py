@@ -93,12 +93,44 @@ def test_another_recipe_or_other_images_into_the_same_run_are_refused(finished, 
     assert "data was ['34 images" in err and "now ['25 images" in err and "Traceback" not in err
 
 
+def test_weights_of_an_earlier_run_are_not_those_of_the_next(images, tmp_path):
+    """The first one's checkpoints are deleted, its weights are forgotten, and the second one is killed."""
+    first = ["--data", images, "--out", tmp_path, *TINY, "--epochs", 1]
+    finish(start(*first))
+    for path in tmp_path.glob("checkpoint*.pth"):
+        path.unlink()
+    second = [*first, "--lr", 0.2]
+    patch = "import os; from utils.training import Training; Training.update = lambda self: os.kill(os.getpid(), 9)"
+    finish(start(*second, patch=patch), -9)
+    assert not (tmp_path / "shapes.pth").exists()
+    out, _ = finish(start(*second))
+    assert "finished already" not in out and "wrote" in out
+
+
+def test_a_run_is_finished_under_its_own_name_only(finished, images):
+    run, _ = finished
+    identity = json.loads((run / "args.json").read_text())["identity"]
+    (run / "other.pth").write_bytes(b"")
+    assert train.is_finished(run, "shapes", identity) and not train.is_finished(run, "other", identity)
+    (run / "other.pth").unlink()
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(images, tmp_path):
     out, _ = finish(start("--data", images, "--out", tmp_path / "run", *TINY, "--dry-run"))
     assert "34 images, 3 classes" in out and "1.23 M parameters" in out
     assert f"steps   {STEPS} = 3 epochs x 4" in out
-    assert "probe   24 micro-batches" in out and f"{STEPS} steps take about" in out
+    assert f"probe   {STEPS} steps, median" in out and f"{STEPS} steps take about" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_can_be_interrupted(images, tmp_path):
+    patch = """
+        import os, signal
+        from utils.training import Training
+        Training.update = lambda self: os.kill(os.getpid(), signal.SIGINT)
+    """
+    _, err = finish(start("--data", images, "--out", tmp_path / "run", *TINY, "--dry-run", patch=patch), 130)
+    assert "interrupted" in err
 
 
 def test_damaged_images_stop_the_run_unless_allowed(tmp_path):
@@ -111,6 +143,19 @@ def test_damaged_images_stop_the_run_unless_allowed(tmp_path):
     _, err = finish(start("--data", data, "--out", run, *TINY, "--epochs", 1, "--max-bad-images", 1))
     assert "damaged image 1, the next one takes its place" in err and str(damaged) in err
     assert log_without_clock(run)[-2]["bad_images"] == 1
+
+
+def test_a_damaged_validation_image_is_one_line_and_costs_no_epoch(images, tmp_path):
+    """The error comes from a worker that ignores SIGTERM: the process must end all the same."""
+    val = make_images(tmp_path / "val", {"n01": 3})
+    (val / "n01" / "junk.jpg").write_bytes(b"junk")
+    run = tmp_path / "run"
+    _, err = finish(start("--data", images, "--val", val, "--out", run, *TINY), 2)
+    assert err.splitlines() == [err.rstrip()] and "error: damaged validation image" in err and "junk.jpg" in err
+    assert weights(run / "checkpoint.pth")["step"] == 4  # the first epoch
+    (val / "n01" / "junk.jpg").unlink()
+    finish(start("--data", images, "--val", val, "--out", run, *TINY))
+    assert [line["epoch"] for line in log_without_clock(run) if line["kind"] == "epoch"] == [1, 2, 3]
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(images, tmp_path):
@@ -135,7 +180,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(imag
         (["--set", "local_cuont=4"], "unknown key 'local_cuont'; the recipe has arch, head"),
         (["--set", "global_scale=2"], "no value for global_scale"),
         (["--set", "epochs=many"], "'many' is no value for epochs"),
-        (["--set", "epochs=0"], "at least 1"),
+        (["--set", "epochs=0"], "--set epochs=0: must be a number, at least 1"),
+        (["--set", "batch_per_device=0"], "--set batch_per_device=0: must be a number, at least 1"),
+        (["--set", "warmup_epochs=-1"], "at least 0"),
+        (["--set", "weight_decay=inf"], "at least 0"),
+        (["--set", "flip=nan"], "at least 0 and at most 1"),
+        (["--set", "hue=0.6"], "--set hue=0.6: must be a number, at least 0 and at most 0.5"),
+        (["--set", "interpolation=nearest"], "--set interpolation=nearest: choose bicubic or bilinear"),
+        (["--set", "head=round"], "--set head=round: choose cosine or linear"),
+        (["--classes", "digits"], "differ from --classes digits: 10 missing"),
         (["--batch-size", "999"], "--batch-size 999: only 34 images"),
         (["--data", "nowhere"], "no folder nowhere"),
         (["--data", "nowhere:0"], "weight must be above 0"),

@@ -37,12 +37,12 @@ def assert_close(run, alone) -> None:
         torch.testing.assert_close(other[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=name)
 
 
-def start_two(*options: object) -> list:
+def start_two(*options: object, patch: str = "") -> list:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [start(*options, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    return [start(*options, patch=patch, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
 
 
 def test_two_processes_equal_one_with_the_same_global_batch(images, alone, tmp_path):
@@ -74,6 +74,51 @@ def test_a_run_of_one_process_continues_on_two(images, alone, tmp_path):
     outputs = [finish(process) for process in start_two(*options)]
     assert "at step 6 of 12" in outputs[0][0]
     assert_close(tmp_path / "run", alone)
+
+
+SIGNALLED_ON_RANK_1 = """
+    import os, signal, utils.training
+    from utils.training import Training
+    inner = {inner}
+    def disturbed(self, *arguments, **named):
+        if os.environ["RANK"] == "1" and self.step == {step}:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return inner(self, *arguments, **named)
+    {inner} = disturbed
+"""
+
+
+@pytest.mark.parametrize(("inner", "step", "saved"), [("Training.accumulate", 5, 6), ("utils.training.validate", 4, 4)])
+def test_a_signal_to_one_process_stops_all_at_the_same_step(images, alone, tmp_path, inner, step, saved):
+    """In mid-step the others wait in a collective: nobody may leave alone."""
+    options = ["--data", images, "--val", images, "--out", tmp_path / "run", *TINY, "--batch-per-device", 8]
+    patch = SIGNALLED_ON_RANK_1.format(inner=inner, step=step)
+    first, second = start_two(*options, patch=patch)
+    out, _ = finish(first, 143)
+    finish(second, 138)
+    assert f"stopped by a signal; step {saved} is saved" in out
+    assert weights(tmp_path / "run" / "checkpoint.pth")["step"] == saved
+    if inner == "utils.training.validate":  # the validation is done again
+        for process in start_two(*options):
+            finish(process)
+        assert_close(tmp_path / "run", alone)
+        assert [line["kind"] for line in log_without_clock(tmp_path / "run")].count("epoch") == 3
+
+
+def test_processes_that_resume_different_steps_are_refused(images, tmp_path):
+    """As on nodes that do not share the disk of --out."""
+    options = ["--data", images, "--out", tmp_path / "run", *TINY, "--batch-per-device", 8, "--epochs", 1]
+    finish(start(*options))
+    (tmp_path / "run" / "shapes.pth").unlink()
+    blind = """
+        import os
+        from utils import checkpoint
+        if os.environ["RANK"] == "1":
+            checkpoint.load_checkpoint = lambda run: None
+    """
+    for process in start_two(*options, patch=blind):
+        _, err = finish(process, 2)
+        assert "rank 0 continues from step 4 but rank 1 from step 0; put --out on a disk" in err
 
 
 def test_synchronised_batch_norm_equals_torchs_on_one_process(tmp_path):

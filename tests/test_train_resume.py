@@ -41,11 +41,10 @@ def assert_same_run(run, undisturbed) -> None:
 KILLED_WHILE_WRITING = """
     import os, signal, torch
     save = torch.save
-    def half(state, path):
-        save(state, path)
+    def half(state, file):
+        save(state, file)
         if state.get("step") == 3:
-            with open(path, "r+b") as file:
-                file.truncate(os.path.getsize(path) // 2)
+            file.truncate(file.tell() // 2)
             os.kill(os.getpid(), signal.SIGKILL)
     torch.save = half
 """
@@ -131,6 +130,25 @@ def test_a_signal_to_the_whole_group_while_validating(images, tmp_path):
     lines = log_without_clock(run)
     assert [line["kind"] for line in lines] == (["train"] * 4 + ["epoch"]) * 2
     assert all(line["val_n"] == 34 for line in lines if line["kind"] == "epoch")
+
+
+def test_kill_9_after_an_epochs_line_or_before_it(images, undisturbed, tmp_path):
+    """The epoch's checkpoint comes before its line, which is written once, wherever the kill came."""
+    before = """
+        import os, signal
+        from utils.run_log import RunLog
+        RunLog.epoch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    """
+    run = tmp_path / "run"
+    command = ["--data", images, "--out", run, *OPTIONS, "--checkpoint-minutes", 1000]
+    finish(start(*command, patch=before), -signal.SIGKILL)
+    assert weights(run / "checkpoint.pth")["step"] == 4
+    after = SIGNALLED_IN_A_STEP.format(step=5, when="not last", name="SIGKILL")
+    out, _ = finish(start(*command, patch=after), -signal.SIGKILL)
+    assert "at step 4" in out
+    out, _ = finish(start(*command))
+    assert "at step 4" in out
+    assert_same_run(run, undisturbed)
 
 
 def test_a_damaged_checkpoint_is_passed_over(images, undisturbed, tmp_path):

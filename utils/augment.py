@@ -129,7 +129,8 @@ def _blend(values: torch.Tensor, operation: np.ndarray, factor: np.ndarray) -> t
     grey = _luminance(values)
     # Weights of the two targets; brightness has neither, its target is black.
     column = np.stack([factor, (1 - factor) * (operation == CONTRAST), (1 - factor) * (operation == SATURATION)])
-    f, contrast, saturation = torch.from_numpy(column.astype(np.float32)).to(values.device)[:, :, None, None, None]
+    weights = torch.from_numpy(column.astype(np.float32)).to(values.device, non_blocking=True)
+    f, contrast, saturation = weights[:, :, None, None, None]
     target = contrast * grey.mean((2, 3), keepdim=True) + saturation * grey
     return (f * values + target).clamp_(0, 1)
 
@@ -146,7 +147,7 @@ def shift_hue(values: torch.Tensor, shift: np.ndarray) -> torch.Tensor:
         (green - blue) / safe,
         torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )  # in sixths of a turn
-    turn = torch.from_numpy(shift.astype(np.float32)).to(values.device).view(-1, 1, 1) * 6
+    turn = torch.from_numpy(shift.astype(np.float32)).to(values.device, non_blocking=True).view(-1, 1, 1) * 6
     # Channel n of HSV -> RGB: v - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + sector) mod 6, n = 5, 3, 1.
     channels = []
     for n in (5, 3, 1):

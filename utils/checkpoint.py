@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from utils.storage import atomic_path
+from utils.cli import UserError
+from utils.storage import AlreadyOwned, atomic_path, owner_lock, require_writable
 
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 
@@ -20,7 +23,8 @@ def save_checkpoint(run: Path, state: dict) -> None:
     """
     newest = run / NEWEST
     with atomic_path(newest, fsync=True) as temporary:
-        torch.save(state, temporary)
+        with open(temporary, "wb") as file:  # not its path: torch would report a full disk as an error of its own
+            torch.save(state, file)
         if newest.exists():
             newest.replace(run / PREVIOUS)
 
@@ -45,6 +49,20 @@ def load_checkpoint(run: Path) -> tuple[dict, Path, list[str]] | None:
 
 class DamagedCheckpoints(Exception):
     """No checkpoint of the run can be read; the message names each and what is wrong with it."""
+
+
+@contextmanager
+def own_run(out: Path) -> Iterator[None]:
+    """Two commands into one --out would overwrite each other's checkpoints: the first one owns the folder."""
+    require_writable(out, "--out")
+    try:
+        with owner_lock(out / ".lock"):
+            remove_leftovers(out)
+            yield
+    except AlreadyOwned:
+        raise UserError(
+            f"--out {out}: another process is training there; wait for it or choose another --out"
+        ) from None
 
 
 def remove_leftovers(run: Path) -> None:

@@ -163,15 +163,6 @@ def sum_counts(counts: dict[str, float], device: torch.device) -> dict[str, floa
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether FLAG holds on any process: how all ranks stop at the same step when one receives a signal."""
+    if ranks().world_size == 1:
+        return flag  # no copy to a GPU and back
     return sum_counts({"flag": float(flag)}, device)["flag"] > 0
-
-
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's VALUE (any picklable object) on every process."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

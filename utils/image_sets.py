@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from utils.class_tables import load_classes
 from utils.cli import UserError
+from utils.distributed import print0
 from utils.images import IMAGE_SUFFIXES, BadImage, list_image_folder
 from utils.storage import read_json
 
@@ -41,10 +44,12 @@ class ImageSet:
         first = np.cumsum(counts) - counts
         self.keep(np.flatnonzero(np.arange(len(self)) - first[self.labels] < images_per_class))
 
-    def relabel(self, class_ids: list[str]) -> None:
-        """Number the classes as CLASS_IDS does, which holds all of this set's."""
-        self.labels = np.array([class_ids.index(one) for one in self.class_ids])[self.labels]
+    def select(self, class_ids: list[str]) -> None:
+        """Keep the images of CLASS_IDS and number the classes as it does, those without an image included."""
+        number_of = {class_id: label for label, class_id in enumerate(class_ids)}
+        self.labels = np.array([number_of.get(one, -1) for one in self.class_ids])[self.labels]
         self.class_ids = list(class_ids)
+        self.keep(np.flatnonzero(self.labels >= 0))
 
     def fingerprint(self) -> str:
         """Hash of which images of which classes these are: a resumed run must see the same list."""
@@ -93,7 +98,7 @@ class TarImages(ImageSet):
         if not found:
             raise UserError(f"{option}: the tar files in {root} hold no image")
         # WebDataset cuts names at their first dot, so a packed id has none: dataset.json knows how it was written.
-        spelt = {class_id.replace(".", "_"): class_id for class_id in _dataset_ids(root.parent)}
+        spelt = {row["id"].replace(".", "_"): row["id"] for row in _dataset_classes(root.parent)}
         found = sorted((spelt.get(row[0], row[0]), *row[1:]) for row in found)
         ids = sorted({row[0] for row in found})
         number_of = {class_id: label for label, class_id in enumerate(ids)}
@@ -123,10 +128,11 @@ def _class_of(member: str) -> str:
     return folder.rpartition("/")[2] if folder not in ("", ".") else name.rpartition("_")[0]
 
 
-def open_images(path: str | Path, option: str = "--data") -> ImageSet:
+def open_images(path: str | Path, option: str = "--data", classes: str | None = None) -> ImageSet:
     """The images at PATH: a generated dataset (PATH/train/<id>/), class folders, or a folder of tar shards.
 
     A generated dataset names its classes in dataset.json: a class folder that is missing or extra is a UserError.
+    With CLASSES (a class table, list or file) the set is cut down to those, each of which must be there.
     """
     path = Path(path)
     if not path.is_dir():
@@ -138,16 +144,30 @@ def open_images(path: str | Path, option: str = "--data") -> ImageSet:
     elif shards := sorted((path / "shards").glob("*.tar")):
         images = TarImages(path / "shards", shards, option)
     else:
-        return FolderImages(path, option)
-    if expected := _dataset_ids(images.root.parent):
-        require_same_classes(images.class_ids, sorted(expected), f"{option} {images.root}", "dataset.json")
+        images = FolderImages(path, option)
+    if classes:
+        wanted = load_classes(classes).ids
+        found = sorted({*images.class_ids} & {*wanted})
+        require_same_classes(found, wanted, f"{option} {images.root}", f"--classes {classes}")
+        images.select(wanted)
+    elif (isinstance(images, TarImages) or images.root != path) and (rows := _dataset_classes(images.root.parent)):
+        expected = sorted(row["id"] for row in rows)
+        require_same_classes(images.class_ids, expected, f"{option} {images.root}", "dataset.json")
     return images
 
 
-def _dataset_ids(folder: Path) -> list[str]:
-    """The class ids that FOLDER/dataset.json names; none without one."""
-    described = folder / "dataset.json"
-    return [row["id"] for row in read_json(described).get("classes", [])] if described.exists() else []
+def _dataset_classes(folder: Path) -> list[dict]:
+    """The classes that FOLDER/dataset.json describes; none without one."""
+    path = folder / "dataset.json"
+    described = read_json(path) if path.exists() else {}
+    return described.get("classes", []) if isinstance(described, dict) else []  # someone else's dataset.json
+
+
+def missing_images(images: ImageSet) -> int:
+    """Images that the dataset.json of a generated dataset wants of these classes and that are not there."""
+    counts = dict(zip(images.class_ids, np.bincount(images.labels, minlength=len(images.class_ids)), strict=True))
+    rows = _dataset_classes(images.root.parent)
+    return sum(max(0, row.get("images", 0) - int(counts[row["id"]])) for row in rows if row["id"] in counts)
 
 
 def require_same_classes(found: list[str], expected: list[str], where: str, reference: str) -> None:
@@ -162,9 +182,16 @@ def require_same_classes(found: list[str], expected: list[str], where: str, refe
         raise UserError(f"{where}: class folders differ from {reference}: {'; '.join(parts)}")
 
 
-def open_sources(paths: list[Path], images_per_class: int | None) -> list[ImageSet]:
-    """The ImageSets of --data, which must agree on their classes."""
-    images = [open_images(path) for path in paths]
+def open_sources(paths: Sequence[Path], images_per_class: int | None, classes: str | None = None) -> list[ImageSet]:
+    """The ImageSets of --data, which must agree on their classes; an unfinished dataset is used with a warning."""
+    images = [open_images(path, classes=classes) for path in paths]
+    for one in images:
+        if missing := missing_images(one):
+            print0(
+                f"warning: --data {one.root}: {missing} images that dataset.json wants are missing; "
+                f"`python generate.py --out {one.root.parent} --status` shows where",
+                file=sys.stderr,
+            )
     for path, other in zip(paths[1:], images[1:], strict=True):
         require_same_classes(other.class_ids, images[0].class_ids, f"--data {path}", f"--data {paths[0]}")
     if images_per_class:
@@ -174,12 +201,17 @@ def open_sources(paths: list[Path], images_per_class: int | None) -> list[ImageS
 
 
 def open_validation(path: str, class_ids: list[str]) -> ImageSet:
-    """Validation images with the labels of the training classes; folders of other classes are refused."""
+    """Validation images with the labels of the training classes, of which it may hold more or fewer, but not both."""
     images = FolderImages(Path(path), "--val")
-    unknown = sorted(set(images.class_ids) - set(class_ids))
-    if unknown:
-        raise UserError(f"--val {path}: {len(unknown)} class folders the training data lacks, e.g. {unknown[0]}")
-    images.relabel(class_ids)
+    missing, extra = sorted({*class_ids} - {*images.class_ids}), sorted({*images.class_ids} - {*class_ids})
+    if missing and extra:
+        raise UserError(
+            f"--val {path}: {len(missing)} training classes are missing, e.g. {missing[0]}, and {len(extra)} class "
+            f"folders are none, e.g. {extra[0]}; name the validation images of the training classes"
+        )
+    if extra:
+        print0(f"--val {path}: {len(extra)} class folders that the training data lack are ignored")
+    images.select(class_ids)
     return images
 
 
@@ -187,8 +219,5 @@ def class_names(class_ids: list[str], images: list[ImageSet]) -> list[str]:
     """Names from dataset.json beside the images, else from ImageNet's and the digits' tables, else the ids."""
     names = {row.wnid: row.first_name for table in ("imagenet_1k", "digits") for row in load_classes(table).rows}
     for one in images:
-        described = one.root.parent / "dataset.json"
-        if described.exists():
-            rows = read_json(described).get("classes", [])
-            names |= {row["id"]: row["name"].split(",")[0].strip() for row in rows}
+        names |= {row["id"]: row["name"].split(",")[0].strip() for row in _dataset_classes(one.root.parent)}
     return [names.get(class_id, class_id) for class_id in class_ids]

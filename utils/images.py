@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,7 +129,16 @@ def normalize(images: torch.Tensor, dtype: torch.dtype | None = None) -> torch.T
     """uint8 (B, 3, H, W), 0..255 -> float, ImageNet's mean 0 and deviation 1 a channel, on the images' device."""
     import torch
 
-    dtype = dtype or torch.float32
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1) * 255
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1) * 255
-    return ((images.float() - mean) / std).to(dtype)
+    mean, std = _statistics(images.device)
+    return ((images.float() - mean) / std).to(dtype or torch.float32)
+
+
+@lru_cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, deviation) of 0..255, each (3, 1, 1): made once a device, since copying them there waits for it."""
+    import torch
+
+    with torch.inference_mode(False):  # validation may be the first to ask, training uses them too
+        mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1) * 255
+        std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1) * 255
+    return mean, std

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
 import torch
 from torch.nn import functional
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from utils.cli import UserError
 from utils.counters import permutation, uniforms
@@ -219,19 +221,49 @@ def requests(
             yield Request(epoch, start, start + rows)
 
 
-def make_loader(batches: CropBatches, wanted: Iterator[Request], workers: int, pin: bool) -> Iterator[dict]:
-    """Batches in the order WANTED; with workers they are prepared ahead, each whole batch by one worker."""
-    return iter(
-        torch.utils.data.DataLoader(
-            batches,
-            batch_size=None,
-            sampler=list(wanted),
-            num_workers=workers,
-            pin_memory=pin,
-            prefetch_factor=2 if workers else None,
-            worker_init_fn=_ignore_signals,
-        )
+@contextmanager
+def make_loader(
+    batches: CropBatches | EvalBatches, wanted: Iterable[Request] | Iterable[range], workers: int, pin: bool
+) -> Iterator[Iterator[dict]]:
+    """Yield the items WANTED of BATCHES in order, each prepared ahead by one worker. The workers end with the block.
+
+    Not ended here, they outlive an error: its traceback keeps the loader alive until Python exits, which sends them
+    SIGTERM, which they ignore, and waits for them for ever.
+    """
+    loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
+        _ErrorsAsData(batches),
+        batch_size=None,
+        sampler=wanted,  # iterated once; as a list the requests of a run would take hundreds of megabytes
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=2 if workers else None,
+        worker_init_fn=_ignore_signals,
     )
+    items = iter(loader)
+    try:
+        yield map(_raise_user_error, items)
+    finally:
+        if isinstance(items, _MultiProcessingDataLoaderIter):
+            items._shutdown_workers()
+
+
+class _ErrorsAsData(torch.utils.data.Dataset):
+    """BATCHES, with a UserError as an item: what a worker raises arrives with its traceback for a message."""
+
+    def __init__(self, batches: CropBatches | EvalBatches):
+        self.batches = batches
+
+    def __getitem__(self, wanted) -> dict | UserError:
+        try:
+            return self.batches[wanted]
+        except UserError as error:
+            return error
+
+
+def _raise_user_error(item: dict | UserError) -> dict:
+    if isinstance(item, UserError):
+        raise item
+    return item
 
 
 def worker_count(asked: int | None, device: torch.device) -> int:
@@ -243,21 +275,24 @@ def worker_count(asked: int | None, device: torch.device) -> int:
     return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks().local_world_size - 1))
 
 
-class EvalImages(torch.utils.data.Dataset):
-    """The images of a set under the test transform: (uint8 (3, crop, crop), label). A damaged one is a UserError."""
+class EvalBatches(torch.utils.data.Dataset):
+    """Numbers of images -> {"images": uint8 (B, 3, crop, crop) under the test transform, "labels": (B,)}.
+
+    A damaged image is a UserError.
+    """
 
     def __init__(self, images: ImageSet, resize: int, crop: int):
         self.images, self.resize, self.crop = images, resize, crop
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        try:
-            image = load_eval_image(self.images.read(index), self.resize, self.crop, name=self.images.name(index))
-        except BadImage as error:
-            raise UserError(f"damaged validation image {error}; repair or remove it") from None
-        return image, int(self.images.labels[index])
+    def __getitem__(self, rows: range) -> dict:
+        pixels = torch.empty(len(rows), 3, self.crop, self.crop, dtype=torch.uint8)
+        for slot, index in zip(pixels, rows, strict=True):
+            try:
+                image = load_eval_image(self.images.read(index), self.resize, self.crop, name=self.images.name(index))
+            except BadImage as error:
+                raise UserError(f"damaged validation image {error}; repair or remove it") from None
+            slot.copy_(image)
+        return {"images": pixels, "labels": torch.from_numpy(self.images.labels[rows.start : rows.stop : rows.step])}
 
 
 def _ignore_signals(_worker: int) -> None:

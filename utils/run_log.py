@@ -58,6 +58,7 @@ class RunLog:
         self.path = run / LOG
         lines = read_jsonl(self.path)
         kept = [line for line in lines if line["step"] <= step]
+        self._epochs = {line["step"] for line in kept if line["kind"] == "epoch"}
         if len(kept) != len(lines):
             atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._events = None
@@ -65,6 +66,10 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def has_epoch(self, step: int) -> bool:
+        """Whether the log that was continued has the line of the epoch that ends with STEP."""
+        return step in self._epochs
 
     def write(self, kind: str, step: int, **values: float) -> None:
         append_jsonl(self.path, {"kind": kind, "step": step, **values, "time": round(time.time(), 3)})

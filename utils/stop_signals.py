@@ -5,6 +5,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from utils.distributed import any_rank
+
+if TYPE_CHECKING:
+    import torch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -16,12 +22,14 @@ class StopRequested(BaseException):
 class StopSignals:
     """Remembers the first stop signal. Inside `interruptible()` it is raised at once as StopRequested.
 
-    Outside, where state is being changed or written, the caller asks `received` when it is done: a training step of
-    minutes is left within seconds, and a half-made optimizer step never is.
+    Outside, where state is being changed or written, the caller calls `check` when it is done: a training step of
+    minutes is left within seconds, and a half-made optimizer step never is. Several processes (not ALONE) are left at
+    `check` only, all at the same one: a rank that leaves in mid-step breaks or blocks the others' collectives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool) -> None:
         self.received: int | None = None
+        self._alone = alone
         self._interruptible = False
 
     def install(self) -> None:
@@ -35,13 +43,19 @@ class StopSignals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        self._interruptible = True
+        self._interruptible = self._alone
         try:
-            if self.received is not None:
+            if self._alone and self.received is not None:
                 raise StopRequested
             yield
         finally:
             self._interruptible = False
+
+    def check(self, device: torch.device) -> None:
+        """Raise StopRequested if any process of the job has received a signal; every process calls this."""
+        if any_rank(self.received is not None, device):
+            self.received = self.received or signal.SIGTERM  # told by another rank
+            raise StopRequested
 
     def _handle(self, number: int, _frame: object) -> None:
         if self.received is None:

@@ -7,6 +7,7 @@ from counters (utils/counters.py), so the state holds no generator.
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +25,12 @@ from utils.counters import uniforms
 from utils.distributed import ranks, sum_counts
 from utils.image_sets import ImageSet
 from utils.images import normalize
-from utils.loader import EvalImages
+from utils.loader import EvalBatches, make_loader
 from utils.metrics import topk_correct
 from utils.schedule import learning_rate, scaled_lr
+from utils.stop_signals import StopSignals
+
+VAL_BATCH = 256  # images of a forward pass
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ class Training:
         self.epoch = Totals()
 
     def epoch_line_due(self) -> bool:
-        """Whether an epoch has ended whose log line is not written: the run was stopped while validating."""
+        """Whether an epoch has ended that start_epoch has not closed: its checkpoint is written before validation."""
         return self.step % self.plan.steps_per_epoch == 0 and self.epoch.seen > 0
 
     # ===== saving and resuming =====
@@ -244,6 +248,30 @@ class Training:
         lines = [f"damaged checkpoint passed over: {problem}" for problem in problems]
         return [*lines, f"resuming from {path} at step {self.step} of {self.plan.total_steps}"]
 
+    def require_same_step(self, run: Path) -> None:
+        """UserError on every process unless all stand at the same step: each has read RUN by itself."""
+        mine, world = ranks().rank, self.plan.world
+        steps = sum_counts({f"{rank:06d}": self.step if rank == mine else 0 for rank in range(world)}, self.device)
+        others = {rank: step for rank, step in enumerate(steps.values()) if step != steps["000000"]}
+        if others:
+            rank, step = next(iter(others.items()))
+            raise UserError(
+                f"--out {run}: rank 0 continues from step {steps['000000']:.0f} but rank {rank} from step {step:.0f}; "
+                "put --out on a disk that all nodes share, or delete the checkpoint that not every rank could read"
+            )
+
+    def note_bad_images(self, found: list[str], allowed: int) -> None:
+        """Remember damaged images by name; more than ALLOWED stop the run with the list."""
+        for message in found:
+            if message not in self.bad_images:
+                self.bad_images.append(message)
+                print(f"damaged image {len(self.bad_images)}, the next one takes its place: {message}", file=sys.stderr)
+        if len(self.bad_images) > allowed:
+            raise UserError(
+                f"--max-bad-images {allowed}: {len(self.bad_images)} damaged: {'; '.join(self.bad_images)}; "
+                "repair or delete them, or allow more"
+            )
+
 
 def make_augmentations(recipe: dict) -> list[AugmentSpec]:
     """One AugmentSpec a crop size."""
@@ -276,23 +304,32 @@ def require_same_run(saved: dict, wanted: dict, run: Path) -> None:
         raise UserError(f"--out {run} holds another run: {'; '.join(differences)}; choose another --out or delete it")
 
 
-def validate(training: Training, images: ImageSet, workers: int) -> dict:
+def validate(training: Training, images: ImageSet, workers: int, stop: StopSignals) -> dict:
     """{"val_top1", "val_top5": percent, "val_n"}: each image counted once, whatever the number of processes."""
-    crops = EvalImages(images, training.recipe["val_resize"], training.recipe["val_crop"])
-    processes = ranks()
-    share = range(processes.rank, len(crops), processes.world_size)  # no padding: shares may differ by one image
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(crops, share), batch_size=256, num_workers=workers)
-    device, dtype = training.device, training.dtype
+    crops = EvalBatches(images, training.recipe["val_resize"], training.recipe["val_crop"])
+    processes, device, dtype = ranks(), training.device, training.dtype
+    share = range(processes.rank, len(images), processes.world_size)  # no padding: shares may differ by one image
+    # But as many batches on each process, if need be an empty last one: all ask together whether to stop.
+    starts = range(0, math.ceil(len(images) / processes.world_size), VAL_BATCH)
+    wanted = [share[start : start + VAL_BATCH] for start in starts]
     counts: dict[str, float] = {"top1": 0, "top5": 0, "n": 0}
     training.model.eval()
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for pixels, labels in loader:
-            logits = training.model(normalize(pixels.to(device, non_blocking=True))).float().cpu().numpy()
-            hits = topk_correct(logits, labels.numpy(), (1, 5))
-            for name, count in (("top1", hits[1]), ("top5", hits[5]), ("n", len(labels))):
+    with (
+        make_loader(crops, wanted, workers, pin=device.type == "cuda") as batches,
+        torch.inference_mode(),
+        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+    ):
+        for batch in batches:
+            stop.check(device)
+            if not len(batch["labels"]):
+                continue
+            pixels = batch["images"].to(device, non_blocking=True)
+            logits = training.model(normalize(pixels)).float().cpu().numpy()
+            hits = topk_correct(logits, batch["labels"].numpy(), (1, 5))
+            for name, count in (("top1", hits[1]), ("top5", hits[5]), ("n", len(pixels))):
                 counts[name] += count
     training.model.train()
     total = sum_counts(counts, device)
-    if total["n"] != len(crops):
-        raise RuntimeError(f"validation saw {total['n']:.0f} images of {len(crops)}")
-    return {f"val_{name}": 100 * total[name] / total["n"] for name in ("top1", "top5")} | {"val_n": len(crops)}
+    if total["n"] != len(images):
+        raise RuntimeError(f"validation saw {total['n']:.0f} images of {len(images)}")
+    return {f"val_{name}": 100 * total[name] / total["n"] for name in ("top1", "top5")} | {"val_n": len(images)}
