@@ -147,7 +147,7 @@ def test_your_own_dataset_in_four_commands(tmp_path):
     assert preparation.startswith("python models/") and len(four) == 4
     for command in [preparation, *four]:
         script, *arguments = command.split()[1:]
-        arguments = ["24" if argument == "40" else argument for argument in arguments]  # images a class
+        arguments = ["24" if argument == "200" else argument for argument in arguments]  # images a class
         if script == "generate.py":
             arguments += ["--steps", "6"]
         if script == "train.py":
