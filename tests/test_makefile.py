@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -18,7 +19,9 @@ VARIABLES = set(re.findall(r"^([A-Z_]+) \?=", MAKEFILE, re.M))
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+    # `make test` has exported its own variables to this process.
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES and name != "MAKEFLAGS"}
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 def test_make_alone_prints_help_with_every_target_and_variable():
