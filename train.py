@@ -434,15 +434,13 @@ def finish_epoch(training, validation, log, stop, args: argparse.Namespace) -> N
 
 def export(training, out: Path, name: str) -> None:
     """RUN/<name>.pth for torchvision, evaluate.py and anyone; its existence marks the run as finished."""
-    import torch
-
+    from utils.checkpoint import write_tensors
     from utils.model import export_state_dict
     from utils.run_log import draw_curves
 
     draw_curves(out)
-    # A file, not its path: for which torch would report a full disk as an error of its own.
-    with atomic_path(out / f"{name}.pth", fsync=True) as temporary, open(temporary, "wb") as file:
-        torch.save(export_state_dict(training.model), file)
+    with atomic_path(out / f"{name}.pth", fsync=True) as temporary:
+        write_tensors(temporary, export_state_dict(training.model))
 
 
 def probe(training, batches, args: argparse.Namespace) -> str:

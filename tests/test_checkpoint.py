@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -106,12 +106,20 @@ def test_kill_9_while_writing_leaves_a_loadable_one(tmp_path):
     assert load_checkpoint(tmp_path)[0]["step"] == last
 
 
-def test_a_full_disk_is_an_oserror_as_the_command_line_expects(tmp_path, monkeypatch):
-    """/dev/full refuses every write with ENOSPC."""
-    monkeypatch.setattr(checkpoint, "atomic_path", lambda *_, **__: nullcontext(Path("/dev/full")))
+@pytest.mark.parametrize("room", [0, 5000])
+def test_a_full_disk_is_an_oserror_as_the_command_line_expects(tmp_path, monkeypatch, room):
+    """A disk with ROOM bytes left."""
+
+    class Full(io.FileIO):
+        def write(self, data) -> int:
+            if self.tell() + len(data) > room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr(checkpoint, "open", Full, raising=False)
     with pytest.raises(OSError) as caught:
         save_checkpoint(tmp_path, state(1))
-    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
 
 
 def test_leftovers_of_a_living_writer_stay(tmp_path):

@@ -23,10 +23,20 @@ def save_checkpoint(run: Path, state: dict) -> None:
     """
     newest = run / NEWEST
     with atomic_path(newest, fsync=True) as temporary:
-        with open(temporary, "wb") as file:  # not its path: torch would report a full disk as an error of its own
-            torch.save(state, file)
+        write_tensors(temporary, state)
         if newest.exists():
             newest.replace(run / PREVIOUS)
+
+
+def write_tensors(path: Path, state: dict) -> None:
+    """torch.save with the system's error, such as a full disk, where torch reports one of its own that hides it."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # from ending the archive, while the OSError of a write is on its way
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(run: Path) -> tuple[dict, Path, list[str]] | None:
