@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,6 +129,11 @@ def process_group(device: torch.device) -> Iterator[Ranks]:
         ) from error
     try:
         yield found
+    except BaseException as error:
+        # What the error's frames hold, the DDP module above all, must be gone before its group: freed later, it waits
+        # for ever for threads of the group that wait for Python.
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
