@@ -7,7 +7,7 @@ This script runs the rows (each in its own process, so that none inherits anothe
 benchmarks/results.json and writes docs/benchmarks.md from the newest result of every row. Seconds on a shared machine
 drift; ratios of medians taken in turn do not. Nothing here is a test.
 
-    make bench                        # every row, about half an hour on two cores
+    make bench                        # every row, about an hour on two cores, most of it probe_vs_suite
     make bench ONLY=loader_vs_dino    # one row
     python benchmarks/bench.py --list
 """
@@ -84,6 +84,7 @@ def main(args: argparse.Namespace) -> int:
         print(as_line(measured), flush=True)
     if RESULTS.exists():
         atomic_write(PAGE, as_page(read_json(RESULTS)).encode())
+        print("\n".join(as_table(newest_of(read_json(RESULTS)))))
         print(f"wrote {PAGE.relative_to(ROOT)}")
     if failed:
         raise UserError(f"these rows failed, see their output above: {', '.join(failed)}")
@@ -114,15 +115,14 @@ def share_of(result: dict) -> str:
     return f"{100 * reached:.0f} %"
 
 
-def as_page(results: list[dict]) -> str:
-    """docs/benchmarks.md: the newest result of every row, in the order of the pipeline, then what each row measures."""
+def newest_of(results: list[dict]) -> list[dict]:
+    """The newest result of every row, in the order of the pipeline."""
     newest = {result["row"]: result for result in results}
-    shown = [newest[row] for row in ROWS if row in newest]
+    return [newest[row] for row in ROWS if row in newest]
+
+
+def as_table(shown: list[dict]) -> list[str]:
     lines = [
-        "# Benchmarks",
-        "",
-        "Written by `make bench`; do not edit. A row measures ours and the peer's way in turn, in one run.",
-        "",
         "| row | ours | the peer's way | unit | ratio | target | | bound | reached |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -134,13 +134,32 @@ def as_page(results: list[dict]) -> str:
         bound = "" if result.get("bound") is None else f"{result['bound']:.4g}"
         cells = [f"`{result['row']}`", f"{result['ours']:.4g}", peer, result["unit"], ratio, target, verdict, bound]
         lines.append(f"| {' | '.join([*cells, share_of(result)])} |")
+    return lines
+
+
+def as_page(results: list[dict]) -> str:
+    """docs/benchmarks.md: the table, then what each row measures and where it was measured."""
+    shown = newest_of(results)
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench`; do not edit. A row measures ours and the peer's way in turn, in one run.",
+        "",
+    ]
+    lines += as_table(shown)
     for result in shown:
         lines += ["", f"## {result['row']}", "", result.get("what", "")]
         lines += [f"- {note}" for note in result.get("notes", [])]
         if result.get("bound") is not None:
             lines.append(f"- bound: {result['bound_is']}")
-        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
-        lines.append(f"- {result['time'][:10]}, {result['machine']}; {versions}")
+        lines.append(f"- {result['time'][:10]}, {result['machine']}, commit {result['git_commit'][:10]}")
+    versions: dict[str, list[str]] = {}  # said once where rows agree
+    for result in shown:
+        text = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+        versions.setdefault(text, []).append(result["row"])
+    lines += ["", "## Versions", ""]
+    for text, rows in versions.items():
+        lines.append(f"- {text}" + (f" ({', '.join(rows)})" if len(versions) > 1 else ""))
     return "\n".join(lines) + "\n"
 
 

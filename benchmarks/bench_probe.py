@@ -26,7 +26,7 @@ SIDE = 64  # pixels
 STEPS = 150  # of training the network, 64 images each
 # The suite's 30 fits take hours a dataset on two cores. So many of them are timed, spread evenly over the values of C
 # that its search visits, and the rest are reckoned at their mean time.
-TIMED = 3
+TIMED = 2
 POSES = [(turns, flip) for turns in range(4) for flip in (False, True)]
 
 

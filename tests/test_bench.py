@@ -20,6 +20,7 @@ RESULT = {
     "notes": ["one core"],
     "machine": "a CPU, 2 cores",
     "versions": {"torch": "2.10.0", "xformers": None},
+    "git_commit": "0123456789abcdef",
     "time": "2026-01-02T03:04:05+00:00",
 }
 
@@ -36,6 +37,10 @@ def test_the_page_shows_the_newest_result_of_each_row():
     page = bench.as_page([RESULT | {"ours": 1.0}, RESULT])
     assert "| `loader_vs_dino` | 300 | 60 | img/s | 5 | 5.0 | met |  |  |" in page
     assert "512 px JPEGs to crops." in page and "- one core" in page and "torch 2.10.0" in page
+    assert "- 2026-01-02, a CPU, 2 cores, commit 0123456789\n" in page
+    other = RESULT | {"row": "augment_share", "versions": {"torch": "2.11.0"}}
+    page = bench.as_page([RESULT, other])
+    assert "- torch 2.10.0 (loader_vs_dino)\n- torch 2.11.0 (augment_share)\n" in page
 
 
 def test_the_share_of_the_bound_is_reached_from_below_by_rates_and_from_above_by_seconds():

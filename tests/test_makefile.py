@@ -20,7 +20,8 @@ VARIABLES = set(re.findall(r"^([A-Z_]+) \?=", MAKEFILE, re.M))
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     # `make test` has exported its own variables to this process.
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES and name != "MAKEFLAGS"}
+    makes = (*VARIABLES, "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in makes}
     return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
