@@ -28,7 +28,7 @@ from pathlib import Path
 
 from utils import pretrained, testsets, transfer
 from utils.cli import UserError, make_parser, non_negative_int, positive_int, run
-from utils.jobs import Job, chosen_datasets, find, known_datasets, read_datasets
+from utils.jobs import Job, chosen_datasets, find, known_datasets, number_format, read_datasets
 from utils.storage import require_writable
 
 MAX_CONFUSION = 200  # classes: a larger matrix is too large to read
@@ -84,7 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--dtype",
         default="auto",
         choices=("auto", "fp16", "bf16", "fp32"),
-        help="auto: fp16 on CUDA; bf16 on CPUs with AMX; else fp32",
+        help="auto: fp16 on CUDA, else fp32",
     )
     runtime.add_argument("--batch-size", type=positive_int, default=64, help="images of a forward pass")
     runtime.add_argument(
@@ -192,7 +192,7 @@ class LoadedModel:
         if self.classifier.classes_from.startswith("assumed"):
             print(f"{source.label}: outputs {self.classifier.classes_from} (else give --classes)", flush=True)
         device = resolve_device(args.device)
-        dtype = resolve_dtype(args.dtype, device)
+        dtype = resolve_dtype(number_format(args), device)
         self.extract = Extractor(self.classifier.backbone, source.sha256, device, dtype, args.batch_size, args.workers)
 
 

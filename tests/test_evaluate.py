@@ -66,7 +66,7 @@ def toy(tmp_path) -> tuple[Path, Path]:
 
 def test_rows_and_sidecar(toy, capsys):
     folder, test = toy
-    assert call("--checkpoint", folder, "--test", f"toys={test}", "--device", "cpu", "--dtype", "fp32") == 0
+    assert call("--checkpoint", folder, "--test", f"toys={test}", "--device", "cpu") == 0
     rows = read_jsonl(folder / "results.jsonl")
     assert [row["metric"] for row in rows] == ["top1", "top5", "mean_per_class", "ece"]
     for row in rows:
@@ -302,7 +302,6 @@ def shapes(tmp_path, monkeypatch):
 def test_transfer_runs_one_probe_a_seed_and_only_missing_seeds(toy, shapes, tmp_path, capsys):
     folder, _ = toy
     command = ("--checkpoint", folder, "--data-root", tmp_path, "--datasets", "small", "--device", "cpu")
-    command += ("--dtype", "fp32")
     assert call(*command, "--seeds", 0, 1) == 0
     assert shapes == [(["test", "trainval"], "fast", seed, "logreg", (6, 256), [0, 0, 1, 1, 2, 2]) for seed in (0, 1)]
     assert "50.50 ± 0.71 (2 seeds)" in capsys.readouterr().out

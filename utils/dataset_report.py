@@ -118,11 +118,12 @@ def descriptor_of(args: argparse.Namespace, out: Path) -> tuple[Callable[[Folder
         return thumbnails, f"grey thumbnails of {THUMBNAIL} x {THUMBNAIL} pixels"
     from utils.device import resolve_device, resolve_dtype
     from utils.features import Extractor, Transform
+    from utils.jobs import number_format
 
     source = pretrained.locate(args.checkpoint[0])
     classifier = pretrained.load(source, args.classes, need_head=False)
     device = resolve_device(args.device)
-    dtype = resolve_dtype(args.dtype, device)
+    dtype = resolve_dtype(number_format(args), device)
     extract = Extractor(classifier.backbone, source.sha256, device, dtype, args.batch_size, args.workers)
     resize, crop, interpolation = pretrained.transform_of(source)
     transform = Transform(resize, crop, args.interpolation or interpolation)

@@ -167,15 +167,14 @@ class Extractor:
         """The forward pass: (B, side, side, 3) uint8 -> (B, D) float32 numpy."""
         import torch
 
-        model = self.backbone.to(self.device)
+        model, sixteen_bit = self.backbone.to(self.device), self.dtype != torch.float32
         at_once = self.batch_size
         if self.device.type == "cpu":
             at_once = max(1, CPU_PIXELS // side**2)
-            if self.dtype == torch.float32 and images * side**2 >= COMPILE_FROM:
+            if not sixteen_bit and images * side**2 >= COMPILE_FROM:
                 model = self._fused[side] = self._fused.get(side) or optimize_for_cpu(model, side)
-        elif self.device.type == "cuda":
+        if self.device.type == "cuda" or sixteen_bit:
             model = model.to(memory_format=torch.channels_last)
-        sixteen_bit = self.dtype != torch.float32
 
         def forward(pixels: torch.Tensor) -> np.ndarray:
             parts = []
