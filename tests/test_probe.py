@@ -152,6 +152,18 @@ def test_sgd_is_torchs_own(features):
         assert (predict(features["test"][0]) == logits.argmax(1)).mean() > 0.995
 
 
+@pytest.mark.parametrize("kind", ["logreg", "sgd"])
+def test_features_may_be_a_read_only_map(features, tmp_path, kind):
+    """As the cache gives them."""
+    mapped = {}
+    for split, (x, y) in features.items():
+        np.save(tmp_path / f"{split}.npy", x[:100])
+        mapped[split] = (np.load(tmp_path / f"{split}.npy", mmap_mode="r"), y[:100])
+    in_memory = {split: (np.array(x), y) for split, (x, y) in mapped.items()}
+    options = {"protocol": "fast", "seed": 0, "kind": kind}
+    assert probe.run_probe(mapped, **options) == probe.run_probe(in_memory, **options)
+
+
 def test_a_diverging_setting_loses_and_does_not_crash(features):
     x, y = features["trainval"]
     good, bad = probe.train_together(

@@ -109,8 +109,8 @@ class Trials:
 
 
 def _take(split: Split, rows, kind: str) -> Split:
-    """Those rows as float32; of unit length for SGD."""
-    x = np.asarray(split[0][rows], dtype=np.float32)
+    """A copy of those rows as float32 (features may be a read-only map of a file); of unit length for SGD."""
+    x = np.array(split[0][rows], dtype=np.float32)
     if kind == "sgd":
         for start in range(0, len(x), CHUNK_ROWS):  # a million features need no temporary of their own size
             part = x[start : start + CHUNK_ROWS]
