@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils.cli import UserError, make_parser, run  # noqa: E402
-from utils.environment import snapshot  # noqa: E402
+from utils.environment import cpu_has_bf16, snapshot  # noqa: E402
 from utils.storage import atomic_write, read_json, write_json  # noqa: E402
 
 # row -> module that holds it; the order is the order of the pipeline and of the page
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
         measured = json.loads(done.stdout.strip().splitlines()[-1])
         environment = snapshot()
         measured |= {
-            "machine": f"{environment['cpu']}, {environment['cores']} cores"
+            "machine": f"{environment['cpu']}, {environment['cores']} cores{' with AMX' if cpu_has_bf16() else ''}"
             + "".join(f", {gpu}" for gpu in environment["gpus"]),
             "versions": environment["packages"] | {"python": environment["python"]},
             "git_commit": environment["git_commit"],
@@ -137,6 +137,18 @@ def as_table(shown: list[dict]) -> list[str]:
     return lines
 
 
+def other_machines(result: dict, results: list[dict]) -> list[str]:
+    """The newest figure of the same row on each other machine."""
+    rows = {other["machine"]: other for other in results if other["row"] == result["row"]}
+    return [
+        f"{other['ours']:.4g} {other['unit']}"
+        + ("" if other["ratio"] is None else f", ratio {other['ratio']:.3g}")
+        + f"; {other['time'][:10]}, {machine}, commit {other['git_commit'][:10]}"
+        for machine, other in rows.items()
+        if machine != result["machine"]
+    ]
+
+
 def as_page(results: list[dict]) -> str:
     """docs/benchmarks.md: the table, then what each row measures and where it was measured."""
     shown = newest_of(results)
@@ -153,6 +165,7 @@ def as_page(results: list[dict]) -> str:
         if result.get("bound") is not None:
             lines.append(f"- bound: {result['bound_is']}")
         lines.append(f"- {result['time'][:10]}, {result['machine']}, commit {result['git_commit'][:10]}")
+        lines += [f"- elsewhere: {text}" for text in other_machines(result, results)]
     versions: dict[str, list[str]] = {}  # said once where rows agree
     for result in shown:
         text = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)

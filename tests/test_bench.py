@@ -43,6 +43,13 @@ def test_the_page_shows_the_newest_result_of_each_row():
     assert "- torch 2.10.0 (loader_vs_dino)\n- torch 2.11.0 (augment_share)\n" in page
 
 
+def test_figures_of_other_machines_stand_beside_the_newest():
+    older = [RESULT | {"machine": "a GPU", "ratio": ratio} for ratio in (7.0, 8.0)]
+    page = bench.as_page([*older, RESULT])
+    assert "- elsewhere: 300 img/s, ratio 8; 2026-01-02, a GPU, commit 0123456789\n" in page
+    assert page.count("elsewhere") == 1
+
+
 def test_the_share_of_the_bound_is_reached_from_below_by_rates_and_from_above_by_seconds():
     bounded = RESULT | {"bound": 400.0, "bound_is": "decoding alone"}
     assert bench.share_of(bounded) == "75 %" and bench.share_of(RESULT) == ""
