@@ -20,7 +20,7 @@ VARIABLES = set(re.findall(r"^([A-Z_]+) \?=", MAKEFILE, re.M))
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     # `make test` has exported its own variables to this process.
-    makes = (*VARIABLES, "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    makes = {*VARIABLES, "MAKEFLAGS", "MAKELEVEL", "MFLAGS"} - {"VENV", "PYTHON"}  # which say where the packages are
     environment = {name: value for name, value in os.environ.items() if name not in makes}
     return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
 
@@ -36,12 +36,8 @@ def test_make_alone_prints_help_with_every_target_and_variable():
 
 
 def test_defaults_are_the_scripts_own():
-    assert make("-n", "generate").stdout.split("; ")[-1].split() == [
-        ".venv/bin/python",
-        "generate.py",
-        "--classes",
-        '"$CLASSES"',
-    ]
+    _, *command = make("-n", "generate").stdout.split("; ")[-1].split()  # the first word is the environment's python
+    assert command == ["generate.py", "--classes", '"$CLASSES"']
     asked = make("-n", "generate", "GUIDANCE=7.5", "PROMPT=c, h_c", "IMAGES_PER_CLASS=9", "DEVICE=cpu").stdout
     for option, variable in {"guidance-scale": "GUIDANCE", "prompt": "PROMPT", "device": "DEVICE"}.items():
         assert f'--{option} "${variable}"' in asked
@@ -86,8 +82,8 @@ def test_launchers_other_than_inline_go_through_the_launcher_prefix():
 
 def test_values_reach_the_script_without_the_shell_reading_them():
     # A prompt with quotes, a dollar sign and a semicolon must not be run as shell.
-    result = make("-n", "generate", 'PROMPT=a "{name}"; $$(touch /tmp/x)')
-    assert "touch" not in result.stdout
+    result = make("-n", "generate", 'PROMPT=a "{name}"; $$(echo broken in)')
+    assert "generate.py" in result.stdout and "broken in" not in result.stdout
 
 
 def test_the_launchers_options_have_variables():
