@@ -130,7 +130,10 @@ def main(args: argparse.Namespace) -> int:
     for job in jobs:
         if args.dry_run or job.done:
             print(f"{job.source.label} on {job.dataset.name}: {'done already' if job.done else job.plan()}", flush=True)
-    todo = [job for job in jobs if not job.done] if not args.dry_run else []
+    code = 2 if wrong_copies else 0
+    if args.dry_run:
+        return code
+    todo = [job for job in jobs if not job.done]
     for folder in dict.fromkeys(job.out for job in todo):
         require_writable(folder / "eval", "--out")
 
@@ -148,9 +151,8 @@ def main(args: argparse.Namespace) -> int:
             print(f"{job.source.label} on {job.dataset.name}: left out; {error}", flush=True)
 
     # ===== telling =====
-    if not args.dry_run:
-        print_table(jobs)
-    return 2 if wrong_copies else 0
+    print_table(jobs)
+    return code
 
 
 def list_datasets(data_root: str) -> int:

@@ -138,14 +138,14 @@ def suite(splits: dict[str, probe.Split]) -> tuple[float, float]:
         c = setting["C"]
         nearest = min(solutions, key=lambda other: abs(math.log(other / c)), default=None)
         solutions[c] = solver.fit(c, solutions[nearest] if nearest else None)
-        return accuracy(solutions[c].classifier, (x[held], y[held]))
+        return probe.top1_of(solutions[c].classifier, (x[held], y[held]))
 
     chosen, _ = probe.search_suite_c(judge, seed=0)
     visited = sorted(solutions)
     strata = np.linspace(0, len(visited), 2 * TIMED + 1)[1::2].astype(int)
     seconds = [timed_fit((x[part], y[part]), {"C": visited[trial]})[0] for trial in strata]
     last, predict = timed_fit((x, y), chosen)
-    return len(visited) * statistics.fmean(seconds) + last, accuracy(predict, test)
+    return len(visited) * statistics.fmean(seconds) + last, probe.top1_of(predict, test)
 
 
 def timed_fit(train: probe.Split, setting: probe.Setting) -> tuple[float, probe.Predictor]:
@@ -154,10 +154,6 @@ def timed_fit(train: probe.Split, setting: probe.Setting) -> tuple[float, probe.
     seconds = time.perf_counter() - started
     print(f"scikit-learn at C = {setting['C']:.3g}: {seconds:.0f} s", file=sys.stderr, flush=True)
     return seconds, predict
-
-
-def accuracy(predict: probe.Predictor, split: probe.Split) -> float:
-    return 100 * float((predict(split[0]) == split[1]).mean())
 
 
 def probe_vs_suite() -> dict[str, Any]:

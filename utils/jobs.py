@@ -25,7 +25,7 @@ FORMAT = 2  # raise it when numbers change: finished pairs are then computed aga
 
 @dataclass
 class Dataset:
-    """A dataset of this call; it is read from disk once, when the first job needs it."""
+    """A dataset of this call; it is read from disk once."""
 
     name: str
     group: str
@@ -57,17 +57,17 @@ def find(name: str, data_root: str) -> tuple[bool, str]:
 
 def chosen_datasets(args: argparse.Namespace) -> list[Dataset]:
     """--test and --datasets; without either, every dataset found below --data-root."""
+    groups = known_datasets()
     chosen: list[Dataset] = []
     for spec in args.test:
         name, _, folder = spec.partition("=")
         if not name or not folder or "/" in name:
             raise UserError(f"--test {spec}: expected NAME=DIR, such as digits=data/digits/test")
-        if name in (dataset.name for dataset in chosen) or name in known_datasets():
+        if name in (dataset.name for dataset in chosen) or name in groups:
             raise UserError(f"--test {spec}: the name {name} is taken; choose another")
         chosen.append(Dataset(name, "folder", folder, True))
     if args.test and not args.datasets:
         return chosen
-    groups = known_datasets()
     unknown = [name for name in args.datasets if name not in (*groups, *GROUPS, "all")]
     if unknown:
         allowed = ", ".join((*GROUPS, "all", *groups))

@@ -118,7 +118,8 @@ def _take(split: Split, rows, kind: str) -> Split:
     return x, np.asarray(split[1][rows])
 
 
-def _accuracy(predict: Predictor, split: Split) -> float:
+def top1_of(predict: Predictor, split: Split) -> float:
+    """In percent."""
     return 100 * float((predict(split[0]) == split[1]).mean())
 
 
@@ -127,7 +128,7 @@ def _accuracy(predict: Predictor, split: Split) -> float:
 
 def search_suite_logreg(train: Split, held: Split, trials: Trials, seed: int, device: Any) -> tuple[Setting, float]:
     def judge(setting: Setting) -> float:
-        return trials(setting, lambda: _accuracy(fit_sklearn(train, setting, seed, device), held))
+        return trials(setting, lambda: top1_of(fit_sklearn(train, setting, seed, device), held))
 
     return search_suite_c(judge, seed)
 
@@ -186,7 +187,7 @@ def search_path(train: Split, held: Split, trials: Trials, seed: int, device: An
         """(accuracy, loss) on HELD."""
         return trials(
             {"C": 10.0 ** exponents[-1]},
-            lambda: [_accuracy(found := solution(exponents).classifier, held), found.loss(*held)],
+            lambda: [top1_of(found := solution(exponents).classifier, held), found.loss(*held)],
         )
 
     best, chosen, before = -1.0, path[:1], math.inf
@@ -213,7 +214,7 @@ def fit_logreg(train: Split, setting: Setting, seed: int, device: Any) -> Linear
 
 def search_suite_sgd(train: Split, held: Split, trials: Trials, seed: int, device: Any) -> tuple[Setting, float]:
     def judge(setting: Setting) -> float:
-        return trials(setting, lambda: _accuracy(fit_sgd(train, setting, seed, device), held))
+        return trials(setting, lambda: top1_of(fit_sgd(train, setting, seed, device), held))
 
     return _tpe({"lr": LR_RANGE, "weight_decay": WEIGHT_DECAY_RANGE}, judge, seed)
 
@@ -228,7 +229,7 @@ def search_stages(train: Split, held: Split, trials: Trials, seed: int, device: 
 
         def judge(index: int, settings=settings, epochs=epochs, predictors=predictors) -> float:
             predictors[:] = predictors or train_together(train, settings, seed, device, epochs)
-            return _accuracy(predictors[index], held)
+            return top1_of(predictors[index], held)
 
         accuracies = [
             trials(setting | {"epochs": epochs}, partial(judge, index)) for index, setting in enumerate(settings)

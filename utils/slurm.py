@@ -93,9 +93,8 @@ class Task(Checkpointable):
 
     def _await_the_end(self) -> None:
         """Stay until SLURM ends the job at the end of its GraceTime: it requeues no job that ended before by itself."""
-        signal.signal(
-            signal.SIGUSR2, signal.SIG_IGN
-        )  # the grace period is a time limit too, and submitit would requeue
+        # The grace period is a time limit too, at which submitit would requeue.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print("launch: saved; waiting for SLURM to requeue this job", flush=True)
         time.sleep(LONGEST_GRACE_S)
