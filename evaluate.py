@@ -182,8 +182,8 @@ class LoadedModel:
     """A checkpoint in memory with the machine it runs on."""
 
     def __init__(self, args: argparse.Namespace, source: pretrained.Source):
-        from utils.device import resolve_device, resolve_dtype
         from utils.features import Extractor
+        from utils.machine import resolve_device, resolve_dtype
 
         self.source = source
         self.no_classifier: pretrained.NoClassifier | None = None

@@ -30,7 +30,7 @@ from utils import inspection
 from utils.cli import UserError, command_line, make_parser, positive_float, positive_int, run
 from utils.dataset import ClassFolder, Dataset, in_chunk
 from utils.drawing import CHROMA, QUALITY, draw
-from utils.environment import snapshot
+from utils.machine import snapshot
 from utils.pipeline_folder import PipelineFolder, find_pipeline
 from utils.prompts import (
     NAMES,
@@ -253,7 +253,7 @@ def load(folder: PipelineFolder, recipe: dict, device_name: str) -> tuple[Sample
     """The pipeline, ready to draw by RECIPE, and RECIPE with dtype and attention settled by the device."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle CPU threads sleep: a shared machine stays usable
     from utils import diffusion, diffusion_setup
-    from utils.device import resolve_device, resolve_dtype
+    from utils.machine import resolve_device, resolve_dtype
 
     device = resolve_device(device_name)
     dtype = resolve_dtype(recipe["dtype"] or "auto", device)
@@ -415,7 +415,7 @@ def reproduce(args: argparse.Namespace) -> int:
 
 def own_choices(args: argparse.Namespace, recipe: dict) -> dict:
     """What --reproduce does otherwise than RECIPE: as asked, or because this device cannot do it as recorded."""
-    from utils.device import resolve_device
+    from utils.machine import resolve_device
 
     on_gpu = resolve_device(args.device).type == "cuda"
     return {

@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from utils.cli import UserError, command_line, make_parser, non_negative_int, positive_float, positive_int, run
-from utils.environment import snapshot
+from utils.machine import snapshot
 from utils.storage import atomic_path, read_json, write_json
 
 # Every key of a recipe is read; --set changes any of them. Where no source is named: "t-ReX" is the default of the
@@ -168,7 +168,7 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
 
     from utils import distributed
     from utils.checkpoint import own_run
-    from utils.device import memory_format, resolve_device, resolve_dtype
+    from utils.machine import memory_format, resolve_device, resolve_dtype
     from utils.model import MultiCrop, build_model, compiled, parameter_groups, refuse_sizes, sync_batchnorm
     from utils.stop_signals import StopRequested, StopSignals
     from utils.training import Training, make_plan

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils.cli import UserError, make_parser, run  # noqa: E402
-from utils.environment import cpu_has_bf16, snapshot  # noqa: E402
+from utils.machine import cpu_has_bf16, snapshot  # noqa: E402
 from utils.storage import atomic_write, read_json, write_json  # noqa: E402
 
 # row -> module that holds it; the order is the order of the pipeline and of the page

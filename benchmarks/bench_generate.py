@@ -23,8 +23,8 @@ from benchmarks.bounds import bound, count_flops
 from tests.tiny_sd import build_tiny_sd, byte_tokenizer
 from utils import dataset as datasets
 from utils import diffusion, diffusion_setup
-from utils.device import memory_format, resolve_device, resolve_dtype
 from utils.drawing import draw
+from utils.machine import memory_format, resolve_device, resolve_dtype
 from utils.pipeline_folder import find_pipeline
 from utils.prompts import class_prompts, load_classes, parse_template
 from utils.storage import read_jsonl

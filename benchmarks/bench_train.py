@@ -139,7 +139,7 @@ def loader_vs_dino() -> dict:
 
 def train_step_vs_fp32() -> dict:
     """ResNet50 on 1 x 224 + 8 x 96 pixel crops: train.py's automatic number format and layout against fp32 NCHW."""
-    from utils.device import resolve_dtype
+    from utils.machine import resolve_dtype
 
     chosen = resolve_dtype("auto", torch.device("cpu"))
 
@@ -290,7 +290,7 @@ def train_data_wait() -> dict:
 def augment_share() -> dict:
     """Device-side augmentation as a share of forward + backward + augmentation, in turn on the same batch."""
     from utils.augment import AugmentSpec, augment, draw
-    from utils.device import resolve_device, resolve_dtype
+    from utils.machine import resolve_device, resolve_dtype
 
     device = resolve_device("auto")
     dtype = resolve_dtype("auto", device)

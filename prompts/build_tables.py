@@ -21,10 +21,13 @@ from typing import BinaryIO
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # run as a file from anywhere, without an installation
 
-from utils.class_tables import ClassRow, format_tsv  # noqa: E402
+from utils.classes import (  # noqa: E402
+    ClassRow,
+    format_tsv,
+    read_list,
+)
 from utils.cli import UserError, make_parser, run  # noqa: E402
 from utils.storage import atomic_write  # noqa: E402
-from utils.tsv import read_list  # noqa: E402
 
 WORDNET = "/usr/share/wordnet/data.noun"  # where Debian's wordnet-base puts it
 DIGITS = (  # the ten digits as WordNet 3.0 has them, zero to nine

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.class_tables import PROMPTS_DIR, load_classes
+from utils.classes import PROMPTS_DIR, load_classes
 from utils.cli import run
 
 spec = importlib.util.spec_from_file_location("build_tables", PROMPTS_DIR / "build_tables.py")

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 
 from models import train_digits_sd
-from utils.class_tables import ClassRow
-from utils.digits import SPLIT_FILE, read_split, real_digits
+from models.digits import SPLIT_FILE, read_split, real_digits
+from utils.classes import ClassRow
 from utils.prompts import TEMPLATES, load_classes, parse_template, prompt_text
 from utils.storage import read_json, write_json
 

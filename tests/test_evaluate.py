@@ -21,7 +21,7 @@ from torchvision.datasets import ImageFolder
 
 import evaluate
 from utils import pretrained, probe, testsets, transfer
-from utils.class_tables import load_classes
+from utils.classes import load_classes
 from utils.cli import run
 from utils.jobs import PROBE_METRICS
 from utils.model import build_model, export_state_dict

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import generate
-from utils.class_tables import load_classes
+from utils.classes import load_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 
 from utils import pretrained
-from utils.class_tables import load_classes
+from utils.classes import load_classes
 from utils.cli import UserError
 from utils.model import build_model, export_state_dict
 

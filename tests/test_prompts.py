@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from utils import prompts
-from utils.class_tables import ClassRow, ClassTable, imagenet_counts
+from utils.classes import ClassRow, ClassTable, imagenet_counts
 from utils.cli import UserError, run
 from utils.prompts import (
     NAMES,
@@ -259,7 +259,7 @@ def test_lists_run_class_by_class():
 
 def test_without_the_counts_imagenet_is_refused(monkeypatch, tmp_path):
     imagenet_counts.cache_clear()
-    monkeypatch.setattr("utils.class_tables.PROMPTS_DIR", tmp_path)
+    monkeypatch.setattr("utils.classes.PROMPTS_DIR", tmp_path)
     with pytest.raises(UserError, match=r"imagenet_counts\.tsv is missing.*give a number instead"):
         images_per_class(ClassTable("x", (TENCH,)), "imagenet")
 

@@ -16,7 +16,7 @@ from tests.test_generate import ZERO, call, entries, files_of, tiny, tiny_safe  
 from utils import diffusion, reproduction
 from utils.cli import run
 from utils.drawing import encode_image
-from utils.environment import cpu_has_bf16
+from utils.machine import cpu_has_bf16
 from utils.storage import sha256_bytes
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from utils import metrics, testsets
-from utils.class_tables import load_classes
+from utils.classes import load_classes
 from utils.cli import UserError
 from utils.images import load_eval_image
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import UserError
-from utils.environment import snapshot
+from utils.machine import snapshot
 from utils.storage import (
     AlreadyOwned,
     append_jsonl,

@@ -23,8 +23,8 @@ import numpy as np
 
 from utils import pretrained
 from utils.cli import UserError, command_line
-from utils.environment import snapshot
 from utils.images import BadImage, decode_rgb, list_image_folder
+from utils.machine import snapshot
 from utils.storage import atomic_write, read_json, require_writable, write_json
 
 NEIGHBOURS = 5  # of the balls of precision, recall, density and coverage (Naeem et al., 2020)
@@ -116,9 +116,9 @@ def descriptor_of(args: argparse.Namespace, out: Path) -> tuple[Callable[[Folder
     """(function: Folder -> (N, D) float32 descriptors, what they are)."""
     if not args.checkpoint:
         return thumbnails, f"grey thumbnails of {THUMBNAIL} x {THUMBNAIL} pixels"
-    from utils.device import resolve_device, resolve_dtype
     from utils.features import Extractor, Transform
     from utils.jobs import number_format
+    from utils.machine import resolve_device, resolve_dtype
 
     source = pretrained.locate(args.checkpoint[0])
     classifier = pretrained.load(source, args.classes, need_head=False)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from utils.cli import UserError
-from utils.device import memory_format
+from utils.machine import memory_format
 
 # name on the command line -> (diffusers class, settings beside the model's own scheduler settings)
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -8,8 +8,8 @@ import time
 import torch
 
 from utils.cli import UserError
-from utils.device import memory_format
 from utils.diffusion import Sampler, Sampling, is_out_of_memory
+from utils.machine import memory_format
 from utils.pipeline_folder import PipelineFolder
 
 CPU_LATENTS = 6400  # batch x latent area on a CPU: 100 images of 8x8 latents, 1 of 64x64; larger gained nothing

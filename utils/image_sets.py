@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.class_tables import load_classes
+from utils.classes import load_classes
 from utils.cli import UserError
 from utils.distributed import print0
 from utils.images import IMAGE_SUFFIXES, BadImage, list_image_folder

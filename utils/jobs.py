@@ -14,7 +14,7 @@ from pathlib import Path
 
 from utils import pretrained, testsets, transfer
 from utils.cli import UserError, command_line
-from utils.environment import snapshot
+from utils.machine import snapshot
 from utils.storage import append_jsonl, read_json, read_jsonl, write_json
 
 GROUPS = ("imagenet", "small", "inat", "cog")  # as the paper's tables and the radar plot group the datasets
@@ -217,6 +217,6 @@ def number_format(args: argparse.Namespace) -> str:
         return args.dtype
     if args.device == "cpu":  # known without torch: keeps a dry run instant
         return "fp32"
-    from utils.device import resolve_device
+    from utils.machine import resolve_device
 
     return "fp16" if resolve_device(args.device).type == "cuda" else "fp32"

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.class_tables import load_classes
+from utils.classes import load_classes, read_list
 from utils.cli import UserError
 from utils.storage import read_json, sha256_file
-from utils.tsv import read_list
 
 if TYPE_CHECKING:
     import torch

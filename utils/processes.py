@@ -222,7 +222,7 @@ def visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [entry for entry in visible.split(",") if entry and entry != "-1"]
-    from utils.environment import gpus
+    from utils.machine import gpus
 
     return [str(index) for index in range(len(gpus()["gpus"]))]
 

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 
-from utils.class_tables import PROMPTS_DIR, ClassRow, ClassTable, images_per_class, load_classes
+from utils.classes import CONTROL, PROMPTS_DIR, ClassRow, ClassTable, images_per_class, load_classes, read_list
 from utils.cli import UserError, make_parser, positive_int, run
 from utils.clip_tokens import CLIP_MAX_TOKENS, ESTIMATE_ERROR, estimate_tokens, kept_part, token_counter
-from utils.tsv import CONTROL, read_list
 
 __all__ = [
     "NAMES",

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from utils import dataset as datasets
-from utils.class_tables import ClassRow, ClassTable
+from utils.classes import ClassRow, ClassTable
 from utils.cli import UserError
 from utils.dataset import ClassFolder, Dataset
 from utils.drawing import Batch, Studio

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.class_tables import load_classes
+from utils.classes import load_classes
 from utils.cli import UserError
 from utils.images import IMAGE_SUFFIXES, list_image_folder
 from utils.storage import read_json

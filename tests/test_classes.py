@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from utils.class_tables import (
+from utils.classes import (
+    CONTROL,
     MOST_IMAGES,
     PROMPTS_DIR,
     SAFE_ID,
@@ -23,7 +24,6 @@ from utils.class_tables import (
 )
 from utils.cli import UserError
 from utils.storage import sha256_file
-from utils.tsv import CONTROL
 
 # ===== the shipped tables =====
 

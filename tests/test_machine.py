@@ -1,13 +1,17 @@
-"""Devices and number formats are refused or resolved before work starts."""
+"""Devices and number formats are refused or resolved before work starts; what a result records about where it was made."""
 
 from __future__ import annotations
+
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from utils import device as device_module
+from utils import machine
 from utils.cli import UserError
-from utils.device import memory_format, resolve_device, resolve_dtype
+from utils.machine import memory_format, resolve_device, resolve_dtype
 
 
 def test_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch):
@@ -34,9 +38,9 @@ def test_an_unknown_device_is_refused_with_the_known_ones(name):
 def test_auto_dtype_follows_the_hardware(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert resolve_dtype("auto", cuda) == torch.float16
-    monkeypatch.setattr(device_module, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(machine, "cpu_has_bf16", lambda: True)
     assert resolve_dtype("auto", cpu) == torch.bfloat16
-    monkeypatch.setattr(device_module, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(machine, "cpu_has_bf16", lambda: False)
     assert resolve_dtype("auto", cpu) == torch.float32
     assert resolve_dtype("fp32", cuda) == torch.float32
     with pytest.raises(UserError, match="use --dtype bf16 or fp32 on the CPU"):
@@ -46,3 +50,24 @@ def test_auto_dtype_follows_the_hardware(monkeypatch):
 def test_channels_last_goes_with_16_bit_numbers():
     assert memory_format(torch.device("cpu"), torch.bfloat16) == torch.channels_last
     assert memory_format(torch.device("cpu"), torch.float32) == torch.contiguous_format
+
+
+def test_a_snapshot_is_plain_json_and_names_the_lock_and_versions():
+    taken = machine.snapshot()
+    assert json.loads(json.dumps(taken)) == taken
+    assert len(taken["lock_sha256"]) == 64
+    assert taken["packages"]["torch"].startswith("2.10.0")
+    assert taken["cores"] >= 1 and taken["cpu"]
+
+
+def test_a_snapshot_imports_no_torch():
+    code = "import sys; from utils.machine import snapshot; snapshot(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT).returncode == 0
+
+
+def test_bf16_is_asked_of_the_cpu_flags(monkeypatch):
+    for flags, expected in [("fpu avx512_bf16", False), ("fpu amx_bf16", True), ("fpu avx2", False), ("", False)]:
+        monkeypatch.setattr(machine, "_cpuinfo", lambda flags=flags: f"model name : x\nflags : {flags}\n")
+        machine.cpu_has_bf16.cache_clear()
+        assert machine.cpu_has_bf16() is expected
+    machine.cpu_has_bf16.cache_clear()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli import UserError
-from utils.environment import ROOT
+from utils.machine import ROOT
 from utils.storage import read_json
 
 if TYPE_CHECKING:
