@@ -26,9 +26,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils import pretrained, testsets, transfer
 from utils.cli import UserError, make_parser, non_negative_int, positive_int, run
-from utils.jobs import Job, chosen_datasets, find, known_datasets, number_format, read_datasets
+from utils.evaluation import checkpoints, imagenet_sets, transfer_sets
+from utils.evaluation.jobs import Job, chosen_datasets, find, known_datasets, number_format, read_datasets
 from utils.storage import require_writable
 
 MAX_CONFUSION = 200  # classes: a larger matrix is too large to read
@@ -107,9 +107,9 @@ def main(args: argparse.Namespace) -> int:
     if args.list_datasets:
         return list_datasets(args.data_root)
     if args.dataset_report:
-        from utils import dataset_report
+        from utils.report import dataset_quality
 
-        return dataset_report.run(args)
+        return dataset_quality.run(args)
     if args.report:
         return draw_report(args)
     for option, needs in (("real", "dataset_report"), ("title", "report"), ("show_data", "report")):
@@ -119,7 +119,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("--checkpoint is required (or --report, --dataset-report, --list-datasets); see --help")
 
     # ===== finding checkpoints and datasets =====
-    sources = [pretrained.locate(spec, download=not args.dry_run) for spec in args.checkpoint]
+    sources = [checkpoints.locate(spec, download=not args.dry_run) for spec in args.checkpoint]
     refuse_twins(sources)
     datasets, wrong_copies = read_datasets(chosen_datasets(args), look_at_images=not args.dry_run)
     if not datasets:
@@ -145,7 +145,7 @@ def main(args: argparse.Namespace) -> int:
         try:
             for rows, sidecar in (judge_by_probe if job.dataset.transfer else judge_by_logits)(args, job, model):
                 job.save(rows, sidecar)
-        except (testsets.NoSharedClass, pretrained.NoClassifier) as error:
+        except (imagenet_sets.NoSharedClass, checkpoints.NoClassifier) as error:
             if job.dataset.asked_for:
                 raise
             print(f"{job.source.label} on {job.dataset.name}: left out; {error}", flush=True)
@@ -158,7 +158,7 @@ def main(args: argparse.Namespace) -> int:
 def list_datasets(data_root: str) -> int:
     for name in known_datasets():
         there, where = find(name, data_root)
-        row = testsets.DATASETS.get(name) or transfer.DATASETS[name]
+        row = imagenet_sets.DATASETS.get(name) or transfer_sets.DATASETS[name]
         print(f"{name:14} {'found at ' + where if there else 'not found'}")
         print(f"{'':14} layout   {data_root}/{row.layout}")
         print(f"{'':14} content  {row.counts}")
@@ -167,7 +167,7 @@ def list_datasets(data_root: str) -> int:
     return 0
 
 
-def refuse_twins(sources: list[pretrained.Source]) -> None:
+def refuse_twins(sources: list[checkpoints.Source]) -> None:
     """Two models of one name could not be told apart in a table."""
     seen: dict[str, str] = {}
     for source in sources:
@@ -181,16 +181,16 @@ def refuse_twins(sources: list[pretrained.Source]) -> None:
 class LoadedModel:
     """A checkpoint in memory with the machine it runs on."""
 
-    def __init__(self, args: argparse.Namespace, source: pretrained.Source):
-        from utils.features import Extractor
+    def __init__(self, args: argparse.Namespace, source: checkpoints.Source):
+        from utils.evaluation.features import Extractor
         from utils.machine import resolve_device, resolve_dtype
 
         self.source = source
-        self.no_classifier: pretrained.NoClassifier | None = None
+        self.no_classifier: checkpoints.NoClassifier | None = None
         try:
-            self.classifier = pretrained.load(source, args.classes)
-        except pretrained.NoClassifier as error:  # enough for transfer datasets
-            self.classifier, self.no_classifier = pretrained.load(source, need_head=False), error
+            self.classifier = checkpoints.load(source, args.classes)
+        except checkpoints.NoClassifier as error:  # enough for transfer datasets
+            self.classifier, self.no_classifier = checkpoints.load(source, need_head=False), error
         if self.classifier.classes_from.startswith("assumed"):
             print(f"{source.label}: outputs {self.classifier.classes_from} (else give --classes)", flush=True)
         device = resolve_device(args.device)
@@ -204,12 +204,12 @@ def judge_by_logits(args: argparse.Namespace, job: Job, model: LoadedModel) -> I
     import torch
 
     from utils import metrics
-    from utils.features import Transform
+    from utils.evaluation.features import Transform
 
     if model.no_classifier:
         raise model.no_classifier
     classifier = model.classifier
-    matched = testsets.match(job.dataset.loaded, classifier.class_ids)
+    matched = imagenet_sets.match(job.dataset.loaded, classifier.class_ids)
     transform = Transform(*job.transform, border=matched.border, truncated=args.allow_truncated)
     title = f"{job.source.label} on {job.dataset.name}"
     features = model.extract(matched.samples, transform, job.out / "features", title)
@@ -262,8 +262,9 @@ def judge_by_probe(args: argparse.Namespace, job: Job, model: LoadedModel) -> It
     """(rows, sidecar) of each seed: accuracy of a linear classifier trained on the frozen features."""
     import numpy as np
 
-    from utils import metrics, probe
-    from utils.features import Transform
+    from utils import metrics
+    from utils.evaluation import probes
+    from utils.evaluation.features import Transform
 
     loaded = job.dataset.loaded
     transform = Transform(*job.transform, truncated=args.allow_truncated)
@@ -277,7 +278,7 @@ def judge_by_probe(args: argparse.Namespace, job: Job, model: LoadedModel) -> It
     runs = job.finished_runs()
     memo = job.out / "eval" / f"{job.dataset.name}.{job.key}.trials.jsonl"
     for seed in job.missing_seeds(job.rows()):
-        result = probe.run_probe(
+        result = probes.run_probe(
             features, protocol=args.protocol, seed=seed, kind=kind, device=model.extract.device, memo=memo
         )
         facts = {"n": n, "num_classes": loaded.num_classes, "seed": seed}
@@ -323,7 +324,7 @@ def print_table(jobs: list[Job]) -> None:
 
 
 def draw_report(args: argparse.Namespace) -> int:
-    from utils.report import write_report
+    from utils.report.page import write_report
 
     shown = []
     for spec in args.show_data:

@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils import dataset as datasets
-from utils import inspection
 from utils.cli import UserError, command_line, make_parser, positive_float, positive_int, run
-from utils.dataset import ClassFolder, Dataset, in_chunk
-from utils.drawing import CHROMA, QUALITY, draw
-from utils.machine import snapshot
-from utils.pipeline_folder import PipelineFolder, find_pipeline
-from utils.prompts import (
+from utils.dataset import folder as datasets
+from utils.dataset import inspection
+from utils.dataset.folder import ClassFolder, Dataset, in_chunk
+from utils.generation.drawing import CHROMA, QUALITY, draw
+from utils.generation.pipeline import PipelineFolder, find_pipeline
+from utils.generation.prompts import (
     NAMES,
     ClassTable,
     Template,
@@ -41,10 +40,11 @@ from utils.prompts import (
     parse_template,
     prompt_warnings,
 )
+from utils.machine import snapshot
 from utils.storage import AlreadyOwned, require_writable
 
 if TYPE_CHECKING:
-    from utils.diffusion import Sampler
+    from utils.generation.diffusion import Sampler
 
 # What an image costs and how it looks. Command-line options replace single values.
 RECIPES = {
@@ -148,9 +148,9 @@ def main(args: argparse.Namespace) -> int:
 
     # ===== loading the pipeline =====
     sampler, asked = load(folder, recipe, args.device)
-    from utils import diffusion_setup  # imports torch, which a finished dataset needs not wait for
+    from utils.generation import loading  # imports torch, which a finished dataset needs not wait for
 
-    batch_size = recipe["batch_size"] or diffusion_setup.choose_batch_size(sampler)
+    batch_size = recipe["batch_size"] or loading.choose_batch_size(sampler)
 
     # ===== drawing =====
     dataset = datasets.create_dataset(
@@ -252,15 +252,15 @@ def settle_with_model(recipe: dict, folder: PipelineFolder) -> dict:
 def load(folder: PipelineFolder, recipe: dict, device_name: str) -> tuple[Sampler, dict]:
     """The pipeline, ready to draw by RECIPE, and RECIPE with dtype and attention settled by the device."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle CPU threads sleep: a shared machine stays usable
-    from utils import diffusion, diffusion_setup
+    from utils.generation import diffusion, loading
     from utils.machine import resolve_device, resolve_dtype
 
     device = resolve_device(device_name)
     dtype = resolve_dtype(recipe["dtype"] or "auto", device)
     recipe = recipe | {"dtype": DTYPE_NAMES[str(dtype)]}
-    recipe["attention"] = diffusion_setup.resolve_attention(recipe["attention"] or "auto", device, dtype)
+    recipe["attention"] = loading.resolve_attention(recipe["attention"] or "auto", device, dtype)
     keys = ("scheduler", "steps", "guidance_scale", "guidance_interval", "height", "width")
-    sampler = diffusion_setup.load_sampler(
+    sampler = loading.load_sampler(
         folder,
         diffusion.Sampling(**{key: recipe[key] for key in keys}),
         device,
@@ -294,11 +294,11 @@ def look_at(dataset: Dataset, args: argparse.Namespace) -> int:
                 f"--verify: {bad} images of {dataset.root} are damaged or missing; --repair draws them again"
             )
     elif args.preview:
-        from utils.gallery import write_gallery
+        from utils.dataset.gallery import write_gallery
 
         print(f"open {write_gallery(dataset)} in a browser")
     else:
-        from utils.shards import write_shards
+        from utils.dataset.shards import write_shards
 
         print(write_shards(dataset))
     return 0
@@ -370,7 +370,7 @@ def reproduce(args: argparse.Namespace) -> int:
     """
     from tqdm import tqdm
 
-    from utils import reproduction
+    from utils.generation import reproduction
 
     dataset = reproduction.open_record(args.reproduce)
     recipe, model = dataset.recipe, dataset.info["model"]
@@ -429,7 +429,7 @@ def dry_run(
     args: argparse.Namespace, table: ClassTable, template: Template, recipe: dict, counts: dict[str, int], out: Path
 ) -> int:
     """What a run would draw and cost. Loads no model and downloads none; what it does not know is as in SD 1.4."""
-    from utils.plan import show_plan
+    from utils.generation.plan import show_plan
 
     schedule: dict = {}
     try:

@@ -149,7 +149,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
-    from utils.image_sets import open_sources, open_validation
+    from utils.training.image_sets import open_sources, open_validation
 
     # ===== what to do =====
     recipe = make_recipe(args)
@@ -166,12 +166,12 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     # ===== preparing devices =====
     import torch
 
-    from utils import distributed
-    from utils.checkpoint import own_run
     from utils.machine import memory_format, resolve_device, resolve_dtype
     from utils.model import MultiCrop, build_model, compiled, parameter_groups, refuse_sizes, sync_batchnorm
-    from utils.stop_signals import StopRequested, StopSignals
-    from utils.training import Training, make_plan
+    from utils.training import distributed
+    from utils.training.checkpoint import own_run
+    from utils.training.step import Training, make_plan
+    from utils.training.stop_signals import StopRequested, StopSignals
 
     device = resolve_device(distributed.device_name(args.device))
     dtype = resolve_dtype(args.dtype, device)
@@ -310,7 +310,7 @@ def is_finished(out: Path, name: str, identity: dict) -> bool:
 
 
 def make_batches(images: Sequence, weights: Sequence[float], recipe: dict, seed: int):
-    from utils.loader import CropBatches, CropSpec
+    from utils.training.loader import CropBatches, CropSpec
 
     how = recipe["interpolation"]
     crops = [CropSpec(recipe["global_size"], recipe["global_count"], recipe["global_scale"], how)]
@@ -321,8 +321,8 @@ def make_batches(images: Sequence, weights: Sequence[float], recipe: dict, seed:
 
 def open_loader(training, batches, steps: range, args: argparse.Namespace):
     """Context manager: the micro-batches of this process for optimizer steps STEPS, prepared ahead by workers."""
-    from utils.distributed import ranks
-    from utils.loader import make_loader, requests, worker_count
+    from utils.training.distributed import ranks
+    from utils.training.loader import make_loader, requests, worker_count
 
     plan = training.plan
     wanted = requests(steps, plan.steps_per_epoch, plan.batch_size, plan.micro_batches, ranks().rank, plan.world)
@@ -353,7 +353,7 @@ def describe_plan(args: argparse.Namespace, recipe: dict, training, images: Sequ
 
 def describe_run(args: argparse.Namespace, recipe: dict, name: str, images: Sequence, identity: dict, training) -> dict:
     """RUN/args.json: what evaluate.py needs to rebuild the model, and how the run was made."""
-    from utils.image_sets import class_names
+    from utils.training.image_sets import class_names
 
     class_ids = images[0].class_ids
     return {
@@ -380,8 +380,8 @@ def describe_run(args: argparse.Namespace, recipe: dict, name: str, images: Sequ
 
 def train(training, loader, validation, stop, out: Path, identity: dict, args: argparse.Namespace) -> None:
     """The loop: from training.step to the end, with log lines, validation and checkpoints on the way."""
-    from utils.distributed import any_rank, is_main
-    from utils.run_log import Clock, RunLog, draw_curves
+    from utils.training.distributed import any_rank, is_main
+    from utils.training.run_log import Clock, RunLog, draw_curves
 
     plan = training.plan
     log = RunLog(out, training.step, tensorboard=not args.no_tensorboard) if is_main() else None
@@ -419,8 +419,8 @@ def train(training, loader, validation, stop, out: Path, identity: dict, args: a
 
 def finish_epoch(training, validation, log, stop, args: argparse.Namespace) -> None:
     """Validate if it is due, and write the epoch's line."""
-    from utils.loader import worker_count
-    from utils.training import validate
+    from utils.training.loader import worker_count
+    from utils.training.step import validate
 
     epoch = training.step // training.plan.steps_per_epoch
     due = validation is not None and (epoch % args.val_every == 0 or epoch == training.plan.epochs)
@@ -434,9 +434,9 @@ def finish_epoch(training, validation, log, stop, args: argparse.Namespace) -> N
 
 def export(training, out: Path, name: str) -> None:
     """RUN/<name>.pth for torchvision, evaluate.py and anyone; its existence marks the run as finished."""
-    from utils.checkpoint import write_tensors
     from utils.model import export_state_dict
-    from utils.run_log import draw_curves
+    from utils.training.checkpoint import write_tensors
+    from utils.training.run_log import draw_curves
 
     draw_curves(out)
     with atomic_path(out / f"{name}.pth", fsync=True) as temporary:
@@ -447,7 +447,7 @@ def probe(training, batches, args: argparse.Namespace) -> str:
     """Time some real steps and extrapolate. The weights they change are thrown away with the process."""
     import torch
 
-    from utils.distributed import any_rank
+    from utils.training.distributed import any_rank
 
     plan, device = training.plan, training.device
     steps = range(min(PROBE_STEPS, plan.total_steps))

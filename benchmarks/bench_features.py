@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.bounds import bound, count_flops  # noqa: E402
 from models.digits import real_digits  # noqa: E402
-from utils import features  # noqa: E402
+from utils.evaluation import features  # noqa: E402
 
 ROUNDS = 3  # of ours and the peer in turn; medians are compared
 IMAGES = 224  # a round: different test images in each

@@ -21,12 +21,12 @@ import torch
 
 from benchmarks.bounds import bound, count_flops
 from tests.tiny_sd import build_tiny_sd, byte_tokenizer
-from utils import dataset as datasets
-from utils import diffusion, diffusion_setup
-from utils.drawing import draw
+from utils.dataset import folder as datasets
+from utils.generation import diffusion, loading
+from utils.generation.drawing import draw
+from utils.generation.pipeline import find_pipeline
+from utils.generation.prompts import class_prompts, load_classes, parse_template
 from utils.machine import memory_format, resolve_device, resolve_dtype
-from utils.pipeline_folder import find_pipeline
-from utils.prompts import class_prompts, load_classes, parse_template
 from utils.storage import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,9 +190,9 @@ class Ours:
         folder = find_pipeline(str(model))
         size = folder.native_size
         sampling = diffusion.Sampling("pndm", steps, 2.0, None, size, size)
-        attention = diffusion_setup.resolve_attention("auto", device)
-        self.sampler = diffusion_setup.load_sampler(folder, sampling, device, dtype, attention, False, False)
-        self.sampler.micro_batch = diffusion_setup.choose_batch_size(self.sampler)
+        attention = loading.resolve_attention("auto", device)
+        self.sampler = loading.load_sampler(folder, sampling, device, dtype, attention, False, False)
+        self.sampler.micro_batch = loading.choose_batch_size(self.sampler)
         self.table, self.template = load_classes(classes), parse_template(TEMPLATE)
 
     def images_per_s(self, images_a_class: int) -> float:

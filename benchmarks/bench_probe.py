@@ -1,4 +1,4 @@
-"""Linear probes of utils/probe.py against the way of the authors' suite: scikit-learn, 30 trials of Optuna over C.
+"""Linear probes of evaluation/probes.py against the authors' suite: scikit-learn, 30 trials of Optuna over C.
 
 Features come from a ResNet50 on real images that are in every installation: scikit-learn's handwritten digits in eight
 poses (80 classes) and regions of its two photographs (100 classes). The network is trained for some minutes on the
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils import probe
-from utils.logistic import LogisticSolution, LogisticSolver
+from utils.evaluation import probes
+from utils.evaluation.logistic import LogisticSolution, LogisticSolver
 
 TRAINVAL, TEST = 5000, 1500  # images of each dataset
 SIDE = 64  # pixels
@@ -116,41 +116,41 @@ def trained_network(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndar
     return features
 
 
-def ours(splits: dict[str, probe.Split]) -> tuple[float, float]:
+def ours(splits: dict[str, probes.Split]) -> tuple[float, float]:
     """(seconds, top-1 in percent) of the whole probe."""
     started = time.perf_counter()
-    result = probe.run_probe(splits, protocol="fast", seed=0, kind="logreg")
+    result = probes.run_probe(splits, protocol="fast", seed=0, kind="logreg")
     return time.perf_counter() - started, result["top1"]
 
 
-def suite(splits: dict[str, probe.Split]) -> tuple[float, float]:
+def suite(splits: dict[str, probes.Split]) -> tuple[float, float]:
     """(seconds, top-1 in percent) of the suite's way, the seconds reckoned from TIMED of its trials and the final fit.
 
     Which C its search visits and chooses follows from the held-out accuracies. Those come from our solver, which finds
-    scikit-learn's minimum (tests/test_probe.py): so all trials are made, and the choice is that of the full search.
+    scikit-learn's minimum (test_probes.py): so all trials are made, and the choice is that of the full search.
     """
     (x, y), test = splits["trainval"], splits["test"]
-    part, held = probe.split_per_class(y, seed=0)
+    part, held = probes.split_per_class(y, seed=0)
     solver = LogisticSolver(x[part], y[part])
     solutions: dict[float, LogisticSolution] = {}  # by C
 
-    def judge(setting: probe.Setting) -> float:
+    def judge(setting: probes.Setting) -> float:
         c = setting["C"]
         nearest = min(solutions, key=lambda other: abs(math.log(other / c)), default=None)
         solutions[c] = solver.fit(c, solutions[nearest] if nearest else None)
-        return probe.top1_of(solutions[c].classifier, (x[held], y[held]))
+        return probes.top1_of(solutions[c].classifier, (x[held], y[held]))
 
-    chosen, _ = probe.search_suite_c(judge, seed=0)
+    chosen, _ = probes.search_suite_c(judge, seed=0)
     visited = sorted(solutions)
     strata = np.linspace(0, len(visited), 2 * TIMED + 1)[1::2].astype(int)
     seconds = [timed_fit((x[part], y[part]), {"C": visited[trial]})[0] for trial in strata]
     last, predict = timed_fit((x, y), chosen)
-    return len(visited) * statistics.fmean(seconds) + last, probe.top1_of(predict, test)
+    return len(visited) * statistics.fmean(seconds) + last, probes.top1_of(predict, test)
 
 
-def timed_fit(train: probe.Split, setting: probe.Setting) -> tuple[float, probe.Predictor]:
+def timed_fit(train: probes.Split, setting: probes.Setting) -> tuple[float, probes.Predictor]:
     started = time.perf_counter()
-    predict = probe.fit_sklearn(train, setting, seed=0, device="cpu")
+    predict = probes.fit_sklearn(train, setting, seed=0, device="cpu")
     seconds = time.perf_counter() - started
     print(f"scikit-learn at C = {setting['C']:.3g}: {seconds:.0f} s", file=sys.stderr, flush=True)
     return seconds, predict
@@ -182,9 +182,9 @@ def probe_vs_suite() -> dict[str, Any]:
         "target": 5.0,
         "what": (
             f"A linear probe on {TRAINVAL} x 2048 features of a ResNet50: the search over C and the final fit. The "
-            f"peer: the suite's way, scikit-learn's L-BFGS (max_iter {probe.MAX_ITER}) in {probe.TRIALS} Optuna trials "
-            f"over C in 1e-5 .. 1e6, of which {TIMED} and the final fit are timed, the others taken at their mean. "
-            "Which C those trials visit and choose is found with the held-out accuracies of our solver."
+            f"peer: the suite's way, scikit-learn's L-BFGS (max_iter {probes.MAX_ITER}) in {probes.TRIALS} Optuna "
+            f"trials over C in 1e-5 .. 1e6, of which {TIMED} and the final fit are timed, the others taken at their "
+            "mean. Which C those trials visit and choose is found with the held-out accuracies of our solver."
         ),
         "notes": [
             f"{name}: ratio {ratio:.1f}, top-1 on {TEST} test images {fast:.2f} %, the suite's way {suites:.2f} %"

@@ -87,8 +87,8 @@ def dino_transform(size: int, scale: tuple[float, float], blur: float, solarize:
 
 
 def loader_vs_dino() -> dict:
-    from utils.image_sets import FolderImages
-    from utils.loader import CropBatches, CropSpec, Request
+    from utils.training.image_sets import FolderImages
+    from utils.training.loader import CropBatches, CropSpec, Request
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -289,8 +289,8 @@ def train_data_wait() -> dict:
 
 def augment_share() -> dict:
     """Device-side augmentation as a share of forward + backward + augmentation, in turn on the same batch."""
-    from utils.augment import AugmentSpec, augment, draw
     from utils.machine import resolve_device, resolve_dtype
+    from utils.training.augment import AugmentSpec, augment, draw
 
     device = resolve_device("auto")
     dtype = resolve_dtype("auto", device)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 from models.digits import PARTS, real_digits
 from utils.cli import make_parser, run
-from utils.prompts import load_classes
+from utils.generation.prompts import load_classes
 from utils.storage import atomic_write, require_writable
 
 

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 from models.digits import IMAGE_SIZE, SPLIT_FILE, real_digits
 from utils.cli import UserError, make_parser, positive_int, run
+from utils.generation.prompts import load_classes, parse_template, prompt_text
 from utils.machine import snapshot
-from utils.prompts import load_classes, parse_template, prompt_text
 from utils.storage import append_jsonl, atomic_path, atomic_write, require_writable
 
 if TYPE_CHECKING:

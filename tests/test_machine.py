@@ -1,4 +1,4 @@
-"""Devices and number formats are refused or resolved before work starts; what a result records about where it was made."""
+"""Devices and number formats are refused or resolved before work starts; a result records where it was made."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 A table is a TSV file (UTF-8, one header line, one class a row). `name` is required and may list several names,
 separated by commas; `wnid` (or `id`), `hypernym` and `definition` are optional. Ids become folder names. Rows are
-sorted by id on reading, so that a class's position is its label: ImageFolder's order, and ImageNet's own. Every error names file, line and column.
+sorted by id on reading, so that a class's position is its label: ImageFolder's order, and ImageNet's own. Every error
+names file, line and column.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The machine: devices and number formats to compute with, and the record of what a result was made with.
 
-Device and dtype are arguments, not forks: the CPU tests run the code that a GPU runs. torch is imported by the functions
-that need it, so that a record costs no start-up time.
+Device and dtype are arguments, not forks: the CPU tests run the code that a GPU runs. torch is imported where it is
+needed, so that a record costs no start-up time.
 """
 
 from __future__ import annotations

@@ -1,0 +1,402 @@
+"""The sampler against diffusers' own pipeline call, and everything that must not change what is drawn."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny_sd import build_tiny_sd
+from utils.cli import UserError
+from utils.generation import diffusion, loading
+from utils.generation.pipeline import find_pipeline, safetensors_problem
+
+CPU = torch.device("cpu")
+TEXTS = ["crane, large long-necked wading bird", "crane, lifts and moves heavy objects", "a cat"]
+SEEDS = [1, 2, 2**63 - 1]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return build_tiny_sd(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny_safe(tmp_path_factory):
+    return build_tiny_sd(tmp_path_factory.mktemp("models") / "safe", with_safety_checker=True)
+
+
+def sampler_for(folder, scheduler="pndm", steps=4, guidance=2.0, interval=None, size=(16, 16), safety=False, **changes):
+    sampling = diffusion.Sampling(scheduler, steps, guidance, interval, *size)
+    settings = {"attention": "sdpa", "compile_unet": False, "safety": safety} | changes
+    sampler = loading.load_sampler(find_pipeline(str(folder)), sampling, CPU, torch.float32, **settings)
+    sampler.micro_batch = 64
+    return sampler
+
+
+def draw(sampler, seeds=SEEDS, texts=TEXTS) -> np.ndarray:
+    pixels, faults = sampler.decode(sampler.denoise(seeds, texts))
+    assert faults == [""] * len(seeds)
+    return pixels.numpy().astype(int)
+
+
+@pytest.mark.parametrize("scheduler", list(diffusion.SCHEDULERS))
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_same_pixels_as_the_plain_pipeline_call(tiny, scheduler, guidance):
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = diffusion.build_scheduler(scheduler, pipeline.scheduler.config)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    images = pipeline(TEXTS, num_inference_steps=6, guidance_scale=guidance, generator=generators).images
+    plain = np.stack([np.asarray(image) for image in images]).astype(int)
+
+    ours = draw(sampler_for(tiny, scheduler, 6, guidance))
+    assert plain.std() > 20  # pictures, not a constant
+    assert np.abs(ours - plain).max() <= 1
+
+
+def test_no_scheduler_clips_latents(tiny):
+    config = find_pipeline(str(tiny)).scheduler_config
+    assert "clip_sample" not in config  # as released: a PNDM scheduler
+    for name in diffusion.SCHEDULERS:
+        settings = diffusion.build_scheduler(name, config).config
+        assert not settings.get("clip_sample") and not settings.get("thresholding"), name
+
+
+def test_sizes_other_than_the_native_one(tiny):
+    assert draw(sampler_for(tiny, size=(32, 24))).shape == (3, 32, 24, 3)
+
+
+def test_initial_latents_of_an_image_are_its_own(tiny):
+    sampler = sampler_for(tiny)
+    together = sampler.initial_latents(SEEDS)
+    assert together.dtype == torch.float32 and together.shape == (3, 4, 8, 8)
+    for row, seed in zip(together, SEEDS, strict=True):
+        assert torch.equal(row, sampler.initial_latents([seed])[0])
+        assert torch.equal(row, torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_the_next_batch_is_not_touched_by_the_one_before(tiny):
+    for scheduler in diffusion.SCHEDULERS:
+        sampler = sampler_for(tiny, scheduler)
+        first = draw(sampler)
+        draw(sampler, [9], ["something else"])
+        assert np.array_equal(first, draw(sampler)), scheduler
+
+
+def test_every_distinct_prompt_is_encoded_once_and_alone(tiny, monkeypatch):
+    sampler = sampler_for(tiny)
+    encoded = []
+    plain = sampler.pipeline.encode_prompt
+    monkeypatch.setattr(
+        sampler.pipeline, "encode_prompt", lambda text, *rest: encoded.append(text) or plain(text, *rest)
+    )
+    draw(sampler, list(range(6)), TEXTS * 2)
+    draw(sampler, list(range(6)), TEXTS * 2)
+    assert sorted(encoded) == sorted([*TEXTS, ""])
+
+
+def test_prompt_cache_is_bounded(tiny, monkeypatch):
+    monkeypatch.setattr(diffusion, "CACHED_PROMPTS", 3)
+    sampler = sampler_for(tiny)
+    for number in range(10):
+        sampler.embedding(str(number))
+    assert len(sampler._embeddings) == 3
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "guidance", "interval", "forwards"),
+    [("pndm", 50, 2, None, 102), ("pndm", 50, 1, None, 51), ("ddim", 50, 2, None, 100), ("dpmpp_2m", 20, 2, None, 40)],
+)
+def test_forwards_are_what_the_unet_really_runs(tiny, scheduler, steps, guidance, interval, forwards):
+    assert count_forwards(sampler_for(tiny, scheduler, steps, guidance, interval)) == forwards
+
+
+def test_fast_recipe_runs_at_most_35_percent_of_the_papers_forwards(tiny):
+    from generate import RECIPES
+
+    def run(name):
+        recipe = RECIPES[name]
+        keys = ("scheduler", "steps", "guidance_scale", "guidance_interval")
+        return count_forwards(sampler_for(tiny, *[recipe[key] for key in keys]))
+
+    assert run("paper") == 2 * 51
+    assert 18 < run("fast") <= 0.35 * 2 * 51
+
+
+def count_forwards(sampler) -> int:
+    seen = []
+    hook = sampler.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    sampler.denoise([0], ["a cat"])
+    hook.remove()
+    assert sum(seen) == sampler.forwards_per_image
+    return sum(seen)
+
+
+def test_interval_guides_inside_and_only_inside(tiny):
+    everywhere = sampler_for(tiny, "dpmpp_2m", 8, 7.5)
+    wide = sampler_for(tiny, "dpmpp_2m", 8, 7.5, (0.0, 1000.0))
+    empty = sampler_for(tiny, "dpmpp_2m", 8, 7.5, (900.0, 1000.0))
+    unguided = sampler_for(tiny, "dpmpp_2m", 8, 1.0)
+    assert np.array_equal(draw(wide), draw(everywhere))
+    assert np.array_equal(draw(empty), draw(unguided))
+    middle = sampler_for(tiny, "dpmpp_2m", 8, 7.5, (0.28, 5.42))
+    assert middle.guided[0] is False and True in middle.guided
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_latents_and_prompts(tiny, monkeypatch):
+    whole = draw(sampler_for(tiny), list(range(7)), ["a cat"] * 7)
+    sampler = sampler_for(tiny)
+    plain, sizes = sampler.unet.forward, []
+
+    def small_memory(sample, *rest, **named):
+        sizes.append(len(sample))
+        if len(sample) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(sample, *rest, **named)
+
+    monkeypatch.setattr(sampler.unet, "forward", small_memory)
+    halved = draw(sampler, list(range(7)), ["a cat"] * 7)
+    assert sampler.micro_batch <= 2 and max(sizes) > 4
+    assert np.abs(whole - halved).max() <= 1  # other batch size, other rounding: low bits only
+
+
+def test_out_of_memory_with_one_image_names_the_remedy(tiny, monkeypatch):
+    sampler = sampler_for(tiny)
+
+    def no_memory(*inputs, **named):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(sampler.unet, "forward", no_memory)
+    with pytest.raises(UserError, match="--height"):
+        sampler.denoise(SEEDS, TEXTS)
+
+
+def test_other_errors_are_not_taken_for_memory(tiny, monkeypatch):
+    sampler = sampler_for(tiny)
+
+    def broken(*inputs, **named):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(sampler.unet, "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        sampler.denoise(SEEDS, TEXTS)
+
+
+def test_black_and_non_finite_images_are_told_apart_from_dark_ones(tiny, monkeypatch):
+    sampler = sampler_for(tiny)
+    images = torch.full((4, 3, 16, 16), -1.0)
+    images[1, 0, 0, 0] = float("nan")
+    images[2] = 0.5
+    images[2, 0, 0, 0] = float("inf")
+    images[3, 0, 5, 5] = -0.9  # one visible pixel
+    monkeypatch.setattr(sampler.vae, "decode", lambda latents, **named: (images,))
+    assert sampler.decode(torch.zeros(4, 4, 8, 8))[1] == ["black", "non-finite", "non-finite", ""]
+
+
+def test_safety_checker_flags_but_never_blackens(tiny_safe):
+    sampler = sampler_for(tiny_safe, safety=True)
+    pixels, _ = sampler.decode(sampler.denoise(SEEDS, TEXTS))
+    before = pixels.clone()
+    assert sampler.flagged(pixels) == [False] * 3
+    torch.nn.init.constant_(sampler.pipeline.safety_checker.concept_embeds_weights, -2.0)
+    assert sampler.flagged(pixels) == [True] * 3
+    assert torch.equal(pixels, before)
+
+
+def test_the_safety_checker_has_its_own_batch_and_halves_it_when_memory_runs_out(tiny_safe, monkeypatch):
+    sampler = sampler_for(tiny_safe, safety=True)
+    checker, sizes = sampler.pipeline.safety_checker, []
+    torch.nn.init.constant_(checker.concept_embeds_weights, 0.72)
+    pixels, _ = sampler.decode(sampler.denoise(list(range(40)), ["a cat"] * 40))
+    whole = sampler.flagged(pixels)
+    plain = checker.forward
+
+    def small_memory(clip_input, images):
+        sizes.append(len(clip_input))
+        if len(clip_input) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(clip_input, images)
+
+    monkeypatch.setattr(checker, "forward", small_memory)
+    assert sampler.flagged(pixels) == whole and set(whole) == {False, True}
+    assert max(sizes) <= diffusion.CHECKED_IMAGES and sampler.check_batch == 4
+    monkeypatch.setattr(diffusion, "is_out_of_memory", lambda error: True)
+    monkeypatch.setattr(checker, "forward", lambda **named: small_memory(torch.zeros(9), None))
+    with pytest.raises(UserError, match="--safety off"):
+        sampler.flagged(pixels)
+
+
+def test_flags_are_those_of_the_plain_pipeline(tiny_safe):
+    sampler = sampler_for(tiny_safe, safety=True)
+    torch.nn.init.constant_(sampler.pipeline.safety_checker.concept_embeds_weights, 0.55)
+    pixels, _ = sampler.decode(sampler.denoise(list(range(40)), ["a cat"] * 40))
+    _, plain = sampler.pipeline.run_safety_checker(pixels.permute(0, 3, 1, 2).float() / 255 * 2 - 1, CPU, torch.float32)
+    ours = sampler.flagged(pixels)
+    assert ours == list(plain)
+
+
+@pytest.fixture
+def compiled_sizes(monkeypatch) -> list[int]:
+    """The batch sizes that a UNet sees after its compile(), which here compiles nothing.
+
+    Compiling for real takes minutes on a CPU; there it was checked by hand that the pixels stay within 2 of 255.
+    """
+    sizes: list[int] = []
+
+    def pretend(module, **options):
+        assert isinstance(module, diffusers.UNet2DConditionModel) and options == {"dynamic": False}
+        eager = module._call_impl
+        module._compiled_call_impl = lambda sample, *rest, **named: (
+            sizes.append(len(sample)) or eager(sample, *rest, **named)
+        )
+
+    monkeypatch.setattr(torch.nn.Module, "compile", pretend)
+    return sizes
+
+
+def test_a_compiled_unet_sees_one_batch_size_and_images_do_not_depend_on_what_fills_it(tiny, compiled_sizes):
+    sampler = sampler_for(tiny, compile_unet=True)
+    sampler.micro_batch = 4
+    seeds, texts = list(range(7)), [f"a cat in {number}" for number in range(7)]
+    together = sampler.denoise(seeds, texts)
+    assert together.shape[0] == 7
+    assert torch.equal(sampler.denoise(seeds[4:5], texts[4:5])[0], together[4])  # a redraw: one image, filled up
+    assert set(compiled_sizes) == {8}  # guided: two rows an image
+    plain = sampler_for(tiny)
+    assert np.abs(draw(plain, seeds, texts) - draw(sampler, seeds, texts)).max() <= 1
+
+
+def test_the_search_for_a_batch_size_compiles_nothing(tiny, compiled_sizes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    sampler = sampler_for(tiny, compile_unet=True)
+    for size in (1, 2, 4):
+        assert loading._seconds_a_step(sampler, size) > 0
+    assert compiled_sizes == []
+
+
+def test_out_of_memory_halves_a_compiled_batch_too(tiny, compiled_sizes, monkeypatch):
+    sampler = sampler_for(tiny, compile_unet=True)
+    sampler.micro_batch = 8
+    plain = sampler._denoise
+
+    def small_memory(latents, *rest):
+        if len(latents) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(latents, *rest)
+
+    monkeypatch.setattr(sampler, "_denoise", small_memory)
+    assert len(sampler.denoise([1, 2, 3], ["a cat"] * 3)) == 3
+    assert sampler.micro_batch == 4 and set(compiled_sizes) == {8}
+
+
+def test_attention_by_device():
+    assert loading.resolve_attention("auto", CPU) == "sdpa"
+    assert loading.resolve_attention("sdpa", CPU) == "sdpa"
+    with pytest.raises(UserError, match=r"--attention xformers.*cpu.*sdpa"):
+        loading.resolve_attention("xformers", CPU)
+
+
+@pytest.mark.parametrize(
+    "lacks",
+    [
+        lambda query: False,
+        lambda query: query.dtype == torch.float16 and query.shape[-1] == 512,
+        lambda query: query.dtype == torch.float32,
+    ],
+)
+def test_auto_takes_xformers_only_where_all_its_operators_run(monkeypatch, lacks):
+    def attention(query, key, value):
+        if lacks(query):
+            raise NotImplementedError("No operator found for this attention\nsm_120")
+        return query
+
+    plain, cuda = torch.zeros, torch.device("cuda")
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **rest: plain(*size, **rest))  # no GPU here
+    monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=attention))
+    usable = not any(lacks(plain(1, 8, 1, 512, dtype=kind)) for kind in (torch.float16, torch.float32))
+    assert loading.resolve_attention("auto", cuda, torch.float16) == ("xformers" if usable else "sdpa")
+    if usable:
+        assert loading.resolve_attention("xformers", cuda, torch.float16) == "xformers"
+    else:
+        with pytest.raises(UserError, match=r"--attention xformers: .*cuda \(No operator found.*\); use"):
+            loading.resolve_attention("xformers", cuda, torch.float16)
+
+
+def test_automatic_batch_on_a_cpu_depends_on_the_size_alone(tiny):
+    assert loading.choose_batch_size(sampler_for(tiny)) == 100
+    assert loading.choose_batch_size(sampler_for(tiny, size=(64, 64))) == 6  # 32x32 latents
+
+
+# ===== folders that cannot be used =====
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker"])
+def test_missing_component_is_named(tiny_safe, tmp_path, component):
+    broken = shutil.copytree(tiny_safe, tmp_path / "broken")
+    shutil.rmtree(broken / component)
+    with pytest.raises(UserError, match=f"--model .*component {component} is missing"):
+        find_pipeline(str(broken))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbled"])
+def test_damaged_safetensors_are_named_before_loading(tiny, tmp_path, damage):
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes({"cut": data[:-1], "empty": b"", "garbled": b"\xff" * len(data)}[damage])
+    assert safetensors_problem(weights)
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.safetensors is damaged"):
+        find_pipeline(str(broken))
+
+
+def test_weights_of_another_shape_are_one_clear_error(tiny, tmp_path):
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    config = broken / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"cross_attention_dim": 16', '"cross_attention_dim": 24'))
+    with pytest.raises(UserError, match=r"--model .* cannot be loaded"):
+        sampler_for(broken)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "does not exist"), ("{", "cannot be read"), ('{"_class_name": "StableDiffusionXLPipeline"}', "XLPipeline")],
+)
+def test_no_pipeline_folder(tmp_path, text, message):
+    if text:
+        (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        find_pipeline(str(tmp_path))
+
+
+def test_neither_folder_nor_hub_id():
+    with pytest.raises(UserError, match="no such folder, and not a hub id"):
+        find_pipeline("no such model")
+    with pytest.raises(UserError, match="--revision"):
+        find_pipeline(".", revision="main")
+
+
+def test_hub_id_without_network_says_how_to_get_it_and_what_to_try(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        find_pipeline("CompVis/no-such-weights-here")
+    for part in ("weights are not on this machine", "hf download CompVis/no-such-weights-here", "models/digits-sd"):
+        assert part in str(error.value)
+
+
+def test_hashes_cover_what_makes_pixels(tiny_safe):
+    folder = find_pipeline(str(tiny_safe))
+    assert {name.split("/")[0] for name in folder.hashes(False)} == {
+        "unet",
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        "scheduler",
+    }
+    assert "safety_checker/model.safetensors" in folder.hashes(True)
+    assert folder.native_size == 16 and folder.pixels_per_latent == 2 and folder.has_safety_checker

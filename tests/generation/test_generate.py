@@ -1,0 +1,477 @@
+"""generate.py end to end with a random pipeline: resume, refusals, repairs, redraws, formats."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generate
+from tests.tiny_sd import build_tiny_sd
+from utils.cli import run
+from utils.generation import diffusion, drawing, loading, plan
+from utils.generation.prompts import image_seed
+
+CLASSES = "zero, one, two"
+ZERO, ONE, TWO = "n13742358", "n13742573", "n13743269"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return build_tiny_sd(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_safe(tmp_path_factory):
+    return build_tiny_sd(tmp_path_factory.mktemp("models") / "safe", with_safety_checker=True)
+
+
+def call(out, model, *options, images=7, batch=3) -> int:
+    argv = ["--classes", CLASSES, "--model", str(model), "--out", str(out), "--images-per-class", str(images)]
+    argv += ["--steps", "2", *(["--batch-size", str(batch)] if batch else []), *map(str, options)]
+    return run(generate.main, generate.get_args_parser(), argv)
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """Everything that must be the same bytes after an interruption: images and manifests."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for part in ("train", "manifest")
+        for path in sorted((out / part).rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, tiny):
+    out = tmp_path_factory.mktemp("reference") / "out"
+    assert call(out, tiny) == 0
+    return files_of(out)
+
+
+def entries(out: Path, class_id: str) -> list[dict]:
+    return [json.loads(line) for line in (out / "manifest" / f"{class_id}.jsonl").read_text().splitlines()]
+
+
+# ===== what comes out =====
+
+
+def test_output_is_an_image_folder_with_its_manifests(tmp_path, tiny, capsys):
+    from torchvision.datasets import ImageFolder
+
+    out = tmp_path / "out"
+    assert call(out, tiny) == 0
+    assert "21 of 21 images; this run drew 21" in capsys.readouterr().out
+    folder = ImageFolder(out / "train")
+    assert folder.classes == [ZERO, ONE, TWO] and Counter(folder.targets) == {0: 7, 1: 7, 2: 7}
+    assert folder[0][0].size == (16, 16)
+    info = json.loads((out / "dataset.json").read_text())
+    assert info["recipe"]["scheduler"] == "pndm" and info["unet_forwards_per_image"] == 6
+    assert info["counts"] == {"wanted": 21, "images": 21, "redrawn": {}, "safety_flagged": 0}
+    assert {"packages", "git_commit", "cpu"} <= info["environment"].keys()
+    assert all(len(digest) == 64 for digest in info["model"]["files"].values())
+    for index, entry in enumerate(entries(out, ONE)):
+        assert entry["index"] == index and entry["seed"] == image_seed(0, ONE, index)
+        assert entry["prompt"].startswith("one, the smallest whole number")
+
+
+def test_pixels_are_those_of_the_seed_alone(tmp_path, tiny):
+    """The image on disk is what the sampler draws from (seed, class, index), in whatever batch."""
+    out = tmp_path / "out"
+    assert call(out, tiny, "--format", "png", "--dtype", "fp32") == 0
+    from utils.generation.pipeline import find_pipeline
+
+    sampling = diffusion.Sampling("pndm", 2, 2.0, None, 16, 16)
+    cpu = torch.device("cpu")
+    sampler = loading.load_sampler(find_pipeline(str(tiny)), sampling, cpu, torch.float32, "sdpa", False, False)
+    entry = entries(out, TWO)[5]
+    (pixels,), _ = sampler.decode(sampler.denoise([entry["seed"]], [entry["prompt"]]))
+    stored = np.asarray(Image.open(out / "train" / TWO / f"{TWO}_000005.png")).astype(int)
+    assert np.abs(stored - pixels.numpy()).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_formats_and_smaller_sizes(tmp_path, tiny, kind):
+    out = tmp_path / "out"
+    assert call(out, tiny, "--format", kind, "--save-size", 8, "--height", 32, images=2) == 0
+    with Image.open(out / "train" / ZERO / f"{ZERO}_000001.{kind}") as image:
+        assert image.size == (8, 16) and image.mode == "RGB"
+        assert image.format == {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[kind]
+
+
+def test_encoded_images_are_close_to_the_pixels():
+    ramp = np.stack([np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))] * 3, axis=2)
+    for kind, tolerance in (("png", 0), ("jpg", 6), ("webp", 8)):
+        from io import BytesIO
+
+        decoded = np.asarray(Image.open(BytesIO(drawing.encode_image(ramp, kind, None))).convert("RGB")).astype(int)
+        assert np.abs(decoded - ramp).max() <= tolerance, kind
+    small = Image.open(BytesIO(drawing.encode_image(ramp, "png", 16)))
+    assert small.size == (16, 16)
+
+
+# ===== the same command again =====
+
+
+def test_chunks_in_any_order_give_the_same_files(tmp_path, tiny, reference):
+    for part in (2, 0, 1):
+        assert call(tmp_path / "out", tiny, "--chunk", f"{part}/3") == 0
+    assert files_of(tmp_path / "out") == reference
+    assert call(tmp_path / "more", tiny, "--chunk", "4/5") == 0  # a chunk without a class is no error
+    assert not (tmp_path / "more" / "train").exists()
+
+
+def test_nothing_to_do_is_said_at_once_and_loads_no_pipeline(tmp_path, tiny, monkeypatch, capsys):
+    assert call(tmp_path / "out", tiny) == 0
+    before = files_of(tmp_path / "out")
+    monkeypatch.setattr(loading, "load_sampler", None)
+    assert call(tmp_path / "out", tiny, batch=None) == 0
+    assert "nothing to do, all 21 images" in capsys.readouterr().out
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "no manifest", "half a manifest", "no class"])
+def test_what_is_lost_is_drawn_again_to_the_byte(tmp_path, tiny, reference, damage):
+    out = tmp_path / "out"
+    assert call(out, tiny) == 0
+    image, manifest = out / "train" / ONE / f"{ONE}_000004.jpg", out / "manifest" / f"{ONE}.jsonl"
+    if damage == "missing":
+        image.unlink()
+    elif damage in ("empty", "cut"):
+        image.write_bytes(image.read_bytes()[: 0 if damage == "empty" else -1])
+    elif damage == "no manifest":
+        manifest.unlink()
+    elif damage == "half a manifest":
+        manifest.write_bytes(manifest.read_bytes()[:700])
+    else:
+        for path in (out / "train" / ONE).iterdir():
+            path.unlink()
+        (out / "train" / ONE).rmdir()
+    assert call(out, tiny, batch=None) == 0
+    assert files_of(out) == reference
+
+
+def test_verify_finds_a_flipped_byte_and_repair_mends_it(tmp_path, tiny, reference, capsys):
+    out = tmp_path / "out"
+    assert call(out, tiny) == 0
+    image = out / "train" / TWO / f"{TWO}_000006.jpg"
+    data = bytearray(image.read_bytes())
+    data[len(data) // 2] ^= 1
+    image.write_bytes(data)
+    assert call(out, tiny) == 0 and files_of(out) != reference  # same size: not seen without reading
+    assert call(out, tiny, "--verify") == 2
+    output = capsys.readouterr()
+    assert f"{TWO}: 1 damaged: 6" in output.out and "--repair" in output.err
+    assert call(out, tiny, "--repair") == 0
+    assert files_of(out) == reference
+    assert call(out, tiny, "--verify") == 0
+
+
+def test_foreign_files_are_kept_and_named(tmp_path, tiny, capsys):
+    out = tmp_path / "out"
+    assert call(out, tiny) == 0
+    (out / "train" / ONE / "holiday.jpg").write_bytes(b"mine")
+    (out / "train" / "stranger").mkdir()
+    assert call(out, tiny, "--status") == 0
+    err = capsys.readouterr().err
+    assert "holiday.jpg" in err and "stranger" in err
+    assert call(out, tiny) == 0 and (out / "train" / ONE / "holiday.jpg").read_bytes() == b"mine"
+
+
+def test_status_counts_and_estimates(tmp_path, tiny, capsys):
+    out = tmp_path / "out"
+    assert call(out, tiny) == 0
+    for index in (0, 1):
+        (out / "train" / ONE / f"{ONE}_{index:06d}.jpg").unlink()
+    (out / "train" / TWO / f"{TWO}_000000.jpg").write_bytes(b"")
+    capsys.readouterr()
+    assert call(out, tiny, "--status") == 0
+    text = capsys.readouterr().out
+    assert f"{ONE}: 5 of 7 done, 2 missing, 0 damaged" in text and f"{TWO}: 6 of 7 done, 0 missing, 1 damaged" in text
+    assert (
+        "18 of 21 images done, 2 missing, 1 damaged" in text
+        and "1 of 3 complete" in text
+        and "the rest takes 0:00:" in text
+    )
+
+
+# ===== refusals: one line, exit 2, nothing written =====
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", 3], "steps is 2, asked 3"),
+        (["--guidance-scale", 7.5], "guidance_scale is 2.0, asked 7.5"),
+        (["--prompt", "c"], "prompt is"),
+        (["--seed", 1], "seed is 0, asked 1"),
+        (["--images-per-class", 8], "images_per_class is 7, asked 8"),
+        (["--batch-size", 4], "batch_size is 3, asked 4"),
+        (["--classes", "zero, one"], "classes is"),
+        (["--recipe", "fast"], "name is"),
+        (["--format", "png"], "format is"),
+        (["--dtype", "bf16"], "dtype is"),
+    ],
+)
+def test_another_recipe_into_the_same_folder_is_refused(tmp_path, tiny, capsys, options, message, finished):
+    before = files_of(finished)
+    assert call(finished, tiny, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and "another recipe" in error and error.count("\n") == 1
+    assert files_of(finished) == before
+
+
+def test_a_dataset_whose_recipe_does_not_tell_the_chroma_is_continued(tmp_path, tiny, capsys):
+    out = tmp_path / "out"
+    assert call(out, tiny) == 0
+    info = json.loads((out / "dataset.json").read_text())
+    assert info["recipe"].pop("chroma") == "420"
+    (out / "dataset.json").write_text(json.dumps(info))
+    (out / "train" / ONE / f"{ONE}_000000.jpg").unlink()
+    assert call(out, tiny) == 0, capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny):
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert call(out, tiny, "--dtype", "fp32") == 0
+    return out
+
+
+def test_another_model_into_the_same_folder_is_refused(tmp_path, tiny, capsys, finished):
+    other = shutil.copytree(tiny, tmp_path / "moved")
+    assert call(finished, other) == 0  # the same files elsewhere are the same model
+    schedule = other / "scheduler" / "scheduler_config.json"
+    schedule.write_text(schedule.read_text().replace("0.012", "0.02"))
+    assert call(finished, other) == 2
+    error = capsys.readouterr().err
+    assert "another model: scheduler/scheduler_config.json is" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--guidance-scale", 0.5], "--guidance-scale 0.5"),
+        (["--steps", 1001], "--steps 1001"),
+        (["--height", 17], "--height 17: this model draws multiples of 2"),
+        (["--save-size", 64], "--save-size 64 is larger"),
+        (["--safety", "redraw"], "has no safety checker"),
+        (["--dtype", "fp16", "--device", "cpu"], "--dtype fp16"),
+        (["--device", "cuda:7"], "--device cuda:7"),
+        (["--attention", "xformers", "--device", "cpu"], "--attention xformers"),
+        (["--prompt", "{nme}"], "--prompt"),
+        (["--preview", "--chunk", "0/2"], "--chunk: --preview takes all classes together"),
+        (["--pack", "--chunk", "0/2"], "--chunk: --pack takes all classes together"),
+        (["--reproduce", "x", "--chunk", "0/2"], "--chunk: --reproduce takes all classes together"),
+        (["--classes", "no such thing"], "--classes"),
+        (["--model", "CompVis/no-such-weights"], "hf download"),
+        (["--revision", "main"], "--revision main"),
+    ],
+)
+def test_bad_requests_are_one_line_and_leave_nothing(tmp_path, tiny, capsys, options, message):
+    out = tmp_path / "out"
+    assert call(out, tiny, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error
+    assert not out.exists() or not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--images-per-class", "-3"],
+        ["--images-per-class", "0"],
+        ["--steps", "x"],
+        ["--chunk", "3/3"],
+        ["--chunk", "1"],
+        ["--status", "--verify"],
+        ["--recipe", "slow"],
+        ["--batch-size", "0"],
+    ],
+)
+def test_bad_values_are_refused_by_the_parser(tiny, tmp_path, options):
+    with pytest.raises(SystemExit) as exit_:
+        call(tmp_path / "out", tiny, *options)
+    assert exit_.value.code == 2
+
+
+def test_unknown_keys_of_a_recipe_are_refused(tmp_path, tiny, monkeypatch, capsys):
+    monkeypatch.setitem(generate.RECIPES, "paper", generate.RECIPES["paper"] | {"guidence": 3})
+    assert call(tmp_path / "out", tiny) == 2 and "guidence" in capsys.readouterr().err
+
+
+def test_looking_at_no_dataset_says_so(tmp_path, tiny, capsys):
+    for option in ("--status", "--verify", "--preview", "--pack"):
+        assert call(tmp_path / "none", tiny, option) == 2
+        assert "no dataset here" in capsys.readouterr().err
+
+
+def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, tiny, capsys):
+    assert call(tmp_path / "out", tiny, "--dry-run", "--rate", "2", "--recipe", "paper") == 0
+    text = capsys.readouterr().out
+    assert "images: 21 of 16 x 16" in text and "6 an image, 126 in all" in text and "at 2.00 images/s" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_dry_run_reckons_the_forwards_that_are_run(tmp_path, tiny, recipe):
+    args = generate.get_args_parser().parse_args(["--recipe", recipe, "--model", str(tiny), "--classes", "digits"])
+    wanted = generate.wanted_recipe(args, generate.load_classes("digits"), generate.parse_template("c"))
+    folder = generate.find_pipeline(str(tiny))
+    keys = ("scheduler", "steps", "guidance_scale", "guidance_interval")
+    sampling = diffusion.Sampling(**{key: wanted[key] for key in keys}, height=16, width=16)
+    sampler = loading.load_sampler(folder, sampling, torch.device("cpu"), torch.float32, "sdpa", False, False)
+    assert abs(plan.expected_forwards(wanted, folder.scheduler_config) - sampler.forwards_per_image) <= 1
+
+
+# ===== images that must not stay =====
+
+
+def test_black_and_broken_images_are_drawn_again_and_counted(tmp_path, tiny, monkeypatch, reference):
+    """Faults strike image 1 of each class at attempt 0; the redraw has its own seed."""
+    plain = diffusion.Sampler._decode
+    struck = []
+
+    def striking(self, latents):
+        pixels, faults = plain(self, latents)
+        if len(latents) == 3 and len(struck) % 3 == 0:  # the first full batch of each class of two
+            faults[1] = "black" if not struck else "non-finite"
+        if len(latents) == 3:
+            struck.append(len(latents))
+        return pixels, faults
+
+    monkeypatch.setattr(diffusion.Sampler, "_decode", striking)
+    out = tmp_path / "out"
+    assert call(out, tiny, images=9) == 0
+    info = json.loads((out / "dataset.json").read_text())
+    assert info["counts"]["redrawn"] == {"black": 1, "non-finite": 2}
+    first = entries(out, ZERO)[1]
+    assert first["attempt"] == 1 and first["rejected"] == ["black"]
+    assert first["seed"] == image_seed(0, ZERO, 1, attempt=1)
+    assert [entry["attempt"] for entry in entries(out, ZERO)] == [0, 1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_a_model_that_only_draws_black_is_an_error(tmp_path, tiny, monkeypatch, capsys):
+    plain = diffusion.Sampler._decode
+
+    def black(self, latents):
+        pixels, _ = plain(self, latents)
+        return pixels, ["black"] * len(latents)
+
+    monkeypatch.setattr(diffusion.Sampler, "_decode", black)
+    assert call(tmp_path / "out", tiny) == 2
+    assert "is black with 3 seeds in a row" in capsys.readouterr().err
+    assert not list((tmp_path / "out" / "train").rglob("*.jpg"))
+
+
+def flag_dark(self, pixels):
+    """A checker that flags about half of the images, by what is on them."""
+    return [bool(image.float().mean() < 118) for image in pixels]
+
+
+def test_flagged_images_are_redrawn_and_resume_draws_the_same(tmp_path, tiny_safe, monkeypatch):
+    monkeypatch.setattr(diffusion.Sampler, "flagged", flag_dark)
+    out = tmp_path / "out"
+    assert call(out, tiny_safe) == 0
+    drawn = [entry for class_id in (ZERO, ONE, TWO) for entry in entries(out, class_id)]
+    redrawn = [entry for entry in drawn if entry["attempt"]]
+    assert 3 < len(redrawn) < 21, [entry["attempt"] for entry in drawn]
+    for entry in redrawn:
+        assert entry["rejected"] == ["safety"] * entry["attempt"] and entry["safety"] is False
+        assert entry["seed"] == image_seed(0, entry["id"], entry["index"], entry["attempt"])
+    counts = json.loads((out / "dataset.json").read_text())["counts"]
+    assert counts["redrawn"] == {"safety": sum(entry["attempt"] for entry in drawn)} and counts["safety_flagged"] == 0
+
+    before = files_of(out)
+    for entry in redrawn:
+        (out / "train" / entry["id"] / f"{entry['id']}_{entry['index']:06d}.jpg").unlink()
+    assert call(out, tiny_safe) == 0
+    assert files_of(out) == before
+
+
+def test_attempts_are_bounded_and_the_last_image_is_kept_with_its_flag(tmp_path, tiny_safe, monkeypatch):
+    monkeypatch.setattr(diffusion.Sampler, "flagged", lambda self, pixels: [True] * len(pixels))
+    monkeypatch.setattr(drawing, "MAX_ATTEMPTS", 4)
+    out = tmp_path / "out"
+    assert call(out, tiny_safe, images=2) == 0
+    for entry in entries(out, ONE):
+        assert entry["attempt"] == 3 and entry["safety"] is True and entry["rejected"] == ["safety"] * 3
+    assert json.loads((out / "dataset.json").read_text())["counts"]["safety_flagged"] == 6
+    assert np.asarray(Image.open(out / "train" / ONE / f"{ONE}_000000.jpg")).max() > 50  # not blackened
+
+
+def test_keep_records_flags_and_off_asks_nobody(tmp_path, tiny_safe, monkeypatch):
+    monkeypatch.setattr(diffusion.Sampler, "flagged", flag_dark)
+    assert call(tmp_path / "keep", tiny_safe, "--safety", "keep") == 0
+    flags = [entry["safety"] for entry in entries(tmp_path / "keep", ZERO) + entries(tmp_path / "keep", ONE)]
+    assert set(flags) == {True, False}
+    assert {entry["attempt"] for entry in entries(tmp_path / "keep", ZERO)} == {0}
+    monkeypatch.setattr(diffusion.Sampler, "flagged", None)
+    assert call(tmp_path / "off", tiny_safe, "--safety", "off") == 0
+    assert {entry["safety"] for entry in entries(tmp_path / "off", ZERO)} == {None}
+
+
+def test_out_of_memory_changes_no_seed_and_no_composition(tmp_path, tiny, monkeypatch, reference):
+    plain = diffusion.Sampler._denoise
+
+    def small_memory(self, latents, texts, on_step):
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(self, latents, texts, on_step)
+
+    monkeypatch.setattr(diffusion.Sampler, "_denoise", small_memory)
+    out = tmp_path / "out"
+    assert call(out, tiny) == 0
+    ours = files_of(out)
+    assert ours.keys() == reference.keys()
+    for class_id in (ZERO, ONE, TWO):
+        kept = ("index", "prompt", "seed", "attempt")
+        theirs = [json.loads(line) for line in reference[f"manifest/{class_id}.jsonl"].splitlines()]
+        assert [[e[k] for k in kept] for e in entries(out, class_id)] == [[e[k] for k in kept] for e in theirs]
+    (session,) = (json.loads(line) for line in (out / "sessions.jsonl").read_text().splitlines())
+    assert session["micro_batch"] == 1  # of a batch size of 3: low bits may be others
+
+
+# ===== disks and permissions =====
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", disk], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"mounting a small tmpfs is not permitted here: {mount.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_stops_cleanly_and_the_same_command_goes_on(small_disk, tiny, reference, capsys):
+    out = small_disk / "out"
+    assert call(out, tiny) == 2
+    error = capsys.readouterr().err
+    assert "disk is full" in error and "same command" in error
+    kept = files_of(out)
+    assert kept and not [name for name in kept if name.endswith(".tmp")]
+    for name, data in kept.items():
+        if name.endswith(".jpg"):
+            assert data == reference[name]
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    assert call(out, tiny) == 0
+    assert files_of(out) == reference
+
+
+def test_folder_that_is_a_file_or_someone_elses_is_refused(tmp_path, tiny, capsys):
+    (tmp_path / "file").write_text("x")
+    assert call(tmp_path / "file", tiny) == 2 and "--out" in capsys.readouterr().err
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.docx").write_text("x")
+    assert call(tmp_path / "theirs", tiny) == 2 and "thesis.docx" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["thesis.docx"]

@@ -1,0 +1,370 @@
+"""Prompts: the same list for ever, streamed; templates checked before anything runs; warnings that name the class."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from utils.classes import ClassRow, ClassTable, imagenet_counts
+from utils.cli import UserError, run
+from utils.generation import prompts
+from utils.generation.prompts import (
+    NAMES,
+    TEMPLATES,
+    Prompt,
+    class_prompts,
+    image_seed,
+    images_per_class,
+    iter_prompts,
+    load_classes,
+    parse_template,
+    prompt_text,
+    prompt_warnings,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+TENCH = ClassRow("n01440764", "tench, Tinca tinca", "cyprinid, cyprinid fish", "a fish; of Europe")
+BARE = ClassRow("jay", "jay")
+
+# ===== the lists never change =====
+
+# First 16 digits of the sha256 of "id<TAB>index<TAB>text<TAB>seed<NEWLINE>" for 3 images a class, base seed 0.
+# Another hash is another dataset: a template that must change gets a new name.
+GOLDEN = {
+    ("imagenet_100", "c", "first"): "78358107ae7aac27",
+    ("imagenet_100", "c", "all"): "07542dde80061a27",
+    ("imagenet_100", "c, h_c", "first"): "c335370b1688f225",
+    ("imagenet_100", "c, h_c", "all"): "e171d722c1916967",
+    ("imagenet_100", "c, d_c", "first"): "751f61c91d37a11d",
+    ("imagenet_100", "c, d_c", "all"): "c08822de211b5594",
+    ("imagenet_100", "c, h_c inside b", "first"): "2d4429d68553e731",
+    ("imagenet_100", "c, h_c inside b", "all"): "32c1bc88ec08c01e",
+    ("imagenet_1k", "c", "first"): "9e47e3ad4974303b",
+    ("imagenet_1k", "c", "all"): "6834d0ebc2bda936",
+    ("imagenet_1k", "c, h_c", "first"): "28902f0b5f83ddf5",
+    ("imagenet_1k", "c, h_c", "all"): "ea184cd0fba61ca3",
+    ("imagenet_1k", "c, d_c", "first"): "7d792ad0c415f871",
+    ("imagenet_1k", "c, d_c", "all"): "6b5b9160f80a607a",
+    ("imagenet_1k", "c, h_c inside b", "first"): "6faafe76d1968bbf",
+    ("imagenet_1k", "c, h_c inside b", "all"): "deae874e0069d70d",
+    ("digits", "c", "first"): "d036894b0056a93a",
+    ("digits", "c", "all"): "377386f95bba808f",
+    ("digits", "c, h_c", "first"): "7929e2f8dc4b690c",
+    ("digits", "c, h_c", "all"): "5e3aa4ab504c9259",
+    ("digits", "c, d_c", "first"): "689a1d67f15d03f8",
+    ("digits", "c, d_c", "all"): "33266797ef241f07",
+    ("digits", "c, h_c inside b", "first"): "c685c4a8a7bf4898",
+    ("digits", "c, h_c inside b", "all"): "76552f87f9b191c9",
+}
+
+
+def list_hash(lines) -> str:
+    digest = sha256()
+    for prompt in lines:
+        digest.update(f"{prompt.wnid}\t{prompt.index}\t{prompt.text}\t{prompt.seed}\n".encode())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("classes", ["imagenet_100", "imagenet_1k", "digits"])
+def test_golden_lists(classes, template, names):
+    listed = iter_prompts(load_classes(classes), parse_template(template), 3, 0, names)
+    assert list_hash(listed)[:16] == GOLDEN[classes, template, names]
+
+
+def test_golden_seeds_and_backgrounds():
+    assert image_seed(0, "n01440764", 0) == 6330537071284250568
+    assert image_seed(0, "n01440764", 0, attempt=1) == 4096621656493576969
+    assert image_seed(-1, "jay", 12345) == 2354289068155496976
+    listed = list(class_prompts(load_classes("1k").rows[0], parse_template("c, h_c inside b"), 2))
+    assert [prompt.text for prompt in listed] == [
+        "tench, cyprinid inside hospital",
+        "tench, cyprinid inside outdoor diner",
+    ]
+
+
+STREAM = """
+import resource, sys, time
+from hashlib import sha256
+from utils.generation.prompts import images_per_class, iter_prompts, load_classes, parse_template
+table = load_classes("imagenet_1k")
+counts = images_per_class(table, "imagenet")
+start = time.process_time()
+digest, number = sha256(), 0
+for prompt in iter_prompts(table, parse_template(sys.argv[1]), counts):
+    digest.update(f"{prompt.wnid}\\t{prompt.index}\\t{prompt.text}\\t{prompt.seed}\\n".encode())
+    number += 1
+    if number == 20_000:
+        early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+late = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(number, digest.hexdigest(), late - early, time.process_time() - start, "torch" in sys.modules)
+"""
+
+
+def test_all_of_imagenet_is_streamed_in_seconds_and_constant_memory():
+    command = [sys.executable, "-c", STREAM, "c, h_c inside b"]  # the template that does most
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert output[:2] == ["1281167", "e24a97275652e13ab2dd683542408b2c12e33a68a1a78233b7b79404715ae680"]
+    assert int(output[2]) < 4096, "KiB more after 1.28 million prompts than after 20 000"
+    assert float(output[3]) < 30, "seconds of CPU time"  # about 4 here
+    assert output[4] == "False"
+
+
+# ===== what a prompt is =====
+
+
+@pytest.mark.parametrize(
+    ("template", "first", "all_names"),
+    [
+        ("c", "tench", "tench, Tinca tinca"),
+        ("c, h_c", "tench, cyprinid", "tench, Tinca tinca, cyprinid, cyprinid fish"),
+        ("c, d_c", "tench, a fish; of Europe", "tench, Tinca tinca, a fish; of Europe"),
+        (" c, d_c ", "tench, a fish; of Europe", "tench, Tinca tinca, a fish; of Europe"),
+        (
+            "c, h_c inside b",
+            "tench, cyprinid inside airfield",
+            "tench, Tinca tinca, cyprinid, cyprinid fish inside airfield",
+        ),
+        ("a photo of {name}, {definition}", "a photo of tench, a fish; of Europe", None),
+        ("{first_name}: {name} in {background}", "tench: tench in airfield", "tench: tench, Tinca tinca in airfield"),
+        ("{{{name}}} 🐟", "{tench} 🐟", "{tench, Tinca tinca} 🐟"),
+    ],
+)
+def test_templates(template, first, all_names):
+    parsed = parse_template(template)
+    assert prompt_text(TENCH, parsed, 0) == prompt_text(TENCH, parsed, 0, "first") == first
+    if all_names:
+        assert prompt_text(TENCH, parsed, 0, "all") == all_names
+
+
+def test_the_papers_names_stand_for_free_texts():
+    for name, pattern in TEMPLATES.items():
+        ours, free = (list(class_prompts(TENCH, parse_template(text), 5)) for text in (name, pattern))
+        assert ours == free
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("c, d_c", "jay"),
+        ("c, h_c", "jay"),
+        ("c, h_c inside b", "jay inside airfield"),
+        ("a {name}, {hypernym}, {definition}!", "a jay!"),
+        ("{name} ({definition})", "jay ()"),
+    ],
+)
+def test_an_empty_column_takes_its_comma_with_it(template, text):
+    assert prompt_text(BARE, parse_template(template), 0) == text
+
+
+def test_cells_are_never_read_as_templates():
+    row = ClassRow("x", "{name} %s {", "{hypernym}", "{0} \\1")
+    assert prompt_text(row, parse_template("c, d_c"), 0) == "{name} %s {, {0} \\1"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("a {nmae}", r"unknown placeholder \{nmae\}; known: \{name\} \{first_name\} \{hypernym\} \{definition\}"),
+        ("{}", r"unknown placeholder \{\}"),
+        ("{name.__class__}", r"unknown placeholder \{name\.__class__\}"),
+        ("{name!r}", r"unknown placeholder \{name!r\}"),
+        ("{name:>{hypernym}}", r"unknown placeholder \{name:>\{hypernym\}\}"),
+        ("a {name", r"expected '}'.*write \{\{ or \}\}"),
+        ("a name}", r"Single '}'.*write \{\{ or \}\}"),
+        ("c,d_c", r"says nothing of the class.* 'c, d_c'"),
+        ("", r"says nothing of the class"),
+        ("a photo, {background}", r"says nothing of the class"),
+        ("{name}\n", r"control character"),
+        ("\t{name}", r"control character"),
+        ("\udce9 {name}", r"control character"),  # a byte of the command line that is not UTF-8
+    ],
+)
+def test_templates_are_refused_before_anything_runs(template, message):
+    with pytest.raises(UserError, match=message):
+        parse_template(template)
+
+
+def test_unknown_names_option():
+    with pytest.raises(UserError, match="--names 'some': choose one of first, all"):
+        prompt_text(TENCH, parse_template("c"), 0, "some")
+    with pytest.raises(UserError, match="--names 'some'"):
+        next(class_prompts(TENCH, parse_template("c"), 1, names="some"))
+
+
+# ===== seeds =====
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(), index=st.integers(0, 10**7), attempt=st.integers(0, 100))
+def test_seeds_fit_every_generator(seed, index, attempt):
+    assert 0 <= image_seed(seed, "n01440764", index, attempt) < 2**63
+
+
+def test_seeds_differ_by_class_index_attempt_and_base_seed_only():
+    seeds = {
+        image_seed(seed, wnid, index, attempt)
+        for seed in (0, 1)
+        for wnid in ("a", "a1", "b")
+        for index in (0, 1, 11)
+        for attempt in (0, 1)
+    }
+    assert len(seeds) == 2 * 3 * 3 * 2
+    lists = [list(class_prompts(TENCH, parse_template(template), 4, seed=7)) for template in TEMPLATES]
+    assert len({tuple(prompt.seed for prompt in listed) for listed in lists}) == 1
+
+
+def test_a_longer_list_begins_with_the_shorter():
+    template = parse_template("c, h_c inside b")
+    assert list(class_prompts(TENCH, template, 5)) == list(class_prompts(TENCH, template, 9))[:5]
+
+
+def test_prompt_text_agrees_with_the_list():
+    for template in map(parse_template, TEMPLATES):
+        for prompt in class_prompts(TENCH, template, 50, seed=3, names="all"):
+            assert prompt.seed == image_seed(3, TENCH.wnid, prompt.index)
+            assert prompt.text == prompt_text(TENCH, template, prompt.seed, "all")
+
+
+def test_backgrounds_are_drawn_evenly():
+    listed = class_prompts(TENCH, parse_template("{name}|{background}"), 36_500)
+    drawn = Counter(prompt.text.split("|")[1] for prompt in listed)
+    assert len(drawn) == 365
+    assert sum((count - 100) ** 2 / 100 for count in drawn.values()) < 480  # chi-square, 364 degrees: p about 1e-4
+
+
+def test_lists_run_class_by_class():
+    table = load_classes("digits")
+    template = parse_template("c")
+    listed = list(iter_prompts(table, template, 2, seed=5))
+    assert [prompt.wnid for prompt in listed] == [wnid for wnid in table.ids for _ in range(2)]
+    assert listed[0] == Prompt(table.ids[0], 0, "zero", image_seed(5, table.ids[0], 0))
+    counts = dict.fromkeys(table.ids, 0) | {table.ids[3]: 2}
+    assert [(prompt.wnid, prompt.index) for prompt in iter_prompts(table, template, counts)] == [
+        (table.ids[3], 0),
+        (table.ids[3], 1),
+    ]
+    # 1.28 million prompts are not built to look at the first.
+    everything = iter_prompts(load_classes("1k"), template, images_per_class(load_classes("1k"), "imagenet"))
+    assert next(islice(everything, 1300, None)).wnid == "n01443537"
+
+
+def test_without_the_counts_imagenet_is_refused(monkeypatch, tmp_path):
+    imagenet_counts.cache_clear()
+    monkeypatch.setattr("utils.classes.PROMPTS_DIR", tmp_path)
+    with pytest.raises(UserError, match=r"imagenet_counts\.tsv is missing.*give a number instead"):
+        images_per_class(ClassTable("x", (TENCH,)), "imagenet")
+
+
+# ===== warnings =====
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("classes", ["imagenet_100", "imagenet_1k", "digits"])
+def test_the_released_models_prompts_have_no_warning(classes, names):
+    assert prompt_warnings(load_classes(classes), parse_template("c, d_c"), names) == []
+
+
+def test_bare_names_are_shared_by_three_pairs_of_classes():
+    # Cardigan the dog and cardigan the knitwear too: CLIP's tokenizer lower-cases.
+    assert prompt_warnings(load_classes("1k"), parse_template("c")) == [
+        "same prompt for 2 classes (n02012849, n03126707): 'crane'",
+        "same prompt for 2 classes (n02113186, n02963159): 'cardigan'",
+        "same prompt for 2 classes (n03710637, n03710721): 'maillot'",
+    ]
+    assert prompt_warnings(load_classes("1k"), parse_template("c, h_c")) == []
+    assert prompt_warnings(load_classes("100"), parse_template("c")) == []
+
+
+def test_empty_columns_are_told_where_the_template_needs_them():
+    table = ClassTable("birds", (BARE, TENCH))
+    assert prompt_warnings(table, parse_template("c, d_c"), count_tokens=words) == [
+        "no definition for 1 class (jay): their prompts go without it, as 'jay'"
+    ]
+    assert prompt_warnings(table, parse_template("c"), count_tokens=words) == []
+
+
+def test_what_clip_cuts_off_is_shown():
+    table = ClassTable("birds", (BARE, TENCH))
+    assert prompt_warnings(table, parse_template("c, d_c"), count_tokens=words, max_tokens=2)[1:] == [
+        "n01440764: 5 tokens, CLIP reads 2; cut off: 'fish; of Europe'"
+    ]
+    # Judged with the scene of most words, whichever the first image draws.
+    longest = max(map(words, prompts.backgrounds()))
+    template = parse_template("{name} {background}")
+    assert prompt_warnings(table, template, count_tokens=words, max_tokens=1 + longest) == []
+    assert len(prompt_warnings(table, template, count_tokens=words, max_tokens=longest)) == 2
+    # A first word that is too long alone is cut whole.
+    assert "cut off: 'tench" in prompt_warnings(table, parse_template("c"), "all", len, 3)[-1]
+
+
+def test_without_a_tokenizer_a_near_miss_is_told_as_an_estimate():
+    table = ClassTable("birds", (ClassRow("jay", "jay", "", "bird " * 66),))
+    (warning,) = prompt_warnings(table, parse_template("c, d_c"))
+    assert warning.startswith("jay: ~70 tokens (estimated to within 10), CLIP reads 77; may be cut off: 'bird")
+
+
+def test_many_warnings_of_a_kind_are_cut_short():
+    rows = tuple(ClassRow(f"id{number}", f"name {number // 2}") for number in range(100))
+    warnings = prompt_warnings(ClassTable("x", rows), parse_template("c"))
+    assert len(warnings) == 21 and warnings[-1] == "... and 30 more of this kind"
+
+
+# ===== the inspector =====
+
+
+def inspect(*arguments: str) -> int:
+    return run(prompts.main, prompts.get_args_parser(), list(arguments))
+
+
+def test_inspector_prints_id_text_and_tokens(capsys):
+    assert inspect("--classes", "1k", "--prompt", "c", "--limit", "2") == 0
+    output = capsys.readouterr()
+    assert output.out == "n01440764\ttench\t~3\nn01443537\tgoldfish\t~4\n"
+    notes = output.err.splitlines()
+    assert notes[0].startswith("note: no tokenizer of CompVis/stable-diffusion-v1-4 on this machine")
+    assert [note.split(" (")[0] for note in notes[1:]] == ["warning: same prompt for 2 classes"] * 3
+
+
+def test_inspector_as_json(capsys):
+    assert inspect("--classes", "digits", "--prompt", "{name} in {background}", "--names", "all", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["classes"] == "digits" and report["names"] == "all" and report["tokens"] == "estimated"
+    assert [item["id"] for item in report["prompts"]] == load_classes("digits").ids
+    assert report["prompts"][0]["prompt"].startswith("zero, 0, nought, cipher, cypher in ")
+    assert report["sha256"] == load_classes("digits").sha256
+    assert report["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--classes", "crane"], "--classes: 'crane' names 2 classes"),
+        (["--prompt", "{nmae}"], "unknown placeholder {nmae}"),
+        (["--classes", "none.tsv"], "cannot read none.tsv"),
+    ],
+)
+def test_inspector_says_what_to_mend(arguments, message, capsys):
+    assert inspect(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_inspector_runs_as_a_module_without_torch():
+    code = "import sys, runpy; sys.argv[1:] = ['--limit', '1']\n"
+    code += "try: runpy.run_module('utils.prompts', run_name='__main__')\n"
+    code += "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "0 False", result.stderr
+    assert result.stdout.startswith("n01558993\trobin, large American thrush")

@@ -1,0 +1,260 @@
+"""The launcher's refusals without a cluster: stand-ins for SLURM's programs; tests/launch/slurm has the real ones."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.cli import UserError, run
+from utils.launch import command, processes, slurm, slurm_checks
+from utils.launch.site import site_options
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS = ("generate.py", "--classes", "digits", "--model", str(ROOT / "models/digits-sd"), "--out")
+
+
+def call(*arguments: object) -> int:
+    argv = list(map(str, arguments))
+    return run(lambda args: command.main(args, argv), command.get_args_parser(), argv)
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """A function that puts a stand-in NAME on PATH, which holds nothing else, that prints TEXT."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.chdir(ROOT)
+
+    def add(name: str, text: str = "", code: int = 0) -> None:
+        quoted = text.replace("'", "'\\''")
+        (folder / name).write_text(f"#!/bin/sh\n[ {code} = 0 ] || exec >&2\nprintf '%s\\n' '{quoted}'\nexit {code}\n")
+        (folder / name).chmod(0o755)
+
+    return add
+
+
+@pytest.fixture
+def cluster(programs, monkeypatch):
+    """Two nodes, neither of them this machine; one partition of an hour."""
+    nodes = "NodeName=n{0} NodeAddr=n{0} NodeHostName=n{0} Partitions=gpu State=IDLE"
+    programs("sinfo", "gpu gpu* 1:00:00")
+    programs("scontrol", "\n".join(nodes.format(number) for number in (1, 2)))
+    for name in ("sbatch", "srun", "squeue"):
+        programs(name)
+    monkeypatch.setattr(slurm_checks, "LOCAL_FOLDERS", ("/dev/shm",))  # pytest's own folders lie in /tmp
+
+
+def refusal(capsys, *arguments: object) -> str:
+    assert call("--launcher", "slurm", *arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1
+    return said
+
+
+def test_without_sbatch_the_remedy_is_named_and_nothing_is_written(programs, tmp_path, capsys):
+    said = refusal(capsys, "--log-dir", tmp_path / "logs", *DIGITS, tmp_path / "out")
+    assert "no `sbatch` on PATH; run on a login node, or use --launcher local" in said
+    assert not (tmp_path / "logs").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_cluster_that_does_not_answer_is_named(cluster, programs, tmp_path, capsys):
+    programs("sinfo", "slurm_load_partitions: Unable to contact slurm controller", code=1)
+    said = refusal(capsys, *DIGITS, tmp_path / "out")
+    assert "Unable to contact slurm controller; is the cluster up, seen from here?" in said
+
+
+@pytest.mark.parametrize("option", ["--log-dir", "--out"])
+def test_a_folder_that_each_node_has_for_itself_is_refused(cluster, tmp_path, capsys, option):
+    folders = {"--log-dir": tmp_path / "logs", "--out": tmp_path / "out"} | {option: Path("/dev/shm/x")}
+    said = refusal(capsys, "--partition", "gpu", "--timeout-min", "60", "--log-dir", folders["--log-dir"],
+                   *DIGITS, folders["--out"])  # fmt: skip
+    assert f"{option} /dev/shm/x: each node has its own /dev; choose a folder that all share" in said
+    assert not Path("/dev/shm/x").exists()
+
+
+def test_a_master_address_that_does_not_resolve_is_named_before_anything_is_queued(
+    cluster, tmp_path, capsys, monkeypatch
+):
+    def unknown(name, port):
+        raise socket.gaierror(name)
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    said = refusal(capsys, "--nodes", "2", "--timeout-min", "60", "--log-dir", tmp_path / "logs",
+                   "train.py", "--data", ROOT / "models", "--out", tmp_path / "run")  # fmt: skip
+    assert "--nodes 2: node n1 (address n1) does not resolve here" in said and "--exclude n1" in said
+
+
+def test_an_unknown_partition_lists_those_there_are(cluster, programs, tmp_path, capsys):
+    programs("sinfo", "gpu\nlong")
+    assert "--partition gpuu: unknown; this cluster has gpu, long" in refusal(
+        capsys, "--partition", "gpuu", *DIGITS, tmp_path / "out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"),
+    [("30:30", 30.5), ("1:00:00", 60), ("2-00:00:00", 2880), ("1-12:30:00", 2190), ("infinite", None)],
+)
+def test_slurms_time_limits_are_read(limit, minutes):
+    assert slurm_checks.minutes(limit) == (float("inf") if minutes is None else minutes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partiton = 'gpu'", "partiton is not an option; the known ones are"),
+        ("[train]\nnode = 2", "[train] node is not an option"),
+        ("[deploy]\nnodes = 2", "[deploy] is no table of it; use [generate], [train], [evaluate]"),
+        ("train = 3", "train is a script's name; write it as a table"),
+        ("partition = ", "not valid TOML"),
+        ("setup = 'module load cuda'", "setup takes a list"),
+        ("partition = ['a', 'b']", "partition takes one value, not a list"),
+        ("watch = 'runs'", "watch is not an option"),
+    ],
+)
+def test_a_wrong_site_file_names_its_fault(tmp_path, text, message):
+    site = tmp_path / "site.toml"
+    site.write_text(text)
+    with pytest.raises(UserError) as refused:
+        site_options(site, "train", command.get_args_parser())
+    assert message in str(refused.value) and str(site) in str(refused.value)
+
+
+def test_a_site_file_serves_each_script_its_own_and_the_command_line_wins(tmp_path):
+    site = tmp_path / "site.toml"
+    site.write_text("partition = 'gpu'\nsetup = ['a', 'b']\n[train]\nnodes = 2\n[generate]\nchunks = 9\n")
+    parser = command.get_args_parser()
+    assert site_options(site, "train", parser) == ["--partition=gpu", "--setup=a", "--setup=b", "--nodes=2"]
+    assert site_options(site, "generate", parser)[-1] == "--chunks=9"
+    with pytest.raises(UserError, match="no such file"):
+        site_options(tmp_path / "none.toml", "train", parser)
+
+
+@pytest.mark.parametrize(
+    ("said", "in_grace"),
+    [
+        ("JobId=7 JobState=RUNNING Reason=None PreemptTime=2026-01-01T00:00:00", True),
+        ("JobId=7 JobState=RUNNING Reason=None PreemptTime=None", False),  # a SIGTERM by hand
+        ("JobId=7 JobState=CANCELLED Reason=None PreemptTime=None", False),
+        ("JobId=7 JobState=COMPLETING Reason=None PreemptTime=2026-01-01T00:00:00", False),  # ended without a GraceTime
+        (None, True),  # a container without SLURM's programs
+    ],
+)
+def test_a_stopped_job_stays_only_during_a_preemptions_grace(programs, monkeypatch, said, in_grace):
+    assert not slurm.in_preemption_grace()  # no job at all
+    for name, value in {"SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "slurm"}.items():
+        monkeypatch.setenv(name, value)
+    if said:
+        programs("scontrol", said)
+    assert slurm.in_preemption_grace() is in_grace
+
+
+# ===== options that fit the launcher =====
+
+
+@pytest.mark.parametrize(
+    ("launcher", "options", "message"),
+    [
+        ("inline", ["--partition", "gpu"], "--partition: --launcher inline does not use it; give --launcher slurm,"),
+        ("inline", ["--chunks=100"], "--chunks: --launcher inline does not use it; give --launcher local or slurm,"),
+        ("inline", ["--tasks-per-node", "2"], "--tasks-per-node: --launcher inline"),
+        ("inline", ["--site", "SITE"], "--site: --launcher inline"),
+        ("inline", ["--wait"], "--wait: --launcher inline"),
+        ("local", ["--gpus-per-node", "1"], "--gpus-per-node: --launcher local does not use it; give --launcher slurm"),
+        ("local", ["--sbatch", "mail_type=FAIL"], "--sbatch: --launcher local"),
+        ("local", ["--dry-run"], "--dry-run: --launcher local"),
+    ],
+)
+def test_an_option_that_the_launcher_would_ignore_is_refused(tmp_path, monkeypatch, capsys, launcher, options, message):
+    monkeypatch.chdir(ROOT)
+    site = tmp_path / "site.toml"
+    site.write_text("partition = 'gpu'")
+    options = [str(site) if option == "SITE" else option for option in options]
+    assert call("--launcher", launcher, *options, *DIGITS, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_training_on_two_nodes_without_slurm_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert call("--launcher", "local", "--nodes", "2", "train.py", "--data", "models", "--out", tmp_path / "run") == 2
+    assert "--nodes: --launcher local does not use it" in capsys.readouterr().err
+
+
+def test_what_changes_nothing_is_accepted_by_every_launcher(tmp_path, monkeypatch):
+    """`make pipeline` gives --chunks 1 to its verify step, wherever it runs; a site file may serve `local` too."""
+    monkeypatch.chdir(ROOT)
+    site = tmp_path / "site.toml"
+    site.write_text("partition = 'gpu'\nprocesses = 2")
+    for options in (["--launcher", "inline", "--chunks", "1"], ["--launcher", "local", "--site", str(site)]):
+        (stage,) = command.read_stages(options, [*DIGITS, "out"])
+        assert stage.mode == "chunks"
+
+
+def stage_of(launcher: str, *words: str) -> command.Stage:
+    (stage,) = command.read_stages(["--launcher", launcher], words)
+    return stage
+
+
+def test_a_job_without_chunks_has_a_process_a_gpu(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tasks = command.tasks_of(stage_of("slurm", "--gpus-per-node", "4", *DIGITS, "out"))
+    assert [(task.processes, task.chunks, task.of) for task in tasks] == [(4, (0, 1, 2, 3), 4)]
+    for alone in (["--chunk", "1/8"], ["--chunk=1/8"], ["--preview"], ["--reproduce", "x/dataset.json"]):
+        (task,) = command.tasks_of(stage_of("slurm", "--gpus-per-node", "4", *DIGITS, "out", *alone))
+        assert task.chunks is None, alone
+    (task,) = command.tasks_of(stage_of("slurm", "--gpus-per-node", "4", "--chunks", "1", *DIGITS, "out", "--verify"))
+    assert task.chunks is None
+
+
+@pytest.mark.parametrize(("own", "message"), [("--chunk=1/8", "--chunk is given"), ("--pack", "--pack takes all")])
+def test_chunks_of_what_cannot_be_cut_are_refused(monkeypatch, own, message):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=message):
+        stage_of("local", "--chunks", "4", *DIGITS, "out", own)
+
+
+# ===== several processes as one =====
+
+
+def run_team(capsys, *scripts: str) -> list[str]:
+    """The lines that processes running SCRIPTS print through the launcher."""
+    team = [processes.Process(f"p{number}", (sys.executable, "-c", text)) for number, text in enumerate(scripts)]
+    for outcome in processes.Team(team, len(team)).run():
+        assert outcome.code == 0, outcome
+    return capsys.readouterr().out.splitlines()
+
+
+BAR = """
+import sys, time
+for step in range(8):
+    sys.stderr.write(f"\\rdrawn {step} of 7"); sys.stderr.flush(); time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("end", ["print(file=sys.stderr)", "", "print('all here')", "sys.stderr.write('\\rdone\\n')"])
+def test_a_progress_bar_is_shown_now_and_then_and_its_last_state_always(capsys, monkeypatch, end):
+    monkeypatch.setattr(processes, "PROGRESS_S", 0.35)
+    lines = run_team(capsys, BAR + end, "print('other')")
+    lines.remove("[p1] other")
+    assert lines[0] == "[p0] drawn 0 of 7" and 2 < len(lines) < 7
+    assert lines == list(dict.fromkeys(lines))  # none twice
+    assert lines[-1] == ("[p0] done" if "done" in end else "[p0] drawn 7 of 7" + ("all here" if "here" in end else ""))
+
+
+def test_ordinary_lines_are_all_shown_also_equal_ones(capsys):
+    lines = run_team(capsys, "print('a\\na\\n\\nb'); print('c', end='')", "pass")
+    assert lines == ["[p0] a", "[p0] a", "[p0] ", "[p0] b", "[p0] c"]
+
+
+def test_every_gpu_is_used_once_before_any_is_used_twice(monkeypatch):
+    assert processes.share(["0", "1"], 4) == ["0", "1", "0", "1"] and processes.share([], 4) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    team = slurm.Task(("generate.py",), processes=4, chunks=(0, 1, 2, 3), of=8)._team(0, 1)
+    assert team.devices == ["2", "3", "2", "3"] and team.parallel == 4
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert slurm.Task(("generate.py",), processes=4, chunks=(0, 1, 2, 3), of=8)._team(0, 1).devices == []

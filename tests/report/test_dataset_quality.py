@@ -1,0 +1,138 @@
+"""A look at a dataset: measures against their definitions, planted faults found, bad input refused."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.linalg import sqrtm
+
+import evaluate
+from utils.cli import run
+from utils.report import dataset_quality as report
+from utils.storage import read_json
+
+
+def call(*arguments):
+    return run(evaluate.main, evaluate.get_args_parser(), [str(argument) for argument in arguments])
+
+
+def write_images(folder, per_class, seed, copies=0):
+    """Noise in two colours; the last COPIES images of the first class repeat its first one."""
+    rng = np.random.default_rng(seed)
+    for label, class_id in enumerate(("apple", "pear")):
+        (folder / class_id).mkdir(parents=True)
+        base = np.array([(200, 60, 60), (60, 200, 60)][label])
+        pixels = [np.clip(base + rng.normal(0, 60, (48, 48, 3)), 0, 255).astype(np.uint8) for _ in range(per_class)]
+        if copies and label == 0:
+            pixels[-copies:] = [pixels[0]] * copies
+        for index, image in enumerate(pixels):
+            Image.fromarray(image).save(folder / class_id / f"{index:03}.png")
+
+
+def test_planted_duplicates_are_found_without_a_checkpoint(tmp_path, capsys):
+    write_images(tmp_path / "data", 10, seed=0, copies=3)
+    assert call("--dataset-report", tmp_path / "data", "--out", tmp_path / "look") == 0
+    record = read_json(tmp_path / "look/dataset_report.json")
+    assert [row["id"] for row in record["classes"]] == ["apple", "pear"]  # the less diverse class first
+    apple, pear = record["classes"]
+    assert (apple["duplicates"], pear["duplicates"]) == (30.0, 0.0)
+    assert apple["diversity"] < pear["diversity"]
+    assert apple["closest"][0].endswith("/000.png")
+    page = (tmp_path / "look/dataset_report.html").read_text()
+    assert "most alike" in page and page.count("data:image/webp;base64,") == 3
+    assert "http" not in page.replace("http-equiv", "")
+    assert "images       20" in capsys.readouterr().out
+
+
+def test_against_real_images(tmp_path):
+    write_images(tmp_path / "synthetic", 12, seed=0)
+    write_images(tmp_path / "real", 12, seed=1)
+    (tmp_path / "real/plum").mkdir()
+    Image.new("RGB", (48, 48)).save(tmp_path / "real/plum/0.png")
+    command = ("--dataset-report", tmp_path / "synthetic", "--checkpoint", checkpoint(tmp_path), "--device", "cpu")
+    assert call(*command, "--real", tmp_path / "real", "--out", tmp_path / "look") == 0
+    record = read_json(tmp_path / "look/dataset_report.json")
+    assert record["missing_classes"] == ["plum"]
+    assert {"FID", "KID", "precision", "recall", "density", "coverage"} <= record["totals"].keys()
+    # the dataset against itself: nothing nearer
+    assert call(*command, "--real", tmp_path / "synthetic", "--out", tmp_path / "same") == 0
+    same = read_json(tmp_path / "same/dataset_report.json")["totals"]
+    assert same["precision"] == same["recall"] == same["coverage"] == 100
+    assert abs(same["FID"]) < 1e-3 * (1 + record["totals"]["FID"]) and same["FID"] < record["totals"]["FID"]
+
+
+def checkpoint(folder):
+    """A ResNet18 of random weights, as a plain state dict."""
+    import torch
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    torch.save(resnet18(num_classes=2).state_dict(), folder / "net.pth")
+    (folder / "args.json").write_text(
+        '{"arch": "resnet18", "head": "linear", "num_classes": 2, "class_ids": ["apple", "pear"], '
+        '"class_names": ["apple", "pear"], "image_size": 32, "resize": 36}'
+    )
+    return folder / "net.pth"
+
+
+def test_measures_are_their_definitions():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(300, 6)), rng.normal(0.5, 1.5, size=(200, 6))
+    a, b = np.cov(x.T), np.cov(y.T)
+    wanted = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real)
+    assert report.frechet_distance(report.moments(x), report.moments(y)) == pytest.approx(wanted, rel=1e-6)
+
+    def kernel(u, v):
+        return (np.dot(u, v) / 6 + 1) ** 3
+
+    x, y = x[:30], y[:20]
+    same_x = np.mean([kernel(x[i], x[j]) for i in range(30) for j in range(30) if i != j])
+    same_y = np.mean([kernel(y[i], y[j]) for i in range(20) for j in range(20) if i != j])
+    between = np.mean([kernel(u, v) for u in x for v in y])
+    assert report.kernel_distance(x, y) == pytest.approx(1000 * (same_x + same_y - 2 * between))
+
+    def radius(points, i):
+        return sorted(np.linalg.norm(points[i] - other) for other in points)[report.NEIGHBOURS]
+
+    inside = np.array([[np.linalg.norm(u - v) <= radius(x, i) for v in y] for i, u in enumerate(x)])
+    covered = np.array([[np.linalg.norm(u - v) <= radius(y, j) for j, v in enumerate(y)] for u in x])
+    measured = report.neighbourhoods(x, y)
+    assert measured["precision"] == pytest.approx(100 * inside.any(0).mean())
+    assert measured["recall"] == pytest.approx(100 * covered.any(1).mean())
+    assert measured["density"] == pytest.approx(100 * inside.sum() / (report.NEIGHBOURS * len(y)))
+    assert measured["coverage"] == pytest.approx(100 * inside.any(1).mean())
+
+    units = x / np.linalg.norm(x, axis=1, keepdims=True)
+    pairs = [units[i] @ units[j] for i in range(30) for j in range(30) if i != j]
+    assert report.diversity(x) == pytest.approx(1 - np.mean(pairs))
+
+
+def test_a_class_of_one_image_has_no_pairs():
+    assert report.near_duplicates(np.ones((1, 4))) == (0, [])
+    assert report.diversity(np.ones((1, 4))) is None
+    assert report.neighbourhoods(np.ones((1, 4)), np.ones((9, 4))) == {}
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--dataset-report", "{missing}"], "--dataset-report"),
+        (["--dataset-report", "{data}", "--real", "{data}"], "needs features; give --checkpoint"),
+        (["--dataset-report", "{data}", "--real", "{other}", "--checkpoint", "{net}"], "none of its classes"),
+    ],
+)
+def test_bad_input(tmp_path, capsys, arguments, message):
+    write_images(tmp_path / "data", 2, seed=0)
+    (tmp_path / "other/fig").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "other/fig/0.png")
+    places = {"missing": tmp_path / "gone", "data": tmp_path / "data", "other": tmp_path / "other", "net": "resnet18"}
+    assert call(*(argument.format(**places) for argument in arguments), "--out", tmp_path / "look") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "look").exists()
+
+
+def test_a_damaged_image_is_named(tmp_path, capsys):
+    write_images(tmp_path / "data", 2, seed=0)
+    (tmp_path / "data/pear/000.png").write_bytes(b"\x89PNG")
+    assert call("--dataset-report", tmp_path / "data", "--out", tmp_path / "look") == 2
+    assert "pear/000.png" in capsys.readouterr().err

@@ -1,0 +1,138 @@
+"""Checkpoints under kills and damage: the newest good one is found, or the run says clearly that there is none."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils.training import checkpoint
+from utils.training.checkpoint import (
+    NEWEST,
+    PREVIOUS,
+    DamagedCheckpoints,
+    load_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def state(step: int) -> dict:
+    return {"step": step, "model": {"weight": torch.full((64, 64), float(step))}}
+
+
+def test_the_last_two_are_kept(tmp_path):
+    assert load_checkpoint(tmp_path) is None
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, state(step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([NEWEST, PREVIOUS])
+    found, path, problems = load_checkpoint(tmp_path)
+    assert (found["step"], path.name, problems) == (3, NEWEST, [])
+    assert torch.load(tmp_path / PREVIOUS, weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "empty", "text", "missing"])
+def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, damage):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, state(step))
+    newest = tmp_path / NEWEST
+    data = bytearray(newest.read_bytes())
+    if damage == "flipped bit":
+        data[data.index(b"\x00\x00\x00\x40" * 8)] ^= 1  # inside the tensor: only a checksum can notice
+    newest.write_bytes({"truncated": data[:-200], "empty": b"", "text": b"not a checkpoint"}.get(damage, data))
+    if damage == "missing":  # killed between the two renames
+        newest.unlink()
+    found, path, problems = load_checkpoint(tmp_path)
+    assert (found["step"], path.name) == (1, PREVIOUS)
+    assert len(problems) == (damage != "missing") and all(NEWEST in problem for problem in problems)
+
+
+def test_two_damaged_ones_are_an_error_and_not_a_fresh_start(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, state(step))
+    for name in (NEWEST, PREVIOUS):
+        (tmp_path / name).write_bytes(b"x" * 100)
+    with pytest.raises(DamagedCheckpoints, match=f"{NEWEST}.*{PREVIOUS}"):
+        load_checkpoint(tmp_path)
+
+
+def test_pickled_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch /tmp/never",)
+
+    torch.save({"step": 1, "payload": Evil()}, tmp_path / NEWEST)
+    with pytest.raises(DamagedCheckpoints):
+        load_checkpoint(tmp_path)
+
+
+def test_kill_9_while_writing_leaves_a_loadable_one(tmp_path):
+    """A process saves without pause and is killed at ten different moments; what is left always loads."""
+    script = f"""
+        import sys; sys.path.insert(0, {str(ROOT)!r})
+        from pathlib import Path
+        import torch
+        from utils.training.checkpoint import load_checkpoint, save_checkpoint
+        run = Path({str(tmp_path)!r})
+        found = load_checkpoint(run)
+        step = found[0]["step"] if found else 0
+        print("ready", flush=True)
+        while True:
+            step += 1
+            save_checkpoint(run, {{"step": step, "model": {{"weight": torch.full((256, 256), float(step))}}}})
+    """
+    last = 0
+    for attempt in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.15 + 0.013 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        found, _, problems = load_checkpoint(tmp_path)
+        assert problems == [] and found["step"] > last
+        assert (found["model"]["weight"] == found["step"]).all()
+        last = found["step"]
+    leftovers = list(tmp_path.glob(".*.tmp"))
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.glob(".*.tmp")), leftovers
+    assert load_checkpoint(tmp_path)[0]["step"] == last
+
+
+@pytest.mark.parametrize("room", [0, 5000])
+def test_a_full_disk_is_an_oserror_as_the_command_line_expects(tmp_path, monkeypatch, room):
+    """A disk with ROOM bytes left."""
+
+    class Full(io.FileIO):
+        def write(self, data) -> int:
+            if self.tell() + len(data) > room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr(checkpoint, "open", Full, raising=False)
+    with pytest.raises(OSError) as caught:
+        save_checkpoint(tmp_path, state(1))
+    assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_living_writer_stay(tmp_path):
+    mine, other = tmp_path / f".{NEWEST}.{os.getpid()}.tmp", tmp_path / f".{NEWEST}.{os.getppid()}.tmp"
+    dead = tmp_path / f".{NEWEST}.999999999.tmp"
+    for path in (mine, other, dead):
+        path.write_bytes(b"x")
+    remove_leftovers(tmp_path)
+    assert not dead.exists() and not mine.exists() and other.exists()

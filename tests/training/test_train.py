@@ -1,0 +1,287 @@
+"""train.py as a user runs it: what it writes, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import train
+from tests.training_runs import ROOT, STEPS, TINY, finish, log_without_clock, make_images, start, weights
+from utils.cli import UserError
+from utils.training.augment import AugmentSpec
+from utils.training.step import Plan, Training, make_plan
+
+
+def parse(*options: object):
+    return train.get_args_parser().parse_args([*map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """34 images of three classes, one of which has a single image."""
+    return make_images(tmp_path_factory.mktemp("data") / "shapes", {"n01": 20, "n02": 13, "n03": 1})
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """A finished run with validation, every third epoch and after the last one."""
+    run = tmp_path_factory.mktemp("runs") / "shapes"
+    options = [option for option in TINY if option != "--no-tensorboard"]
+    out, _ = finish(start("--data", images, "--val", images, "--out", run, "--val-every", 3, *options))
+    return run, out
+
+
+def test_a_run_writes_what_it_promises(finished, images):
+    run, out = finished
+    names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    assert {"checkpoint.pth", "checkpoint_previous.pth", "shapes.pth", "args.json", "log.jsonl", "curves.png"} <= names
+    assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    described = json.loads((run / "args.json").read_text())
+    assert described["class_ids"] == ["n01", "n02", "n03"] and described["dataset"] == "shapes"
+    assert (described["arch"], described["head"], described["image_size"], described["resize"]) == (
+        "resnet10",
+        "cosine",
+        32,
+        36,
+    )
+    assert (
+        described["plan"]["epochs"] * described["plan"]["steps_per_epoch"] == STEPS
+        and described["environment"]["packages"]["torch"]
+    )
+    assert "batch   8 images = 1 process x 2 micro-batches x 4" in out
+    assert "lr      peak 0.003125 = 0.1 x 8 / 256; 4 steps of warm-up, then cosine to 1e-06" in out
+    assert "fc.bias" not in weights(run / "shapes.pth")
+
+
+def test_the_log_has_a_line_an_interval_and_an_epoch(finished):
+    run, out = finished
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    wanted = {"loss", "lr", "top1", "images_per_s", "data_wait", "eta_s", "memory_mb", "bad_images", "epoch", "time"}
+    assert wanted <= steps[0].keys() and all(0 <= line["data_wait"] <= 1 for line in steps)
+    assert [line["epoch"] for line in epochs] == [1, 2, 3]
+    assert [("val_top1" in line) for line in epochs] == [False, False, True] and epochs[-1]["val_n"] == 34
+    assert np.mean([line["loss"] for line in steps[-4:]]) == pytest.approx(epochs[-1]["loss"], rel=1e-6)
+    assert f"epoch 3/3 step {STEPS}/{STEPS} loss" in out and "validation top-1" in out
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    found = [event.value for event in events.Scalars("train/loss")]
+    assert found == pytest.approx([line["loss"] for line in steps], rel=1e-5)
+
+
+def test_the_same_command_leaves_a_finished_run_alone(finished, images):
+    run, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
+    out, _ = finish(start("--data", images, "--out", run, *TINY, patch="sys.modules['torch'] = None"))  # torch-free
+    assert "finished already" in out
+    assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}
+
+
+def test_another_recipe_or_other_images_into_the_same_run_are_refused(finished, images, tmp_path):
+    run, _ = finished
+    _, err = finish(start("--data", images, "--out", run, *TINY, "--lr", 0.2), 2)
+    assert "holds another run: lr was 0.1, now 0.2" in err
+    _, err = finish(start("--data", images, "--out", run, *TINY, "--images-per-class", 12), 2)
+    assert "data was ['34 images" in err and "now ['25 images" in err and "Traceback" not in err
+
+
+def test_weights_of_an_earlier_run_are_not_those_of_the_next(images, tmp_path):
+    """The first one's checkpoints are deleted, its weights are forgotten, and the second one is killed."""
+    first = ["--data", images, "--out", tmp_path, *TINY, "--epochs", 1]
+    finish(start(*first))
+    for path in tmp_path.glob("checkpoint*.pth"):
+        path.unlink()
+    second = [*first, "--lr", 0.2]
+    patch = (
+        "import os; from utils.training.step import Training; Training.update = lambda self: os.kill(os.getpid(), 9)"
+    )
+    finish(start(*second, patch=patch), -9)
+    assert not (tmp_path / "shapes.pth").exists()
+    out, _ = finish(start(*second))
+    assert "finished already" not in out and "wrote" in out
+
+
+def test_a_run_is_finished_under_its_own_name_only(finished, images):
+    run, _ = finished
+    identity = json.loads((run / "args.json").read_text())["identity"]
+    (run / "other.pth").write_bytes(b"")
+    assert train.is_finished(run, "shapes", identity) and not train.is_finished(run, "other", identity)
+    (run / "other.pth").unlink()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(images, tmp_path):
+    out, _ = finish(start("--data", images, "--out", tmp_path / "run", *TINY, "--dry-run"))
+    assert "34 images, 3 classes" in out and "1.23 M parameters" in out
+    assert f"steps   {STEPS} = 3 epochs x 4" in out
+    assert f"probe   {STEPS} steps, median" in out and f"{STEPS} steps take about" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_can_be_interrupted(images, tmp_path):
+    patch = """
+        import os, signal
+        from utils.training.step import Training
+        Training.update = lambda self: os.kill(os.getpid(), signal.SIGINT)
+    """
+    _, err = finish(start("--data", images, "--out", tmp_path / "run", *TINY, "--dry-run", patch=patch), 130)
+    assert "interrupted" in err
+
+
+def test_damaged_images_stop_the_run_unless_allowed(tmp_path):
+    data = make_images(tmp_path / "data", {"n01": 8, "n02": 8})
+    damaged = data / "n01" / "n01_000003.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    _, err = finish(start("--data", data, "--out", tmp_path / "run", *TINY, "--epochs", 1), 2)
+    assert "--max-bad-images 0: 1 damaged" in err and str(damaged) in err
+    run = tmp_path / "allowed"
+    _, err = finish(start("--data", data, "--out", run, *TINY, "--epochs", 1, "--max-bad-images", 1))
+    assert "damaged image 1, the next one takes its place" in err and str(damaged) in err
+    assert log_without_clock(run)[-2]["bad_images"] == 1
+
+
+def test_a_damaged_validation_image_is_one_line_and_costs_no_epoch(images, tmp_path):
+    """The error comes from a worker that ignores SIGTERM: the process must end all the same."""
+    val = make_images(tmp_path / "val", {"n01": 3})
+    (val / "n01" / "junk.jpg").write_bytes(b"junk")
+    run = tmp_path / "run"
+    _, err = finish(start("--data", images, "--val", val, "--out", run, *TINY), 2)
+    assert err.splitlines() == [err.rstrip()] and "error: damaged validation image" in err and "junk.jpg" in err
+    assert weights(run / "checkpoint.pth")["step"] == 4  # the first epoch
+    (val / "n01" / "junk.jpg").unlink()
+    finish(start("--data", images, "--val", val, "--out", run, *TINY))
+    assert [line["epoch"] for line in log_without_clock(run) if line["kind"] == "epoch"] == [1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(images, tmp_path):
+    patch = """
+        from utils.training.step import Training
+        accumulate = Training.accumulate
+        def poisoned(self, batch, last):
+            if self.step == 6:
+                self.model.fc.weight.data[0, 0] = float("inf")
+            accumulate(self, batch, last)
+        Training.accumulate = poisoned
+    """
+    _, err = finish(start("--data", images, "--out", tmp_path, *TINY, patch=patch), 2)
+    assert "the loss is not finite at epoch 1, step 6, learning rate" in err and "--lr" in err
+    state = weights(tmp_path / "checkpoint.pth")
+    assert state["step"] == 4 and all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "local_cuont=4"], "unknown key 'local_cuont'; the recipe has arch, head"),
+        (["--set", "global_scale=2"], "no value for global_scale"),
+        (["--set", "epochs=many"], "'many' is no value for epochs"),
+        (["--set", "epochs=0"], "--set epochs=0: must be a number, at least 1"),
+        (["--set", "batch_per_device=0"], "--set batch_per_device=0: must be a number, at least 1"),
+        (["--set", "warmup_epochs=-1"], "at least 0"),
+        (["--set", "weight_decay=inf"], "at least 0"),
+        (["--set", "flip=nan"], "at least 0 and at most 1"),
+        (["--set", "hue=0.6"], "--set hue=0.6: must be a number, at least 0 and at most 0.5"),
+        (["--set", "interpolation=nearest"], "--set interpolation=nearest: choose bicubic or bilinear"),
+        (["--set", "head=round"], "--set head=round: choose cosine or linear"),
+        (["--classes", "digits"], "differ from --classes digits: 10 missing"),
+        (["--batch-size", "999"], "--batch-size 999: only 34 images"),
+        (["--data", "nowhere"], "no folder nowhere"),
+        (["--data", "nowhere:0"], "weight must be above 0"),
+        (["--val", "nowhere"], "--val: no folder nowhere"),
+        (["--arch", "resnet51"], "--arch resnet51: unknown"),
+        (["--arch", "vit_b_32"], "cannot take"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--dtype", "fp16"], "--dtype fp16"),
+    ],
+)
+def test_mistakes_are_named(images, tmp_path, options, message):
+    with pytest.raises(UserError) as caught:
+        train.main(parse("--data", images, "--out", tmp_path / "run", *TINY, *options))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_run_folder_is_named(images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out: cannot write to"):
+        train.main(parse("--data", images, "--out", tmp_path / "file" / "run", *TINY))
+
+
+def test_recipes_are_flat_and_complete():
+    for name, recipe in train.RECIPES.items():
+        assert recipe.keys() == train.PAPER.keys(), name
+        assert all(isinstance(value, str | int | float | tuple) for value in recipe.values())
+    paper = train.make_recipe(parse("--data", "x"))
+    wanted = {"arch": "resnet50", "epochs": 100, "batch_size": 256, "lr": 0.1, "weight_decay": 1e-4, "final_lr": 1e-6}
+    assert wanted.items() <= paper.items()
+    changed = train.make_recipe(parse("--data", "x", "--set", "local_scale=0.05,0.4", "--set", "hue=0"))
+    assert changed["local_scale"] == (0.05, 0.4) and changed["hue"] == 0.0
+
+
+def test_every_key_of_a_recipe_is_read():
+    """A key that no code reads would be a lie about what was done."""
+    after_the_recipes = (ROOT / "train.py").read_text().split("def get_args_parser")[1]
+    source = after_the_recipes + (ROOT / "utils/training/step.py").read_text()
+    assert [key for key in train.PAPER if f'"{key}"' not in source] == []
+
+
+def test_sources_names_and_weights():
+    parsed = train.parse_source("data/a:0.25")
+    assert (str(parsed[0]), parsed[1]) == ("data/a", 0.25)
+    assert train.parse_source("data/a")[1] == 1.0 and str(train.parse_source("C:/data")[0]) == "C:/data"
+    assert train.dataset_name(train.Path("data/digits/train")) == "digits"
+    assert train.dataset_name(train.Path("data/imagenet_100_sd/")) == "imagenet_100_sd"
+
+
+def test_plans_keep_the_batch_on_any_number_of_devices():
+    recipe = train.PAPER
+    for world, micro in ((1, 4), (2, 2), (4, 1), (8, 1)):
+        plan = make_plan(recipe, 126_689, world)
+        assert (plan.batch_size, plan.micro_batches) == (256, micro)
+        assert plan.micro_batch_size * plan.micro_batches * world == 256 and plan.micro_batch_size <= 64
+        assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (494, 49_400, 4_940)
+    assert make_plan(recipe, 1000, 3 * 64 // 64 + 1).world == 4
+    with pytest.raises(UserError, match="cannot be shared by 3 processes"):
+        make_plan(recipe, 1000, 3)
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch():
+    """Without batch norm a step is the same to rounding, in however many parts it is computed."""
+    batch = {
+        "crops": [torch.randint(0, 256, (8, 1, 8, 8, 3), dtype=torch.uint8)],
+        "labels": torch.arange(8) % 3,
+        "samples": np.arange(8),
+        "passes": np.zeros(8, dtype=int),
+    }
+
+    def one_step(parts: int) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 3))
+        plan = Plan(8, 8, parts, 1, 1, 2, 0, 0.1, 0.0)
+        forward = type("One", (nn.Module,), {"forward": lambda self, views: model(views[0])})()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        recipe = train.PAPER | {"local_count": 0}
+        training = Training(model, forward, optimizer, scaler, torch.device("cpu"), torch.float32, recipe, plan, 0)
+        assert training.augmentations == [AugmentSpec(0.5, 0.8, 0.4, 0.4, 0.2, 0.1, 0.2, 0.2, 0.2)]
+        training.begin()
+        for part in range(parts):
+            rows = slice(part * 8 // parts, (part + 1) * 8 // parts)
+            piece = {
+                key: [crops[rows] for crops in batch[key]] if key == "crops" else batch[key][rows] for key in batch
+            }
+            training.accumulate(piece, last=part == parts - 1)
+        training.update()
+        return model
+
+    whole = one_step(1)
+    for parts in (2, 4):
+        for one, other in zip(whole.parameters(), one_step(parts).parameters(), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)

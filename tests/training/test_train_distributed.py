@@ -1,0 +1,149 @@
+"""Two gloo processes against one: the same global batch gives the same weights, and validation counts images once."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+from torch import nn
+
+from tests.training_runs import TINY, finish, log_without_clock, make_images, start, weights
+from utils.model import CpuSyncBatchNorm
+
+# Two processes add the same numbers in another order; after STEPS steps of SGD the weights of this network, up to 1 in
+# size, differ by rounding only. float32: 12 steps stay below this.
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("data") / "shapes", {"n01": 20, "n02": 13})  # 33: an odd number
+
+
+@pytest.fixture(scope="module")
+def alone(images, tmp_path_factory):
+    """The run that all others must equal."""
+    run = tmp_path_factory.mktemp("runs") / "one"
+    finish(start("--data", images, "--val", images, "--out", run, *TINY, "--batch-per-device", 8))
+    return run
+
+
+def assert_close(run, alone) -> None:
+    one, other = weights(alone / "shapes.pth"), weights(run / "shapes.pth")
+    assert one.keys() == other.keys()  # synchronised batch norm has the same names: the export is the same file
+    assert one["conv1.weight"].abs().mean() > 10 * TOLERANCE  # so that the comparison means something
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=name)
+
+
+def start_two(*options: object, patch: str = "") -> list:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [start(*options, patch=patch, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(images, alone, tmp_path):
+    run = tmp_path / "two"
+    options = ["--data", images, "--val", images, "--out", run, *TINY, "--batch-per-device", 8]
+    (first, _), (second, _) = [finish(process) for process in start_two(*options)]
+    assert "batch   8 images = 2 processes x 1 micro-batch x 4" in first
+    assert [line for line in second.splitlines() if not line.startswith("[Gloo]")] == []  # rank 0 speaks for all
+    assert_close(run, alone)
+    for mine, theirs in zip(log_without_clock(alone), log_without_clock(run), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3) and mine["step"] == theirs["step"]
+        assert mine.get("val_n", 33) == theirs.get("val_n", 33) == 33
+
+
+def test_a_run_of_one_process_continues_on_two(images, alone, tmp_path):
+    """Half of a run on one process and half on two: the effective batch stays, so do the weights within rounding."""
+    options = ["--data", images, "--out", tmp_path / "run", *TINY, "--batch-per-device", 8]
+    stop = """
+        import os, signal
+        from utils.training.step import Training
+        update = Training.update
+        def disturbed(self):
+            update(self)
+            if self.step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+        Training.update = disturbed
+    """
+    finish(start(*options, patch=stop), 143)
+    outputs = [finish(process) for process in start_two(*options)]
+    assert "at step 6 of 12" in outputs[0][0]
+    assert_close(tmp_path / "run", alone)
+
+
+SIGNALLED_ON_RANK_1 = """
+    import os, signal, utils.training.step
+    from utils.training.step import Training
+    inner = {inner}
+    def disturbed(self, *arguments, **named):
+        if os.environ["RANK"] == "1" and self.step == {step}:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return inner(self, *arguments, **named)
+    {inner} = disturbed
+"""
+
+
+@pytest.mark.parametrize(
+    ("inner", "step", "saved"), [("Training.accumulate", 5, 6), ("utils.training.step.validate", 4, 4)]
+)
+def test_a_signal_to_one_process_stops_all_at_the_same_step(images, alone, tmp_path, inner, step, saved):
+    """In mid-step the others wait in a collective: nobody may leave alone."""
+    options = ["--data", images, "--val", images, "--out", tmp_path / "run", *TINY, "--batch-per-device", 8]
+    patch = SIGNALLED_ON_RANK_1.format(inner=inner, step=step)
+    first, second = start_two(*options, patch=patch)
+    out, _ = finish(first, 143)
+    finish(second, 138)
+    assert f"stopped by a signal; step {saved} is saved" in out
+    assert weights(tmp_path / "run" / "checkpoint.pth")["step"] == saved
+    if inner == "utils.training.step.validate":  # the validation is done again
+        for process in start_two(*options):
+            finish(process)
+        assert_close(tmp_path / "run", alone)
+        assert [line["kind"] for line in log_without_clock(tmp_path / "run")].count("epoch") == 3
+
+
+def test_processes_that_resume_different_steps_are_refused(images, tmp_path):
+    """As on nodes that do not share the disk of --out."""
+    options = ["--data", images, "--out", tmp_path / "run", *TINY, "--batch-per-device", 8, "--epochs", 1]
+    finish(start(*options))
+    (tmp_path / "run" / "shapes.pth").unlink()
+    blind = """
+        import os
+        from utils.training import checkpoint
+        if os.environ["RANK"] == "1":
+            checkpoint.load_checkpoint = lambda run: None
+    """
+    for process in start_two(*options, patch=blind):
+        _, err = finish(process, 2)
+        assert "rank 0 continues from step 4 but rank 1 from step 0; put --out on a disk" in err
+
+
+def test_synchronised_batch_norm_equals_torchs_on_one_process(tmp_path):
+    """Forward, gradients and running statistics; the group of one process adds nothing."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        ours, reference = CpuSyncBatchNorm(5), nn.BatchNorm2d(5)
+        with torch.no_grad():
+            for module in (ours, reference):
+                module.weight.copy_(torch.linspace(0.5, 2, 5))
+                module.bias.copy_(torch.linspace(-1, 1, 5))
+        x = (torch.randn(6, 5, 4, 3) * 3 + 100).requires_grad_()  # a large mean: squares must not cancel
+        y = x.detach().clone().requires_grad_()
+        weight = torch.randn(6, 5, 4, 3)
+        (ours(x) * weight).sum().backward()
+        (reference(y) * weight).sum().backward()
+        torch.testing.assert_close(ours(x), reference(y), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(x.grad, y.grad, atol=1e-4, rtol=1e-4)
+        for name in ("weight", "bias"):
+            torch.testing.assert_close(getattr(ours, name).grad, getattr(reference, name).grad, atol=1e-3, rtol=1e-4)
+        for name, value in reference.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], value, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.eval()(x), reference.eval()(y), atol=1e-4, rtol=1e-4)
+    finally:
+        torch.distributed.destroy_process_group()

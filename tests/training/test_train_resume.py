@@ -1,0 +1,177 @@
+"""Killed, signalled, damaged: a run that is started again ends with the same bits as one that was left in peace."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from tests.training_runs import STEPS, TINY, finish, log_without_clock, make_images, same_bits, start, weights
+
+# Dropout and stochastic depth draw from torch's generator: the network of these tests has dropout.
+OPTIONS = [*TINY, "--arch", "mobilenet_v3_small", "--checkpoint-minutes", "0.00001"]  # a checkpoint after every step
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("data") / "shapes", {"n01": 20, "n02": 14})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(start("--data", images, "--out", run, *OPTIONS))
+    return run
+
+
+def assert_same_run(run, undisturbed) -> None:
+    assert same_bits(weights(run / "shapes.pth"), weights(undisturbed / "shapes.pth"))
+    assert log_without_clock(run) == log_without_clock(undisturbed)
+    one, other = (weights(folder / "checkpoint.pth") for folder in (run, undisturbed))
+    assert one["step"] == other["step"] == STEPS
+    assert same_bits(
+        {str(key): value["momentum_buffer"] for key, value in one["optimizer"]["state"].items()},
+        {str(key): value["momentum_buffer"] for key, value in other["optimizer"]["state"].items()},
+    )
+
+
+# Kill oneself with SIGKILL while doing something: half of a checkpoint is on the disk, the old one is renamed and the
+# new one is not, or a gradient is half accumulated.
+KILLED_WHILE_WRITING = """
+    import os, signal, torch
+    save = torch.save
+    def half(state, file):
+        save(state, file)
+        if state.get("step") == 3:
+            file.truncate(file.tell() // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = half
+"""
+KILLED_BETWEEN_RENAMES = """
+    import os, pathlib, signal
+    replace = pathlib.Path.replace
+    def half(self, target):
+        replace(self, target)
+        if str(target).endswith("checkpoint_previous.pth"):
+            if self.parent.joinpath("log.jsonl").read_text().count("train") == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+    pathlib.Path.replace = half
+"""
+SIGNALLED_IN_A_STEP = """
+    import os, signal
+    from utils.training.step import Training
+    accumulate = Training.accumulate
+    def disturbed(self, batch, last):
+        accumulate(self, batch, last)
+        if self.step == {step} and {when}:
+            os.kill(os.getpid(), signal.{name})
+    Training.accumulate = disturbed
+"""
+
+
+def test_kill_9_in_mid_epoch_in_mid_checkpoint_and_between_renames(images, undisturbed, tmp_path):
+    """One run, killed three times: every resume continues from the newest whole checkpoint."""
+    run = tmp_path / "run"
+    command = ["--data", images, "--out", run, *OPTIONS]
+    finish(start(*command, patch=KILLED_WHILE_WRITING), -signal.SIGKILL)
+    assert weights(run / "checkpoint.pth")["step"] == 2 and list(run.glob(".*.tmp"))
+
+    process = start(*command, patch=KILLED_BETWEEN_RENAMES)
+    out, _ = finish(process, -signal.SIGKILL)
+    assert f"at step 2 of {STEPS}" in out
+    assert not (run / "checkpoint.pth").exists() and weights(run / "checkpoint_previous.pth")["step"] == 5
+
+    process = start(*command)  # killed by an outsider at a moment of its choosing
+    deadline = time.monotonic() + 120
+    while len(log_without_clock(run)) < 9 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+    out, _ = finish(start(*command))
+    assert "resuming from" in out and not list(run.glob(".*.tmp"))
+    assert_same_run(run, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "when"),
+    [("SIGTERM", 143, "not last"), ("SIGUSR1", 138, "last"), ("SIGUSR2", 140, "not last"), ("SIGINT", 130, "last")],
+)
+def test_a_signal_in_mid_step_is_saved_and_the_step_undone(images, undisturbed, tmp_path, name, code, when):
+    """The signal comes after the first or second of two micro-batches: batch norm has seen them, the weights not."""
+    run = tmp_path / "run"
+    command = ["--data", images, "--out", run, *OPTIONS, "--checkpoint-minutes", 1000]
+    out, err = finish(start(*command, patch=SIGNALLED_IN_A_STEP.format(step=6, when=when, name=name)), code)
+    assert "stopped by a signal; step 6 is saved" in out and "Traceback" not in err
+    assert weights(run / "checkpoint.pth")["step"] == 6
+    if name in ("SIGTERM", "SIGUSR1"):  # one after each micro-batch; the others would repeat it
+        finish(start(*command))
+        assert_same_run(run, undisturbed)
+
+
+def test_a_signal_to_the_whole_group_while_validating(images, tmp_path):
+    """Schedulers signal all processes of a job, workers included; the epoch's line is written after the resume."""
+    run = tmp_path / "run"
+    command = ["--data", images, "--val", images, "--out", run, *TINY, "--epochs", 2]
+    patch = """
+        import os, signal, utils.training.step
+        os.setpgrp()
+        evaluated = utils.training.step.validate
+        def disturbed(*arguments):
+            os.killpg(0, signal.SIGTERM)
+            return evaluated(*arguments)
+        utils.training.step.validate = disturbed
+    """
+    finish(start(*command, patch=patch), 143)
+    assert weights(run / "checkpoint.pth")["step"] == 4
+    assert [line["kind"] for line in log_without_clock(run)] == ["train"] * 4
+    finish(start(*command))
+    lines = log_without_clock(run)
+    assert [line["kind"] for line in lines] == (["train"] * 4 + ["epoch"]) * 2
+    assert all(line["val_n"] == 34 for line in lines if line["kind"] == "epoch")
+
+
+def test_kill_9_after_an_epochs_line_or_before_it(images, undisturbed, tmp_path):
+    """The epoch's checkpoint comes before its line, which is written once, wherever the kill came."""
+    before = """
+        import os, signal
+        from utils.training.run_log import RunLog
+        RunLog.epoch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    """
+    run = tmp_path / "run"
+    command = ["--data", images, "--out", run, *OPTIONS, "--checkpoint-minutes", 1000]
+    finish(start(*command, patch=before), -signal.SIGKILL)
+    assert weights(run / "checkpoint.pth")["step"] == 4
+    after = SIGNALLED_IN_A_STEP.format(step=5, when="not last", name="SIGKILL")
+    out, _ = finish(start(*command, patch=after), -signal.SIGKILL)
+    assert "at step 4" in out
+    out, _ = finish(start(*command))
+    assert "at step 4" in out
+    assert_same_run(run, undisturbed)
+
+
+def test_a_damaged_checkpoint_is_passed_over(images, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    command = ["--data", images, "--out", run, *OPTIONS]
+    finish(start(*command, patch=SIGNALLED_IN_A_STEP.format(step=7, when="last", name="SIGTERM")), 143)
+    newest = run / "checkpoint.pth"
+    newest.write_bytes(newest.read_bytes()[:-5000])
+    out, _ = finish(start(*command))
+    assert "damaged checkpoint passed over" in out and "checkpoint_previous.pth at step 7" in out
+    assert_same_run(run, undisturbed)
+
+
+def test_two_runs_do_not_share_a_folder(images, tmp_path):
+    run = tmp_path / "run"
+    hold = "import time; from utils.training.step import Training; Training.update = lambda self: time.sleep(60)"
+    first = start("--data", images, "--out", run, *TINY, patch=hold)
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "args.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        _, err = finish(start("--data", images, "--out", run, *TINY), 2)
+        assert "another process is training there" in err
+    finally:
+        first.kill()
+        first.wait()

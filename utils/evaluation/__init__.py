@@ -1,0 +1,1 @@
+"""From weights to numbers: test sets, checkpoints of any origin, frozen features, linear probes."""

@@ -1,0 +1,276 @@
+"""Prompts: the text and the seed of every image, a pure function of (class table, template, names, base seed).
+
+Look at prompts before paying for images. Prints one prompt a class, its CLIP tokens, and warnings:
+
+    python -m utils.prompts --classes imagenet_100 --prompt "c, d_c"
+    python -m utils.prompts --classes imagenet_1k --prompt "c" --limit 5          # two cranes: see the warnings
+    python -m utils.prompts --classes my_birds.tsv --prompt "a photo of {name}" --json
+
+A warning never stops anything: exit code 0 says that the prompts could be built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import string
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+
+from utils.classes import CONTROL, PROMPTS_DIR, ClassRow, ClassTable, images_per_class, load_classes, read_list
+from utils.cli import UserError, make_parser, positive_int, run
+from utils.generation.clip_tokens import CLIP_MAX_TOKENS, ESTIMATE_ERROR, estimate_tokens, kept_part, token_counter
+
+__all__ = [
+    "NAMES",
+    "TEMPLATES",
+    "ClassRow",
+    "ClassTable",
+    "Prompt",
+    "Template",
+    "class_prompts",
+    "image_seed",
+    "images_per_class",
+    "iter_prompts",
+    "load_classes",
+    "parse_template",
+    "prompt_text",
+    "prompt_warnings",
+]
+
+# The paper's prompts under the paper's names: c is the class name, h_c its hypernym, d_c its definition, b a scene.
+# The authors' project page states "name and description" for the released models; the others are recalled from the
+# paper's section on generation, not checked against its text. This is the one place to correct them.
+TEMPLATES = {
+    "c": "{name}",  # Sec. 3: the bare class name, the baseline
+    "c, h_c": "{name}, {hypernym}",  # Sec. 3, semantics: the hypernym settles which sense of the name is meant
+    "c, d_c": "{name}, {definition}",  # Sec. 3, semantics; project page: the two released models
+    "c, h_c inside b": "{name}, {hypernym} inside {background}",  # Sec. 3, diversity: one of 365 scenes
+}
+PLACEHOLDERS = {
+    "name": "c: the first name, or all of them with --names all",
+    "first_name": "the first name",
+    "hypernym": "h_c: the hypernym's first name, or all of them with --names all",
+    "definition": "d_c: WordNet's definition",
+    "background": "b: a Places365 scene, drawn per image",
+}
+NAMES = ("first", "all")  # which of the two c is in the paper is open; "first" is our default
+SEED_BITS = 63  # fits a signed 64-bit integer, which every random generator takes
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One image to be drawn."""
+
+    wnid: str
+    index: int  # position in its class, from 0
+    text: str
+    seed: int  # of the initial latents, attempt 0; 0 <= seed < 2**63
+
+
+@dataclass(frozen=True)
+class Template:
+    """A checked prompt template. `parts`: (literal text, placeholder or None) pairs, in order."""
+
+    text: str  # the name in the paper, or the text as the user wrote it
+    parts: tuple[tuple[str, str | None], ...]
+
+    @property
+    def fields(self) -> set[str]:
+        return {field for _, field in self.parts if field}
+
+
+def parse_template(text: str) -> Template:
+    """A template from its name in the paper (see TEMPLATES) or free text with placeholders (see PLACEHOLDERS)."""
+    known = " ".join(f"{{{field}}}" for field in PLACEHOLDERS)
+    choices = f"choose one of {', '.join(map(repr, TEMPLATES))}, or write a text with placeholders: {known}"
+    if CONTROL.search(text) or "\t" in text or "\n" in text:
+        raise UserError(f"--prompt {text!r} has a control character; write it on one line")
+    name = text.strip() if text.strip() in TEMPLATES else None
+    try:
+        parsed = list(string.Formatter().parse(TEMPLATES[name] if name else text))
+    except ValueError as error:
+        raise UserError(f"--prompt {text!r}: {error}; write {{{{ or }}}} for a brace of the text itself") from None
+    for _, field, spec, conversion in parsed:
+        if field is not None and (field not in PLACEHOLDERS or spec or conversion):
+            shown = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            raise UserError(f"--prompt {text!r}: unknown placeholder {{{shown}}}; known: {known}")
+    template = Template(name or text, tuple((literal, field) for literal, field, _, _ in parsed))
+    if not template.fields - {"background"}:
+        raise UserError(f"--prompt {text!r} says nothing of the class, so all classes would look alike; {choices}")
+    return template
+
+
+def image_seed(seed: int, wnid: str, index: int, attempt: int = 0) -> int:
+    """The seed of one image: the first 63 bits of SHA-256 of "imagenet-sd:SEED:WNID:INDEX:ATTEMPT".
+
+    The prompt, guidance and steps are not in it, so that image k of a class starts from the same latents under every
+    recipe and recipes can be compared image by image. ATTEMPT counts the redraws of images that the safety checker
+    rejects.
+    """
+    digest = sha256(f"imagenet-sd:{seed}:{wnid}:{index}:{attempt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> (64 - SEED_BITS)
+
+
+def prompt_text(row: ClassRow, template: Template, image_seed: int, names: str = "first") -> str:
+    """The prompt of one image of class ROW. IMAGE_SEED, that of attempt 0, draws the background (seed mod 365)."""
+    scenes = backgrounds() if "background" in template.fields else ("",)
+    return _render(row, template, names, scenes[image_seed % len(scenes)])
+
+
+def class_prompts(
+    row: ClassRow, template: Template, count: int, seed: int = 0, names: str = "first"
+) -> Iterator[Prompt]:
+    """The first COUNT prompts of one class, in order."""
+    wnid = row.wnid
+    if "background" not in template.fields:
+        text = _render(row, template, names, "")
+        for index in range(count):
+            yield Prompt(wnid, index, text, image_seed(seed, wnid, index))
+    else:
+        scenes = backgrounds()
+        around = _render(row, template, names, "\0").split("\0")  # the text around the scene; tables hold no "\0"
+        for index in range(count):
+            own = image_seed(seed, wnid, index)
+            yield Prompt(wnid, index, scenes[own % len(scenes)].join(around), own)
+
+
+def iter_prompts(
+    table: ClassTable,
+    template: Template,
+    images_per_class: int | Mapping[str, int],
+    seed: int = 0,
+    names: str = "first",
+) -> Iterator[Prompt]:
+    """All prompts of a table, class by class in label order, streamed: memory does not grow with their number."""
+    for row in table.rows:
+        count = images_per_class if isinstance(images_per_class, int) else images_per_class[row.wnid]
+        yield from class_prompts(row, template, count, seed, names)
+
+
+@lru_cache(maxsize=1)
+def backgrounds() -> tuple[str, ...]:
+    """The 365 scene categories of Places365, as words."""
+    return tuple(scene for _, scene in read_list(PROMPTS_DIR / "backgrounds.txt"))
+
+
+def _render(row: ClassRow, template: Template, names: str, background: str) -> str:
+    values = _values(row, names) | {"background": background}
+    text = ""
+    for literal, field in template.parts:
+        value = values[field] if field else ""
+        if field and not value:
+            literal = literal.removesuffix(", ")  # an empty column takes its comma with it
+        text += literal + value
+    return text
+
+
+def _values(row: ClassRow, names: str) -> dict[str, str]:
+    if names not in NAMES:
+        raise UserError(f"--names {names!r}: choose one of {', '.join(NAMES)}")
+    name, hypernym = row.name, row.hypernym
+    if names == "first":
+        name, hypernym = row.first_name, hypernym.split(",")[0].strip()
+    return {"name": name, "first_name": row.first_name, "hypernym": hypernym, "definition": row.definition}
+
+
+# ===== what may be wrong with them =====
+
+
+def prompt_warnings(
+    table: ClassTable,
+    template: Template,
+    names: str = "first",
+    count_tokens: Callable[[str], int] | None = None,
+    max_tokens: int = CLIP_MAX_TOKENS,
+) -> list[str]:
+    """One line for each trouble: empty columns, classes that share a prompt, prompts that CLIP cuts off.
+
+    COUNT_TOKENS counts the CLIP tokens of a text, start and end included (see token_counter); without it they are
+    estimated, and said to be. A template with {background} is judged with the scene of most tokens.
+    """
+    count = count_tokens or estimate_tokens
+    scene = max(backgrounds(), key=count) if "background" in template.fields else ""
+    texts = {row.wnid: _render(row, template, names, scene) for row in table.rows}
+
+    empty = []
+    for column in ("hypernym", "definition"):
+        ids = [row.wnid for row in table.rows if not getattr(row, column)]
+        if ids and column in template.fields:
+            empty.append(f"no {column} for {_classes(ids)}: their prompts go without it, as {texts[ids[0]]!r}")
+
+    # CLIP's tokenizer lower-cases and joins white space: "Cardigan" the dog and "cardigan" the knitwear are one text.
+    sharing: dict[str, list[str]] = {}
+    for wnid, text in texts.items():
+        sharing.setdefault(" ".join(text.lower().split()), []).append(wnid)
+    same = [f"same prompt for {_classes(ids)}: {text!r}" for text, ids in sharing.items() if len(ids) > 1]
+
+    limit = max_tokens if count_tokens else max_tokens - ESTIMATE_ERROR
+    cut = []
+    for wnid, text in texts.items():
+        if (tokens := count(text)) > limit:
+            lost = text[len(kept_part(text, count, limit)) :].strip()
+            said = f"{tokens} tokens" if count_tokens else f"~{tokens} tokens (estimated to within {ESTIMATE_ERROR})"
+            what = "cut off" if count_tokens else "may be cut off"
+            cut.append(f"{wnid}: {said}, CLIP reads {max_tokens}; {what}: {lost!r}")
+    return empty + _first(same) + _first(cut)
+
+
+def _classes(ids: list[str]) -> str:
+    return f"{len(ids)} class{'es' * (len(ids) > 1)} ({', '.join(ids[:4])}{', ...' * (len(ids) > 4)})"
+
+
+def _first(lines: list[str], limit: int = 20) -> list[str]:
+    """A bad template is bad for every class: past LIMIT only their number is told."""
+    return lines[:limit] + [f"... and {len(lines) - limit} more of this kind"] * (len(lines) > limit)
+
+
+# ===== the inspector =====
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    templates = "".join(f"  {name:18} {pattern}\n" for name, pattern in TEMPLATES.items())
+    placeholders = "".join(f"  {'{' + name + '}':18} {meaning}\n" for name, meaning in PLACEHOLDERS.items())
+    parser.epilog = f"templates of the paper:\n{templates}placeholders:\n{placeholders}"
+    parser.add_argument("--classes", default="imagenet_100", help="table, .tsv or .txt file, or list of ids and names")
+    parser.add_argument("--prompt", default="c, d_c", help="a template of the paper, or a text with placeholders")
+    parser.add_argument("--names", choices=NAMES, default="first", help="how c and h_c are written")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="print N classes only; warnings cover all")
+    parser.add_argument("--seed", type=int, default=0, help="base seed: it draws the backgrounds")
+    parser.add_argument("--model", default="CompVis/stable-diffusion-v1-4", help="its tokenizer counts, if it is here")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    table = load_classes(args.classes)
+    template = parse_template(args.prompt)
+    counter = token_counter(args.model)
+    max_tokens = counter.max_tokens if counter else CLIP_MAX_TOKENS
+    count = counter or estimate_tokens
+    warnings = prompt_warnings(table, template, args.names, counter, max_tokens)
+
+    rows = []
+    for row in table.rows[: args.limit]:
+        (prompt,) = class_prompts(row, template, 1, args.seed, args.names)
+        rows.append({"id": prompt.wnid, "prompt": prompt.text, "tokens": count(prompt.text)})
+    if args.json:
+        tokens = "exact" if counter else "estimated"
+        report = {"classes": table.name, "sha256": table.sha256, "template": template.text, "names": args.names}
+        report |= {"tokens": tokens, "prompts": rows, "warnings": warnings}
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    for item in rows:
+        print(f"{item['id']}\t{item['prompt']}\t{'' if counter else '~'}{item['tokens']}")
+    if not counter:
+        print(f"note: no tokenizer of {args.model} on this machine; ~ marks estimates", file=sys.stderr)
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, get_args_parser()))

@@ -1,0 +1,1 @@
+"""`python -m utils.launch`: a script here, in several local processes, or on SLURM."""

@@ -1,0 +1,307 @@
+"""A look at a synthetic dataset before anything is trained: counts, near-duplicates, diversity, distance to real ones.
+
+Images are described by the features of a checkpoint (--checkpoint) or, without one, by small grey thumbnails, which
+suffice to find duplicates. Against real images (--real, needs a checkpoint) the measures are
+
+    FID        Frechet distance of two Gaussians (Heusel et al., 2017)
+    KID        squared MMD with the kernel (x.y / D + 1)^3, unbiased (Binkowski et al., 2018)
+    precision, recall      share inside the other set's nearest-neighbour balls (Kynkaanniemi et al., 2019)
+    density, coverage      the same, robust to outliers (Naeem et al., 2020)
+
+FID and KID over all images; the others class by class, since a classifier learns classes. On the features of a
+classifier FID and KID are not comparable with published ones, which use Inception; compare within one checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.cli import UserError, command_line
+from utils.evaluation import checkpoints
+from utils.images import BadImage, decode_rgb, list_image_folder
+from utils.machine import snapshot
+from utils.storage import atomic_write, read_json, require_writable, write_json
+
+NEIGHBOURS = 5  # of the balls of precision, recall, density and coverage (Naeem et al., 2020)
+DUPLICATE = 0.995  # cosine similarity of centred descriptors from which two images of a class are near-duplicates
+CHUNK_ROWS = 8192  # features summed at a time
+KID_IMAGES = 5000  # of each set, at most: its kernel matrix is quadratic in them
+THUMBNAIL = 16  # pixels a side of the descriptor without a checkpoint
+PICTURES = 8  # images a class shown, from the least typical duplicates on
+SHOWN_CLASSES = 100  # the worst ones
+TEMPLATE = Path(__file__).with_name("dataset_report.html.j2")
+COLUMNS = ("images", "duplicates", "diversity", "precision", "recall", "density", "coverage")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`evaluate.py --dataset-report DATASET [--real DIR] [--checkpoint MODEL]`. Returns the exit code."""
+    # ===== finding the images =====
+    synthetic = Folder(args.dataset_report, "--dataset-report")
+    real = Folder(args.real, "--real") if args.real else None
+    if real and not args.checkpoint:
+        raise UserError("--real: comparing with real images needs features; give --checkpoint MODEL, such as resnet50")
+    if len(args.checkpoint) > 1:
+        raise UserError("--dataset-report looks at one dataset through one --checkpoint")
+    if real and not set(real.ids) & set(synthetic.ids):
+        raise UserError(f"--real {args.real}: none of its classes ({real.ids[0]}, ...) is in {args.dataset_report}")
+    if args.dry_run:
+        print(
+            f"{len(synthetic.samples):,} images of {len(synthetic.ids)} classes, to compare with {args.real or 'none'}"
+        )
+        return 0
+    out = Path(args.out or args.dataset_report)
+    require_writable(out, "--out")
+
+    # ===== describing them =====
+    describe, descriptor = descriptor_of(args, out)
+    described = {"synthetic": describe(synthetic)}
+    if real:
+        described["real"] = describe(real)
+
+    # ===== measuring =====
+    centre = moments(described["synthetic"])[0].astype(np.float32)
+    classes = [measure_class(class_id, synthetic, real, described, centre) for class_id in synthetic.ids]
+    worst_first(classes)
+    totals = summarize(classes)
+    if real:
+        both = [
+            (described["synthetic"], synthetic.of_classes(real.ids)),
+            (described["real"], real.of_classes(synthetic.ids)),
+        ]
+        some = [features[evenly(rows, KID_IMAGES)] for features, rows in both]
+        totals |= {"FID": frechet_distance(*(moments(*one) for one in both)), "KID": kernel_distance(*some)}
+
+    # ===== telling =====
+    record = {
+        "dataset": args.dataset_report,
+        "real": args.real,
+        "descriptor": descriptor,
+        "totals": totals,
+        "classes": classes,
+        "missing_classes": sorted(set(real.ids) - set(synthetic.ids)) if real else [],
+        "command": command_line(),
+        "environment": snapshot(),
+    }
+    write_json(out / "dataset_report.json", record)
+    atomic_write(out / "dataset_report.html", render(record, synthetic, real).encode())
+    for name, value in totals.items():
+        print(f"{name:12} {as_text(value)}")
+    print(f"written: {out / 'dataset_report.html'}\nwritten: {out / 'dataset_report.json'}")
+    return 0
+
+
+class Folder:
+    """Images by class: ids, (path, label) samples, and the rows of each class."""
+
+    def __init__(self, folder: str, option: str) -> None:
+        self.folder = Path(folder)
+        train = self.folder / "train"
+        self.ids, self.samples = list_image_folder(train if train.is_dir() else self.folder, option)
+        labels = np.array([label for _, label in self.samples])
+        self.rows = {class_id: np.flatnonzero(labels == label) for label, class_id in enumerate(self.ids)}
+        record = self.folder / "dataset.json"
+        listed = read_json(record).get("classes", []) if record.is_file() else []
+        self.names = {row["id"]: row.get("name", "") for row in listed}
+
+    def of_classes(self, ids: list[str]) -> np.ndarray:
+        return np.concatenate([self.rows[class_id] for class_id in self.ids if class_id in set(ids)])
+
+
+def descriptor_of(args: argparse.Namespace, out: Path) -> tuple[Callable[[Folder], np.ndarray], str]:
+    """(function: Folder -> (N, D) float32 descriptors, what they are)."""
+    if not args.checkpoint:
+        return thumbnails, f"grey thumbnails of {THUMBNAIL} x {THUMBNAIL} pixels"
+    from utils.evaluation.features import Extractor, Transform
+    from utils.evaluation.jobs import number_format
+    from utils.machine import resolve_device, resolve_dtype
+
+    source = checkpoints.locate(args.checkpoint[0])
+    classifier = checkpoints.load(source, args.classes, need_head=False)
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(number_format(args), device)
+    extract = Extractor(classifier.backbone, source.sha256, device, dtype, args.batch_size, args.workers)
+    resize, crop, interpolation = checkpoints.transform_of(source)
+    transform = Transform(resize, crop, args.interpolation or interpolation)
+
+    def describe(folder: Folder) -> np.ndarray:
+        return extract(folder.samples, transform, out / "features", f"{source.label} on {folder.folder}")
+
+    return describe, f"features of {source.label} ({source.sha256[:12]})"
+
+
+def thumbnails(folder: Folder) -> np.ndarray:
+    """(N, THUMBNAIL^2) float32 grey values, each image with mean 0."""
+    from PIL import Image
+    from tqdm import tqdm
+
+    rows = np.empty((len(folder.samples), THUMBNAIL**2), dtype=np.float32)
+    for row, (path, _) in enumerate(tqdm(folder.samples, unit="img", leave=False, disable=None)):
+        try:
+            grey = Image.fromarray(decode_rgb(path, min_side=THUMBNAIL)).convert("L")
+        except BadImage as error:
+            raise UserError(f"damaged image {error}; generate.py --repair draws it again") from None
+        small = np.asarray(grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), dtype=np.float32).ravel()
+        rows[row] = small - small.mean()
+    return rows
+
+
+# ===== measures =====
+
+
+def measure_class(
+    class_id: str, synthetic: Folder, real: Folder | None, described: dict, centre: np.ndarray
+) -> dict[str, Any]:
+    """One row: counts, near-duplicates, diversity, and the neighbourhoods' measures where the class has real images."""
+    x = described["synthetic"][synthetic.rows[class_id]].astype(np.float32)
+    duplicates, closest = near_duplicates(x - centre)
+    first = int(synthetic.rows[class_id][0])
+    row: dict[str, Any] = {
+        "id": class_id,
+        "name": synthetic.names.get(class_id, ""),
+        "images": len(x),
+        "duplicates": 100 * duplicates / len(x),
+        "diversity": diversity(x - centre),
+        "closest": [synthetic.samples[first + index][0] for index in closest],
+    }
+    if real and class_id in real.rows:
+        row |= neighbourhoods(described["real"][real.rows[class_id]].astype(np.float32), x)
+        row["real_images"] = len(real.rows[class_id])
+    return row
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def near_duplicates(x: np.ndarray) -> tuple[int, list[int]]:
+    """(images (N, D) that have an earlier near-duplicate, the row numbers of the most similar pair)."""
+    if len(x) < 2:
+        return 0, []
+    similarity = unit(x) @ unit(x).T
+    earlier = np.where(np.tri(len(x), k=-1, dtype=bool), similarity, -np.inf)  # column < row
+    pair = np.unravel_index(int(earlier.argmax()), earlier.shape)
+    return int((earlier.max(1) >= DUPLICATE).sum()), sorted(int(index) for index in pair)
+
+
+def diversity(x: np.ndarray) -> float | None:
+    """1 - mean cosine similarity of two different images: 0 all alike, about 1 unrelated."""
+    if len(x) < 2:
+        return None
+    n = len(x)
+    total = np.square(unit(x).sum(0, dtype=np.float64)).sum()  # sum over all pairs, with itself
+    return float(1 - (total - n) / (n * (n - 1)))
+
+
+def neighbourhoods(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
+    """Precision, recall, density, coverage in percent (density may exceed 100) of real (N, D) and fake (M, D)."""
+    from sklearn.metrics import pairwise_distances
+
+    k = min(NEIGHBOURS, len(real) - 1, len(fake) - 1)
+    if k < 1:
+        return {}
+    between = pairwise_distances(real, fake)  # (N, M)
+    real_radius = np.partition(pairwise_distances(real), k, axis=1)[:, k]  # to the kth neighbour; column 0 is itself
+    fake_radius = np.partition(pairwise_distances(fake), k, axis=1)[:, k]
+    inside = between <= real_radius[:, None]
+    return {
+        "precision": 100 * float(inside.any(0).mean()),
+        "recall": 100 * float((between <= fake_radius[None, :]).any(1).mean()),
+        "density": 100 * float(inside.sum(0).mean()) / k,
+        "coverage": 100 * float(inside.any(1).mean()),
+    }
+
+
+def moments(features: np.ndarray, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(mean (D,), covariance (D, D)) of some rows in float64, a block at a time: a million features stay on disk."""
+    rows = np.arange(len(features)) if rows is None else rows
+    origin = features[rows[0]].astype(np.float64)  # near the mean: sums of squares then cancel little
+    total, squares = np.zeros_like(origin), np.zeros((len(origin), len(origin)))
+    for start in range(0, len(rows), CHUNK_ROWS):
+        block = features[rows[start : start + CHUNK_ROWS]].astype(np.float64) - origin
+        total += block.sum(0)
+        squares += block.T @ block
+    mean = total / len(rows)
+    return origin + mean, (squares - len(rows) * np.outer(mean, mean)) / max(1, len(rows) - 1)
+
+
+def frechet_distance(x: tuple[np.ndarray, np.ndarray], y: tuple[np.ndarray, np.ndarray]) -> float:
+    """|mean difference|^2 + trace(A + B - 2 sqrt(A B)) of two sets' moments."""
+    (mean_x, a), (mean_y, b) = x, y
+    difference = mean_x - mean_y
+    # The eigenvalues of A B are real and not negative; symmetrized they need no matrix square root of A B.
+    values, vectors = np.linalg.eigh(a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ b @ root).clip(0)).sum()
+    return float(difference @ difference + np.trace(a) + np.trace(b) - 2 * cross)
+
+
+def evenly(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most MOST of ROWS, at even distances."""
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
+
+
+def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased squared MMD, times 1000 as is usual."""
+    n, m = len(x), len(y)
+
+    def kernel(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        return (left.astype(np.float64) @ right.T.astype(np.float64) / left.shape[1] + 1) ** 3
+
+    within_x, within_y = kernel(x, x), kernel(y, y)
+    same = (within_x.sum() - np.trace(within_x)) / (n * (n - 1)) + (within_y.sum() - np.trace(within_y)) / (m * (m - 1))
+    return float(1000 * (same - 2 * kernel(x, y).mean()))
+
+
+def summarize(classes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums of counts, means over classes of the rest."""
+    totals: dict[str, Any] = {"classes": len(classes), "images": sum(row["images"] for row in classes)}
+    totals["fewest"] = min(row["images"] for row in classes)
+    totals["most"] = max(row["images"] for row in classes)
+    for column in COLUMNS[1:]:
+        known = [row[column] for row in classes if row.get(column) is not None]
+        if known:
+            totals[column] = float(np.mean(known))
+    return totals
+
+
+def worst_first(classes: list[dict[str, Any]]) -> None:
+    """By coverage of the real class where it is known, else by diversity; ties by id."""
+    classes.sort(key=lambda row: (row.get("coverage", 101), row["diversity"] or 0, row["id"]))
+
+
+# ===== telling =====
+
+
+def as_text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def render(record: dict[str, Any], synthetic: Folder, real: Folder | None) -> str:
+    """One self-contained page, worst classes first, with pictures."""
+    from jinja2 import Environment, FileSystemLoader
+
+    from utils.report.figures import strip
+
+    def picture(folder: Folder, class_id: str) -> str:
+        rows = folder.rows[class_id]
+        return strip([folder.samples[row][0] for row in evenly(rows, PICTURES)])
+
+    shown = []
+    for row in record["classes"][:SHOWN_CLASSES]:
+        strips = [("synthetic", picture(synthetic, row["id"]))]
+        if real and row["id"] in real.rows:
+            strips.append(("real", picture(real, row["id"])))
+        if row["duplicates"] > 0:
+            strips.append(("most alike", strip(row["closest"])))
+        shown.append({"row": row, "strips": strips})
+    page = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True)
+    page.filters["text"] = as_text
+    columns = [column for column in COLUMNS if any(row.get(column) is not None for row in record["classes"])]
+    return page.get_template(TEMPLATE.name).render(**record, shown=shown, columns=columns, cut=DUPLICATE)

@@ -1,0 +1,192 @@
+"""The tables of a report: one metric of one model on one dataset is a cell, with its interval and size."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.evaluation import transfer_sets
+from utils.metrics import log_odds_average, mean_and_std
+
+IMAGENET_SETS = ("IN-Val", "IN-v2", "IN-Sketch", "IN-R", "IN-A")  # the paper's five, in its order
+TRANSFER_GROUPS = {"cog": "ImageNet-CoG", "inat": "iNaturalist", "small": "8 small sets"}
+GROUP_SIZES = Counter(row.group for row in transfer_sets.DATASETS.values())  # 8, 2, 5
+
+
+@dataclass
+class Cell:
+    """One metric of one model on one dataset, in percent. `spread`: standard deviation over seeds, if several."""
+
+    value: float
+    spread: float | None = None
+    runs: int = 1
+    low: float | None = None  # 95 % interval of a single run
+    high: float | None = None
+    n: int | None = None
+    num_classes: int | None = None
+    group: str = "folder"
+    digits: int = 1
+
+    def __str__(self) -> str:
+        if self.spread is not None:
+            return f"{self.value:.{self.digits}f} ± {self.spread:.{self.digits}f}"
+        return f"{self.value:.{self.digits}f}"
+
+    @property
+    def interval(self) -> str:
+        """ "72.1 to 74.5", or "" where there is none."""
+        return f"{self.low:.1f} to {self.high:.1f}" if self.low is not None and self.high is not None else ""
+
+    @property
+    def size(self) -> str:
+        """ "5,000 images, 100 classes", or "" where it is not known."""
+        classes = f", {self.num_classes} classes" if self.num_classes else ""
+        return f"{self.n:,} images{classes}" if self.n else ""
+
+    def less(self, other: Cell) -> str:
+        """ "-2.5 (-3.9 to -1.1)": the difference with its 95 % interval, or "" where other images were judged."""
+        if self.size and other.size and self.size != other.size:
+            return ""
+        difference = f"{self.value - other.value:+.{self.digits}f}"
+        bounds = difference_interval(self, other)
+        return f"{difference} ({bounds[0]:+.1f} to {bounds[1]:+.1f})" if bounds else difference
+
+
+def difference_interval(a: Cell, b: Cell) -> tuple[float, float] | None:
+    """95 % interval of a - b: Newcombe's from two runs' own intervals, Welch's from two models' seeds, else None.
+
+    Both take the two as independent; on the same images the truth is a little narrower (Newcombe 1998, method 10).
+    """
+    difference = a.value - b.value
+    if a.low is not None and a.high is not None and b.low is not None and b.high is not None:
+        below = math.hypot(a.value - a.low, b.high - b.value)
+        above = math.hypot(a.high - a.value, b.value - b.low)
+        return difference - below, difference + above
+    if a.spread is not None and b.spread is not None:
+        from scipy.stats import t
+
+        parts = a.spread**2 / a.runs, b.spread**2 / b.runs
+        if not sum(parts):
+            return difference, difference
+        freedom = sum(parts) ** 2 / (parts[0] ** 2 / (a.runs - 1) + parts[1] ** 2 / (b.runs - 1))
+        half = float(t.ppf(0.975, freedom)) * math.sqrt(sum(parts))
+        return difference - half, difference + half
+    return None
+
+
+@dataclass
+class Model:
+    """A model of the report: one run, or several that differ by their seed alone."""
+
+    name: str
+    color: str
+    published: bool
+    folders: list[Path] = field(default_factory=list)  # of its results.jsonl
+    checkpoints: set[str] = field(default_factory=set)  # sha256
+    cells: dict[tuple[str, str], Cell] = field(default_factory=dict)  # (dataset, metric)
+
+
+def as_cell(rows: Sequence[dict]) -> Cell:
+    first = rows[0]
+    mean, deviation = mean_and_std(row["value"] for row in rows)
+    cell = Cell(mean, runs=len(rows), n=first.get("n"), num_classes=first.get("num_classes"))
+    cell.group = first.get("group", "folder")
+    if len(rows) > 1:
+        cell.spread = deviation
+    else:
+        cell.low, cell.high = first.get("low"), first.get("high")
+    return cell
+
+
+def make_tables(models: Sequence[Model], rows: Sequence[dict]) -> list[dict]:
+    """The tables of the report, see as_table: ImageNet sets, transfer groups with averages, other folders."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        members = groups.setdefault(row.get("group", "folder"), [])
+        if row["dataset"] not in members:
+            members.append(row["dataset"])
+    tables = []
+    for dataset in groups.get("folder", []):
+        columns = [(dataset, "top1", "top-1"), (dataset, "top5", "top-5"), (dataset, "ece", "calibration error")]
+        tables.append(metric_table(f"Real images: {dataset}", columns, models))
+    sets = sorted(groups.get("imagenet", []), key=lambda name: (*IMAGENET_SETS, name).index(name))
+    for metric, shown in (("top1", "top-1"), ("top5", "top-5")):
+        if sets:
+            columns = [(name, metric, name) for name in sets]
+            tables.append(metric_table(f"ImageNet test sets, {shown}", columns, models))
+    for group, shown in TRANSFER_GROUPS.items():
+        if names := groups.get(group):
+            tables.append(group_table(f"Transfer, {shown}: linear probe, top-1", group, names, models))
+    tables.append(all_transfer_table(models))
+    return [made for made in tables if made["rows"]]
+
+
+def metric_table(title: str, columns: Sequence[tuple[str, str, str]], models: Sequence[Model]) -> dict:
+    """COLUMNS: (dataset, metric, heading); those that no model knows are left out."""
+    columns = [column for column in columns if any(column[:2] in model.cells for model in models)]
+    body = [(model, [model.cells.get(column[:2]) for column in columns]) for model in models]
+    return as_table(title, [shown for _, _, shown in columns], body)
+
+
+def group_table(title: str, group: str, names: Sequence[str], models: Sequence[Model]) -> dict:
+    """A transfer group with its averages, for models that know all the sets shown."""
+    body = []
+    for model in models:
+        cells = [model.cells.get((name, "top1")) for name in names]
+        body.append((model, [*cells, *averages(cells)]))
+    of = f" of {len(names)} of {GROUP_SIZES[group]} sets" if len(names) < GROUP_SIZES[group] else ""
+    return as_table(title, [*names, f"average{of}", f"log-odds average{of}"], body)
+
+
+def all_transfer_table(models: Sequence[Model]) -> dict:
+    """The averages over all fifteen transfer sets, as the suite gives them, beside the published ones."""
+    body = []
+    for model in models:
+        cells = averages([model.cells.get((name, "top1")) for name in transfer_sets.DATASETS])
+        body.append((model, [cells[0] or model.cells.get(("average transfer", "top1")), cells[1]]))
+    return as_table(f"Transfer, all {len(transfer_sets.DATASETS)} sets", ["average", "log-odds average"], body)
+
+
+def averages(cells: Sequence[Cell | None]) -> list[Cell | None]:
+    """[mean, mean of log(acc / (1 - acc))] of CELLS; [None, None] where one is missing."""
+    known = [cell for cell in cells if cell]
+    if not known or len(known) < len(cells):
+        return [None, None]
+    values, sizes = [cell.value for cell in known], [cell.n or 10**6 for cell in known]
+    return [Cell(statistics.fmean(values)), Cell(log_odds_average(values, sizes), digits=3)]
+
+
+def as_table(title: str, heads: list[str], body: Sequence[tuple[Model, list[Cell | None]]]) -> dict:
+    """{title, note, columns, rows: [{model, cells, differences, sizes}]}, without models that know no cell.
+
+    The first model is the reference of the differences. The number of images and classes stands in the note where all
+    models agree on it, else in the cells.
+    """
+    body = [(model, cells) for model, cells in body if any(cells)]
+    notes, agreed = [], []
+    for head, *column in zip(heads, *(cells for _, cells in body), strict=True):
+        sizes = list(dict.fromkeys(cell.size for cell in column if cell and cell.size))
+        agreed.append(len(sizes) <= 1)
+        if len(sizes) == 1:
+            notes.append((head, sizes[0]))
+    rows = []
+    for model, cells in body:
+        reference = body[0][1]
+        rows.append(
+            {
+                "model": model,
+                "cells": cells,
+                "differences": [
+                    a.less(b) if a and b and cells is not reference else ""
+                    for a, b in zip(cells, reference, strict=True)
+                ],
+                "sizes": ["" if one or not cell else cell.size for cell, one in zip(cells, agreed, strict=True)],
+            }
+        )
+    same = all(agreed) and len({size for _, size in notes}) == 1
+    note = notes[0][1] if same else "; ".join(f"{head}: {size}" for head, size in notes)
+    return {"title": title, "columns": heads, "rows": rows, "note": note}

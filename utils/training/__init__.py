@@ -1,0 +1,1 @@
+"""From images to weights: crops, one optimizer step, checkpoints, and several processes as one."""

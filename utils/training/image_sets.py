@@ -1,0 +1,223 @@
+"""Where training images come from: class folders or tar shards, by number, in compact arrays that workers can share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils.classes import load_classes
+from utils.cli import UserError
+from utils.images import IMAGE_SUFFIXES, BadImage, list_image_folder
+from utils.storage import read_json
+from utils.training.distributed import print0
+
+
+class ImageSet:
+    """Images 0..N-1 with labels (N,), sorted by class id and name. Subclasses read them."""
+
+    def __init__(self, root: Path, class_ids: list[str], labels: np.ndarray, names: np.ndarray):
+        self.root, self.class_ids, self.labels, self.names = root, class_ids, labels, names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """The image's path as a person would look for it."""
+        return f"{self.root}/{os.fsdecode(self.names[index])}"
+
+    def read(self, index: int) -> bytes:
+        raise NotImplementedError
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Keep only ROWS."""
+        self.labels, self.names = self.labels[rows], self.names[rows]
+
+    def limit(self, images_per_class: int) -> None:
+        """Keep the first IMAGES_PER_CLASS images of every class: subsets are nested, larger ones hold smaller ones."""
+        counts = np.bincount(self.labels, minlength=len(self.class_ids))
+        first = np.cumsum(counts) - counts
+        self.keep(np.flatnonzero(np.arange(len(self)) - first[self.labels] < images_per_class))
+
+    def select(self, class_ids: list[str]) -> None:
+        """Keep the images of CLASS_IDS and number the classes as it does, those without an image included."""
+        number_of = {class_id: label for label, class_id in enumerate(class_ids)}
+        self.labels = np.array([number_of.get(one, -1) for one in self.class_ids])[self.labels]
+        self.class_ids = list(class_ids)
+        self.keep(np.flatnonzero(self.labels >= 0))
+
+    def fingerprint(self) -> str:
+        """Hash of which images of which classes these are: a resumed run must see the same list."""
+        digest = hashlib.sha256("\n".join(self.class_ids).encode())
+        digest.update(self.labels.tobytes())
+        digest.update(b"\n".join(name.rpartition(b"/")[2] for name in self.names.tolist()))
+        return digest.hexdigest()
+
+
+class FolderImages(ImageSet):
+    """ROOT/<class id>/<image>."""
+
+    def __init__(self, root: Path, option: str = "--data"):
+        ids, samples = list_image_folder(root, option)
+        names = np.array([os.fsencode(os.path.relpath(path, root)) for path, _ in samples])
+        super().__init__(root, ids, np.array([label for _, label in samples]), names)
+
+    def read(self, index: int) -> bytes:
+        path = self.name(index)
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise BadImage(f"{path}: {error.strerror}") from None
+
+
+class TarImages(ImageSet):
+    """Images inside uncompressed tar shards, read by position: shuffled as freely as files, far fewer inodes.
+
+    The class id is the member's folder (`<id>/<name>.jpg`) or, as in WebDataset's flat naming, what precedes the
+    last underscore (`<id>_000001.jpg`).
+    """
+
+    def __init__(self, root: Path, shards: list[Path], option: str = "--data"):
+        found = []
+        for number, shard in enumerate(shards):
+            try:
+                with tarfile.open(shard, "r:") as tar:
+                    found += [
+                        (_class_of(member.name), member.name, number, member.offset_data, member.size)
+                        for member in tar
+                        if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES)
+                    ]
+            except (tarfile.TarError, OSError) as error:
+                raise UserError(f"{option}: {shard} is no readable tar file ({error}); pack it again") from None
+        if not found:
+            raise UserError(f"{option}: the tar files in {root} hold no image")
+        # WebDataset cuts names at their first dot, so a packed id has none: dataset.json knows how it was written.
+        spelt = {row["id"].replace(".", "_"): row["id"] for row in _dataset_classes(root.parent)}
+        found = sorted((spelt.get(row[0], row[0]), *row[1:]) for row in found)
+        ids = sorted({row[0] for row in found})
+        number_of = {class_id: label for label, class_id in enumerate(ids)}
+        names = np.array([os.fsencode(row[1]) for row in found])
+        super().__init__(root, ids, np.array([number_of[row[0]] for row in found]), names)
+        self.shards = [str(shard) for shard in shards]
+        self.places = np.array([row[2:] for row in found], dtype=np.int64)  # (N, 3): shard, offset, size
+        self._files: dict[int, int] = {}
+        self._owner = os.getpid()
+
+    def keep(self, rows: np.ndarray) -> None:
+        super().keep(rows)
+        self.places = self.places[rows]
+
+    def read(self, index: int) -> bytes:
+        shard, offset, size = self.places[index].tolist()
+        if shard not in self._files:
+            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
+        data = os.pread(self._files[shard], size, offset)  # no shared file position: safe after a fork
+        if len(data) < size:
+            raise BadImage(f"{self.name(index)}: {self.shards[shard]} is truncated")
+        return data
+
+
+def _class_of(member: str) -> str:
+    folder, _, name = member.rpartition("/")
+    return folder.rpartition("/")[2] if folder not in ("", ".") else name.rpartition("_")[0]
+
+
+def open_images(path: str | Path, option: str = "--data", classes: str | None = None) -> ImageSet:
+    """The images at PATH: a generated dataset (PATH/train/<id>/), class folders, or a folder of tar shards.
+
+    A generated dataset names its classes in dataset.json: a class folder that is missing or extra is a UserError.
+    With CLASSES (a class table, list or file) the set is cut down to those, each of which must be there.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{option}: no folder {path}; generate it first, or name a folder of class folders")
+    if (path / "train").is_dir():
+        images: ImageSet = FolderImages(path / "train", option)
+    elif shards := sorted(path.glob("*.tar")):
+        images = TarImages(path, shards, option)
+    elif shards := sorted((path / "shards").glob("*.tar")):
+        images = TarImages(path / "shards", shards, option)
+    else:
+        images = FolderImages(path, option)
+    if classes:
+        wanted = load_classes(classes).ids
+        found = sorted({*images.class_ids} & {*wanted})
+        require_same_classes(found, wanted, f"{option} {images.root}", f"--classes {classes}")
+        images.select(wanted)
+    elif (isinstance(images, TarImages) or images.root != path) and (rows := _dataset_classes(images.root.parent)):
+        expected = sorted(row["id"] for row in rows)
+        require_same_classes(images.class_ids, expected, f"{option} {images.root}", "dataset.json")
+    return images
+
+
+def _dataset_classes(folder: Path) -> list[dict]:
+    """The classes that FOLDER/dataset.json describes; none without one."""
+    path = folder / "dataset.json"
+    described = read_json(path) if path.exists() else {}
+    return described.get("classes", []) if isinstance(described, dict) else []  # someone else's dataset.json
+
+
+def missing_images(images: ImageSet) -> int:
+    """Images that the dataset.json of a generated dataset wants of these classes and that are not there."""
+    counts = dict(zip(images.class_ids, np.bincount(images.labels, minlength=len(images.class_ids)), strict=True))
+    rows = _dataset_classes(images.root.parent)
+    return sum(max(0, row.get("images", 0) - int(counts[row["id"]])) for row in rows if row["id"] in counts)
+
+
+def require_same_classes(found: list[str], expected: list[str], where: str, reference: str) -> None:
+    """UserError that lists the classes missing from and extra in WHERE, compared with REFERENCE."""
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or extra:
+        parts = [
+            f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+            for kind, names in (("missing", missing), ("extra", extra))
+            if names
+        ]
+        raise UserError(f"{where}: class folders differ from {reference}: {'; '.join(parts)}")
+
+
+def open_sources(paths: Sequence[Path], images_per_class: int | None, classes: str | None = None) -> list[ImageSet]:
+    """The ImageSets of --data, which must agree on their classes; an unfinished dataset is used with a warning."""
+    images = [open_images(path, classes=classes) for path in paths]
+    for one in images:
+        if missing := missing_images(one):
+            print0(
+                f"warning: --data {one.root}: {missing} images that dataset.json wants are missing; "
+                f"`python generate.py --out {one.root.parent} --status` shows where",
+                file=sys.stderr,
+            )
+    for path, other in zip(paths[1:], images[1:], strict=True):
+        require_same_classes(other.class_ids, images[0].class_ids, f"--data {path}", f"--data {paths[0]}")
+    if images_per_class:
+        for one in images:
+            one.limit(images_per_class)
+    return images
+
+
+def open_validation(path: str, class_ids: list[str]) -> ImageSet:
+    """Validation images with the labels of the training classes, of which it may hold more or fewer, but not both."""
+    images = FolderImages(Path(path), "--val")
+    missing, extra = sorted({*class_ids} - {*images.class_ids}), sorted({*images.class_ids} - {*class_ids})
+    if missing and extra:
+        raise UserError(
+            f"--val {path}: {len(missing)} training classes are missing, e.g. {missing[0]}, and {len(extra)} class "
+            f"folders are none, e.g. {extra[0]}; name the validation images of the training classes"
+        )
+    if extra:
+        print0(f"--val {path}: {len(extra)} class folders that the training data lack are ignored")
+    images.select(class_ids)
+    return images
+
+
+def class_names(class_ids: list[str], images: list[ImageSet]) -> list[str]:
+    """Names from dataset.json beside the images, else from ImageNet's and the digits' tables, else the ids."""
+    names = {row.wnid: row.first_name for table in ("imagenet_1k", "digits") for row in load_classes(table).rows}
+    for one in images:
+        names |= {row["id"]: row["name"].split(",")[0].strip() for row in _dataset_classes(one.root.parent)}
+    return [names.get(class_id, class_id) for class_id in class_ids]

@@ -1,0 +1,301 @@
+"""From image files to batches of uint8 crops, in worker processes; everything after the resize happens on the device.
+
+What a sample looks like depends on (seed, epoch, sample) alone: not on workers, processes, or on where a run was
+resumed. A batch is asked for by its place in the epoch's order, so that skipping is resuming.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+import torch
+from torch.nn import functional
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from utils.cli import UserError
+from utils.images import JPEG_MAGIC, BadImage, decode_rgb, load_eval_image
+from utils.training.distributed import ranks
+from utils.training.image_sets import ImageSet
+from utils.training.random_numbers import permutation, uniforms
+
+ASPECT = (3 / 4, 4 / 3)  # aspect ratios of a random crop: torchvision's RandomResizedCrop defaults
+CROP_ATTEMPTS = 10  # then the central crop, as torchvision does
+DRAWS_PER_CROP = 4 * CROP_ATTEMPTS  # area, aspect, top, left of each attempt
+MOST_WORKERS = 16  # loader processes of a GPU: at some 300 img/s each, more than a GPU trains on
+SUBSTITUTES = 1000  # images tried in a row in place of a damaged one
+
+
+@dataclass(frozen=True)
+class CropSpec:
+    """`count` random resized crops of `size` x `size` pixels that each cover `scale` (low, high) of the area."""
+
+    size: int
+    count: int
+    scale: tuple[float, float]
+    interpolation: str = "bicubic"
+
+
+@dataclass(frozen=True)
+class Order:
+    """The samples of one epoch in order: (N,) indices into the mixture and (N,) how often each was drawn before."""
+
+    samples: np.ndarray
+    passes: np.ndarray
+
+
+def epoch_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> Order:
+    """Order of epoch EPOCH over several image sets of SIZES images, numbered one after the other.
+
+    An epoch is as long as the sets together. Each set fills its weight's share of it by walking through its own
+    endless series of shuffles, so its images are used equally often. With one set: a plain shuffle, passes == epoch.
+    """
+    total, counts = sum(sizes), share_out(sum(sizes), weights)
+    samples, passes = [], []
+    offset = 0
+    for stream, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        start, stop = epoch * count, (epoch + 1) * count  # places in the series of shuffles
+        for round_ in range(start // size, -(-stop // size)):
+            shuffle = permutation(size, seed, round_, stream)
+            part = shuffle[max(0, start - round_ * size) : max(0, stop - round_ * size)]
+            samples.append(part + offset)
+            passes.append(np.full(len(part), round_))
+        offset += size
+    if len(sizes) == 1:
+        return Order(samples[0], passes[0])
+    mixed = permutation(total, seed, epoch, stream=len(sizes))
+    return Order(np.concatenate(samples)[mixed], np.concatenate(passes)[mixed])
+
+
+def share_out(total: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to WEIGHTS that add up to TOTAL (largest remainders)."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [math.floor(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+@dataclass(frozen=True)
+class Request:
+    """One micro-batch of one process: rows start..stop of an epoch's order."""
+
+    epoch: int
+    start: int
+    stop: int
+
+
+class CropBatches(torch.utils.data.Dataset):
+    """Request -> {"crops": [(B, n, s, s, 3) uint8, ...], "labels", "samples", "passes": (B,), "bad": [message]}."""
+
+    def __init__(self, sets: Sequence[ImageSet], weights: Sequence[float], crops: Sequence[CropSpec], seed: int):
+        self.sets, self.weights, self.crops, self.seed = list(sets), list(weights), list(crops), seed
+        self.starts = np.cumsum([0] + [len(images) for images in sets])
+        self._order: tuple[int, Order] | None = None  # of the current epoch
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def order(self, epoch: int) -> Order:
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, epoch_order([len(s) for s in self.sets], self.weights, self.seed, epoch))
+        return self._order[1]
+
+    def locate(self, sample: int) -> tuple[ImageSet, int]:
+        which = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return self.sets[which], sample - int(self.starts[which])
+
+    def __getitem__(self, request: Request) -> dict:
+        order = self.order(request.epoch)
+        samples, passes = (part[request.start : request.stop] for part in (order.samples, order.passes))
+        draws = uniforms(DRAWS_PER_CROP * sum(c.count for c in self.crops), "crops", self.seed, passes, samples)
+        crops = [torch.empty(len(samples), c.count, c.size, c.size, 3, dtype=torch.uint8) for c in self.crops]
+        labels = torch.empty(len(samples), dtype=torch.int64)
+        bad: list[str] = []
+        for row, sample in enumerate(samples):
+            labels[row] = self._fill_row(int(sample), draws[row], [batch[row] for batch in crops], bad)
+        return {"crops": crops, "labels": labels, "samples": samples, "passes": passes, "bad": bad}
+
+    def _fill_row(self, sample: int, draws: np.ndarray, out: list[torch.Tensor], bad: list[str]) -> int:
+        """Write one sample's crops into OUT and return its label; a damaged image is replaced by the next good one."""
+        for step in range(SUBSTITUTES):
+            images, index = self.locate((sample + step) % len(self))
+            try:
+                random_crops(images.read(index), self.crops, draws, out, images.name(index))
+            except BadImage as error:
+                bad.append(str(error))
+                continue
+            return int(images.labels[index])
+        raise UserError(f"--data: {SUBSTITUTES} damaged images in a row, the last is {bad[-1]}")
+
+
+def random_crops(
+    data: bytes, specs: Sequence[CropSpec], draws: np.ndarray, out: Sequence[torch.Tensor], name: str = "image"
+) -> None:
+    """Decode one image and write its random resized crops into OUT[i] (n, s, s, 3), uint8.
+
+    draws: DRAWS_PER_CROP uniform numbers a crop. A JPEG is decoded at 1/2, 1/4 or 1/8 size when every crop still
+    comes out at least as large as it is asked for.
+    """
+    width, height, pixels = _size_of(data, name)
+    rows = iter(draws.reshape(-1, CROP_ATTEMPTS, 4).tolist())
+    boxes = [[crop_box(width, height, spec.scale, next(rows)) for _ in range(spec.count)] for spec in specs]
+    if pixels is None:
+        enlargement = min(
+            min(box[2:]) / spec.size for spec, of_spec in zip(specs, boxes, strict=True) for box in of_spec
+        )
+        divisor = next(d for d in (8, 4, 2, 1) if d <= max(1, enlargement))
+        pixels = _decode_jpeg(data, width, height, divisor, name)
+    image = torch.from_numpy(pixels)  # (H, W, 3)
+    shrunk_y, shrunk_x = image.shape[0] / height, image.shape[1] / width
+    for spec, of_spec, slots in zip(specs, boxes, out, strict=True):
+        for (top, left, high, wide), slot in zip(of_spec, slots, strict=True):
+            y, x = round(top * shrunk_y), round(left * shrunk_x)
+            y_end, x_end = round((top + high) * shrunk_y), round((left + wide) * shrunk_x)
+            slot.copy_(resize(image[y:y_end, x:x_end], spec.size, spec.interpolation))
+
+
+def _size_of(data: bytes, name: str) -> tuple[int, int, np.ndarray | None]:
+    """(width, height, pixels): of a JPEG from its header alone, pixels None; other formats are decoded."""
+    if data[:3] == JPEG_MAGIC:
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            return width, height, None
+        except ValueError:
+            pass
+    pixels = decode_rgb(data, name=name)
+    return pixels.shape[1], pixels.shape[0], np.require(pixels, requirements="W")
+
+
+def _decode_jpeg(data: bytes, width: int, height: int, divisor: int, name: str) -> np.ndarray:
+    low_y, low_x = -(-height // divisor), -(-width // divisor)
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=low_y, min_width=low_x)
+    except ValueError:
+        return np.require(decode_rgb(data, name=name), requirements="W")
+
+
+def crop_box(width: int, height: int, scale: tuple[float, float], draws: list) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random resized crop: torchvision's rule, from (10, 4) uniform draws."""
+    low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
+    for area_draw, aspect_draw, top_draw, left_draw in draws:
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * area_draw)
+        aspect = math.exp(low + (high - low) * aspect_draw)
+        wide, tall = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < wide <= width and 0 < tall <= height:
+            return int(top_draw * (height - tall + 1)), int(left_draw * (width - wide + 1)), tall, wide
+    aspect = min(max(width / height, ASPECT[0]), ASPECT[1])
+    wide, tall = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def resize(image: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
+    """(h, w, 3) uint8 -> (size, size, 3) uint8, antialiased; within one grey level of Pillow's filter of that name."""
+    if image.shape[0] == size and image.shape[1] == size:
+        return image
+    planes = image.permute(2, 0, 1)[None]  # a channels_last view, for which torch has a vectorised uint8 kernel
+    resized = functional.interpolate(planes, (size, size), mode=interpolation, antialias=True)
+    return resized[0].permute(1, 2, 0)
+
+
+def requests(
+    steps: range, steps_per_epoch: int, batch_size: int, micro_batches: int, rank: int, world: int
+) -> Iterator[Request]:
+    """The micro-batches of process RANK for optimizer steps STEPS, counted over all epochs.
+
+    The rows of a batch are cut into micro_batches x world equal runs, so that the images of a step do not depend on
+    how many processes share it.
+    """
+    rows = batch_size // (micro_batches * world)
+    for step in steps:
+        epoch, place = divmod(step, steps_per_epoch)
+        for micro in range(micro_batches):
+            start = place * batch_size + (micro * world + rank) * rows
+            yield Request(epoch, start, start + rows)
+
+
+@contextmanager
+def make_loader(
+    batches: CropBatches | EvalBatches, wanted: Iterable[Request] | Iterable[range], workers: int, pin: bool
+) -> Iterator[Iterator[dict]]:
+    """Yield the items WANTED of BATCHES in order, each prepared ahead by one worker. The workers end with the block.
+
+    Not ended here, they outlive an error: its traceback keeps the loader alive until Python exits, which sends them
+    SIGTERM, which they ignore, and waits for them for ever.
+    """
+    loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
+        _ErrorsAsData(batches),
+        batch_size=None,
+        sampler=wanted,  # iterated once; as a list the requests of a run would take hundreds of megabytes
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=2 if workers else None,
+        worker_init_fn=_ignore_signals,
+    )
+    items = iter(loader)
+    try:
+        yield map(_raise_user_error, items)
+    finally:
+        if isinstance(items, _MultiProcessingDataLoaderIter):
+            items._shutdown_workers()
+
+
+class _ErrorsAsData(torch.utils.data.Dataset):
+    """BATCHES, with a UserError as an item: what a worker raises arrives with its traceback for a message."""
+
+    def __init__(self, batches: CropBatches | EvalBatches):
+        self.batches = batches
+
+    def __getitem__(self, wanted) -> dict | UserError:
+        try:
+            return self.batches[wanted]
+        except UserError as error:
+            return error
+
+
+def _raise_user_error(item: dict | UserError) -> dict:
+    if isinstance(item, UserError):
+        raise item
+    return item
+
+
+def worker_count(asked: int | None, device: torch.device) -> int:
+    """Loader processes: as asked, else this process's share of the cores; on the CPU one, the model needs the rest."""
+    if asked is not None:
+        return asked
+    if device.type == "cpu":
+        return 1
+    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks().local_world_size - 1))
+
+
+class EvalBatches(torch.utils.data.Dataset):
+    """Numbers of images -> {"images": uint8 (B, 3, crop, crop) under the test transform, "labels": (B,)}.
+
+    A damaged image is a UserError.
+    """
+
+    def __init__(self, images: ImageSet, resize: int, crop: int):
+        self.images, self.resize, self.crop = images, resize, crop
+
+    def __getitem__(self, rows: range) -> dict:
+        pixels = torch.empty(len(rows), 3, self.crop, self.crop, dtype=torch.uint8)
+        for slot, index in zip(pixels, rows, strict=True):
+            try:
+                image = load_eval_image(self.images.read(index), self.resize, self.crop, name=self.images.name(index))
+            except BadImage as error:
+                raise UserError(f"damaged validation image {error}; repair or remove it") from None
+            slot.copy_(image)
+        return {"images": pixels, "labels": torch.from_numpy(self.images.labels[rows.start : rows.stop : rows.step])}
+
+
+def _ignore_signals(_worker: int) -> None:
+    # A scheduler signals the whole process group. The parent saves and leaves; workers follow when it is gone.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
