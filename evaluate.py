@@ -26,11 +26,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.cli import UserError, make_parser, non_negative_int, positive_int, run
+from utils.cli import Launch, UserError, make_parser, non_negative_int, positive_int, run
 from utils.evaluation import checkpoints, imagenet_sets, transfer_sets
 from utils.evaluation.jobs import Job, chosen_datasets, find, known_datasets, number_format, read_datasets
 from utils.storage import require_writable
 
+LAUNCH = Launch("evaluate", "single")
 MAX_CONFUSION = 200  # classes: a larger matrix is too large to read
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.cli import UserError, command_line, make_parser, positive_float, positive_int, run
+from utils.cli import Launch, UserError, command_line, make_parser, positive_float, positive_int, run
 from utils.dataset import folder as datasets
 from utils.dataset import inspection
 from utils.dataset.folder import ClassFolder, Dataset, in_chunk
@@ -58,6 +58,7 @@ DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 SCHEDULERS = ("pndm", "ddim", "dpmpp_2m", "euler", "unipc")
 DTYPE_NAMES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
 FORMATS = tuple(datasets.SUFFIXES)
+LAUNCH = Launch("generate", "chunks", whole=("preview", "pack", "reproduce"))
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -113,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
     # ===== checking the request =====
     table, template = load_classes(args.classes), parse_template(args.prompt)
     out = Path(args.out or f"data/{table.name}_sd")
-    for whole in ("preview", "pack", "reproduce"):
+    for whole in LAUNCH.whole:
         if args.chunk and getattr(args, whole):
             raise UserError(f"--chunk: --{whole} takes all classes together; leave --chunk out")
     if args.status or args.verify or args.preview or args.pack:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from utils.cli import UserError, command_line, make_parser, non_negative_int, positive_float, positive_int, run
+from utils.cli import Launch, UserError, command_line, make_parser, non_negative_int, positive_float, positive_int, run
 from utils.machine import snapshot
 from utils.storage import atomic_path, read_json, write_json
 
@@ -103,6 +103,7 @@ LIMITS = {  # lowest and highest value; of other numbers 0 and any
     "hue": (0, 0.5),  # of a turn
 }
 PROBE_STEPS, PROBE_SECONDS = 20, 60  # of --dry-run: whichever ends first
+LAUNCH = Launch("train", "ranks")
 CURVES_SECONDS = 300  # at least, between two drawings of curves.png
 
 

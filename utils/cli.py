@@ -13,12 +13,27 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 
 class UserError(Exception):
     """A mistake the user can mend: the message is one line that names the option or file, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How `python -m utils.launch` runs a script; each script declares it beside its parser, as LAUNCH.
+
+    table: its table in a site file. runs_as: "chunks" of classes that know nothing of each other (the script has
+    `--chunk I/N`), the "ranks" of one DDP job, or a "single" process. whole: modes of a script in chunks that take all
+    classes together (names of its options, as in its namespace).
+    """
+
+    table: str
+    runs_as: Literal["chunks", "ranks", "single"]
+    whole: tuple[str, ...] = ()
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
