@@ -30,6 +30,7 @@ from utils.storage import (
     sha256_bytes,
     sha256_file,
     write_json,
+    write_page,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,3 +155,14 @@ def test_an_unwritable_folder_is_refused_with_the_options_name(tmp_path):
 def test_free_space_of_a_folder_that_does_not_exist_yet(tmp_path):
     here = os.statvfs(tmp_path)
     assert free_bytes(tmp_path / "a" / "b") == pytest.approx(here.f_bavail * here.f_frsize, rel=0.05)
+
+
+def test_a_page_escapes_names_and_is_never_half_empty(tmp_path):
+    values = {"dataset": "<b>&", "totals": {}, "descriptor": "d", "real": None, "cut": 1, "missing_classes": []}
+    values |= {"classes": [], "columns": [], "shown": [], "text": str}
+    page = tmp_path / "page.html"
+    with pytest.raises(Exception, match="'command' is undefined"):
+        write_page(page, "report/dataset_quality.html.j2", **values)
+    assert not list(tmp_path.iterdir())
+    assert write_page(page, "report/dataset_quality.html.j2", **values, command="x") == page
+    assert "A look at &lt;b&gt;&amp;" in page.read_text() and "<b>" not in page.read_text()

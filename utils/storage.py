@@ -45,6 +45,19 @@ def write_json(path: str | Path, value: Any) -> None:
     atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), fsync=True)
 
 
+def write_page(path: str | Path, template: str, **values: Any) -> Path:
+    """Render TEMPLATE, a file below utils such as "report/report.html.j2", to PATH, atomically; returns PATH.
+
+    Every text is escaped, and a name that the template uses but VALUES lacks is an error: a page is never half empty.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here: only pages need it, every script starts
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    atomic_write(path, pages.get_template(template).render(**values).encode())
+    return Path(path)
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON file; a missing or damaged one is a UserError that names it."""
     try:

@@ -21,78 +21,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.dataset.folder import ClassFolder, Dataset
 from utils.images import BadImage, decode_rgb
-from utils.storage import atomic_write
+from utils.storage import atomic_write, write_page
 
 SHOWN_A_CLASS = 24  # images of each class in the gallery: the first ones, so that recipes can be compared
 CLASSES_A_SHEET, IMAGES_A_ROW = 10, 10
 SIDE = 128  # pixels of a thumbnail
 LABEL_WIDTH = 220  # pixels beside the rows of a contact sheet
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }}: {{ images }} synthetic images</title>
-<style>
-  body { font: 15px/1.4 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 1400px; color: #222;
-         background: #fff; }
-  header { position: sticky; top: 0; background: #fff; padding: .5rem 0; border-bottom: 1px solid #ccc; z-index: 1; }
-  h1 { font-size: 1.3rem; margin: 0 0 .3rem; }
-  input { font: inherit; width: min(100%, 30rem); padding: .4rem; box-sizing: border-box; }
-  section { content-visibility: auto; contain-intrinsic-size: auto 240px; margin: 1.2rem 0; }
-  h2 { font-size: 1rem; margin: 0; }
-  p { margin: .1rem 0 .4rem; color: #555; }
-  .images { display: flex; flex-wrap: wrap; gap: 4px; }
-  img { width: 96px; height: 96px; object-fit: cover; background: #eee; }
-  @media (prefers-color-scheme: dark) { body, header { background: #181818; color: #ddd; } p { color: #aaa; } }
-</style>
-</head>
-<body>
-<header>
-<h1>{{ name }}</h1>
-<p>{{ images }} images of {{ classes|length }} classes; {{ model }}, {{ recipe.scheduler }}, {{ recipe.steps }} steps,
-guidance {{ recipe.guidance_scale }}, prompt &ldquo;{{ recipe.prompt }}&rdquo;. The first {{ shown }} of each class.</p>
-<input id="search" type="search" placeholder="Search classes: name, id, words of the definition"
-       aria-label="Search classes"> <span id="found" aria-live="polite"></span>
-</header>
-<main>
-{% for class in classes %}
-<section data-words="{{ class.words }}">
-<h2 id="{{ class.id }}">{{ class.name }} <small>{{ class.id }}</small></h2>
-<p>{{ class.definition }} ({{ class.done }} of {{ class.wanted }} images)</p>
-<div class="images">
-{% for image in class.images %}<a href="{{ image.href }}"><img loading="lazy" src="{{ image.thumb }}" \
-width="96" height="96" alt="{{ class.name }}, image {{ image.index }}" title="{{ image.title }}"></a>
-{% endfor %}</div>
-</section>
-{% endfor %}
-</main>
-<p>Contact sheets: {% for sheet in sheets %}<a href="preview/{{ sheet }}">{{ loop.index }}</a> {% endfor %}</p>
-<script>
-  const sections = [...document.querySelectorAll("section")];
-  const search = document.getElementById("search"), found = document.getElementById("found");
-  function filter() {
-    const words = search.value.toLowerCase().split(/\\s+/).filter(Boolean);
-    let shown = 0;
-    for (const section of sections) {
-      section.hidden = !words.every(word => section.dataset.words.includes(word));
-      shown += !section.hidden;
-    }
-    found.textContent = words.length ? `${shown} of ${sections.length} classes` : "";
-    history.replaceState(null, "", words.length ? "#?" + encodeURIComponent(search.value) : location.pathname);
-  }
-  search.addEventListener("input", filter);
-  if (location.hash.startsWith("#?")) { search.value = decodeURIComponent(location.hash.slice(2)); filter(); }
-</script>
-</body>
-</html>
-"""
-
 
 def write_gallery(dataset: Dataset) -> Path:
     """Write OUT/preview/ and OUT/index.html and return the latter; what an earlier call wrote is replaced."""
-    from jinja2 import Environment, StrictUndefined
     from tqdm import tqdm
 
     preview = dataset.root / "preview"
@@ -109,8 +47,9 @@ def write_gallery(dataset: Dataset) -> Path:
             sheets.append(f"sheet_{len(sheets):03d}.jpg")
             atomic_write(preview / sheets[-1], encode(contact_sheet(sheet)))
             sheet = []
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(PAGE)
-    html = template.render(
+    return write_page(
+        dataset.root / "index.html",
+        "dataset/gallery.html.j2",
         name=dataset.info["name"],
         images=sum(item["done"] for item in classes),
         classes=classes,
@@ -119,9 +58,6 @@ def write_gallery(dataset: Dataset) -> Path:
         recipe=dataset.recipe,
         shown=SHOWN_A_CLASS,
     )
-    index = dataset.root / "index.html"
-    atomic_write(index, html.encode())
-    return index
 
 
 def write_thumbnails(folder: ClassFolder, target: Path) -> dict[int, np.ndarray]:

@@ -25,7 +25,8 @@ from utils.cli import UserError, command_line
 from utils.evaluation import checkpoints
 from utils.images import BadImage, decode_rgb, list_image_folder
 from utils.machine import snapshot
-from utils.storage import atomic_write, read_json, require_writable, write_json
+from utils.report.figures import strip
+from utils.storage import read_json, require_writable, write_json, write_page
 
 NEIGHBOURS = 5  # of the balls of precision, recall, density and coverage (Naeem et al., 2020)
 DUPLICATE = 0.995  # cosine similarity of centred descriptors from which two images of a class are near-duplicates
@@ -34,7 +35,6 @@ KID_IMAGES = 5000  # of each set, at most: its kernel matrix is quadratic in the
 THUMBNAIL = 16  # pixels a side of the descriptor without a checkpoint
 PICTURES = 8  # images a class shown, from the least typical duplicates on
 SHOWN_CLASSES = 100  # the worst ones
-TEMPLATE = Path(__file__).with_name("dataset_report.html.j2")
 COLUMNS = ("images", "duplicates", "diversity", "precision", "recall", "density", "coverage")
 
 
@@ -88,7 +88,15 @@ def run(args: argparse.Namespace) -> int:
         "environment": snapshot(),
     }
     write_json(out / "dataset_report.json", record)
-    atomic_write(out / "dataset_report.html", render(record, synthetic, real).encode())
+    write_page(
+        out / "dataset_report.html",
+        "report/dataset_quality.html.j2",
+        **record,
+        shown=pictures(record, synthetic, real),
+        columns=[column for column in COLUMNS if any(row.get(column) is not None for row in classes)],
+        cut=DUPLICATE,
+        text=as_text,
+    )
     for name, value in totals.items():
         print(f"{name:12} {as_text(value)}")
     print(f"written: {out / 'dataset_report.html'}\nwritten: {out / 'dataset_report.json'}")
@@ -283,11 +291,8 @@ def as_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def render(record: dict[str, Any], synthetic: Folder, real: Folder | None) -> str:
-    """One self-contained page, worst classes first, with pictures."""
-    from jinja2 import Environment, FileSystemLoader
-
-    from utils.report.figures import strip
+def pictures(record: dict[str, Any], synthetic: Folder, real: Folder | None) -> list[dict[str, Any]]:
+    """[{row, strips: [(name, data URI)]}] of the worst classes: their images, real ones, the pair most alike."""
 
     def picture(folder: Folder, class_id: str) -> str:
         rows = folder.rows[class_id]
@@ -301,7 +306,4 @@ def render(record: dict[str, Any], synthetic: Folder, real: Folder | None) -> st
         if row["duplicates"] > 0:
             strips.append(("most alike", strip(row["closest"])))
         shown.append({"row": row, "strips": strips})
-    page = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True)
-    page.filters["text"] = as_text
-    columns = [column for column in COLUMNS if any(row.get(column) is not None for row in record["classes"])]
-    return page.get_template(TEMPLATE.name).render(**record, shown=shown, columns=columns, cut=DUPLICATE)
+    return shown

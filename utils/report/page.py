@@ -16,9 +16,8 @@ from utils.cli import UserError
 from utils.report.figures import close_looks, contact_sheets, provenance, training_curves
 from utils.report.radar import COLORS, draw_radar
 from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Cell, Model, as_cell, averages, make_tables
-from utils.storage import atomic_write, read_json, read_jsonl, require_writable
+from utils.storage import atomic_write, read_json, read_jsonl, require_writable, write_page
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
 SEED_SUFFIX = re.compile(r"[-_]seed\d+$")
 LEGEND = (
     "Percent; ± is the standard deviation over seeds, (a to b) a 95 % interval, a signed number the difference to the "
@@ -56,7 +55,7 @@ def write_report(
         draw_radar(axes, polygons, out / "radar.svg", out / "radar.png", colors)
         page["radar"] = (out / "radar.svg").read_text(encoding="utf-8")
         written += [out / "radar.svg", out / "radar.png"]
-    atomic_write(out / "report.html", render_html(page).encode())
+    write_page(out / "report.html", "report/report.html.j2", **page)
     atomic_write(out / "report.md", render_markdown(page).encode())
     return written
 
@@ -220,14 +219,6 @@ def radar_values(models: Sequence[Model]) -> tuple[list[str], dict[str, dict[str
 
 
 # ===== rendering =====
-
-
-def render_html(page: dict) -> str:
-    """One file: pictures are inlined, nothing is loaded from elsewhere, every text is escaped."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**page)
 
 
 def render_markdown(page: dict) -> str:
