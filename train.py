@@ -25,7 +25,17 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from utils.cli import Launch, UserError, command_line, make_parser, non_negative_int, positive_float, positive_int, run
+from utils.cli import (
+    Launch,
+    UserError,
+    command_line,
+    data_and_weight,
+    make_parser,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    run,
+)
 from utils.machine import snapshot
 from utils.storage import atomic_path, read_json, write_json
 
@@ -154,7 +164,7 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
 
     # ===== what to do =====
     recipe = make_recipe(args)
-    paths, weights = zip(*(parse_source(text) for text in args.data), strict=True)
+    paths, weights = zip(*map(data_and_weight, args.data), strict=True)
     name = args.name or "+".join(dataset_name(path) for path in paths)
     out = Path(args.out or f"runs/{name}")
     images = open_sources(paths, args.images_per_class, args.classes)
@@ -268,20 +278,6 @@ def parse_value(text: str, default):
             raise ValueError
         return (low, high)
     return type(default)(text)
-
-
-def parse_source(text: str) -> tuple[Path, float]:
-    """PATH[:WEIGHT]; a path that exists is never cut at its colon."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        value = float(weight)
-    except ValueError:
-        return Path(text), 1.0
-    if not 0 < value < math.inf:
-        raise UserError(f"--data {text}: the weight must be above 0")
-    return Path(path), value
 
 
 def dataset_name(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from utils import cli
 from utils.cli import (
     UserError,
     command_line,
+    data_and_weight,
     make_parser,
     non_negative_int,
     positive_float,
@@ -113,3 +115,25 @@ def test_a_wrong_option_gets_one_line(capsys, argv, said):
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.count("\n") == 1 and error.endswith(f"error: {said}\n")
+
+
+def test_the_data_option_is_a_path_and_a_weight(tmp_path):
+    (tmp_path / "v:1").mkdir()
+    for text, wanted in (
+        ("data/a:0.25", ("data/a", 0.25)),
+        ("data/sd:5e-1", ("data/sd", 0.5)),
+        ("data/sd:.5", ("data/sd", 0.5)),
+        ("data/a", ("data/a", 1.0)),
+        ("C:/data", ("C:/data", 1.0)),
+        ("a:b:2", ("a:b", 2.0)),
+        (":2", (":2", 1.0)),
+        (f"{tmp_path}/v:1", (f"{tmp_path}/v:1", 1.0)),  # a folder that is there is never cut
+        (f"{tmp_path}/v:1:3", (f"{tmp_path}/v:1", 3.0)),
+        (f"{tmp_path}/w:1", (f"{tmp_path}/w", 1.0)),
+        ("~/sd:2", (str(Path("~/sd").expanduser()), 2.0)),
+    ):
+        path, weight = data_and_weight(text)
+        assert (str(path), weight) == wanted, text
+    for weight in ("0", "-1", "inf", "nan"):
+        with pytest.raises(UserError, match=f"--data data/a:{weight}: the weight must be above 0"):
+            data_and_weight(f"data/a:{weight}")

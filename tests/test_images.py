@@ -10,7 +10,7 @@ import simplejpeg
 from PIL import Image
 
 from utils.cli import UserError
-from utils.images import BadImage, decode_rgb, list_image_folder
+from utils.images import BadImage, decode_rgb, image_size, list_image_folder
 
 
 def picture(side=64):
@@ -51,9 +51,9 @@ def test_transparency_and_palettes_become_rgb():
 def test_scaled_decoding_keeps_the_shorter_side_at_least_as_asked():
     data = encoded(picture(512), "JPEG", quality=95)
     for asked in (60, 64, 100, 250, 400):
-        decoded = decode_rgb(data, min_side=asked)
+        decoded = decode_rgb(data, min_height=asked, min_width=asked)
         assert asked <= min(decoded.shape[:2]) <= 512
-    assert decode_rgb(data, min_side=64).shape[0] < 512
+    assert decode_rgb(data, min_height=64, min_width=64).shape[0] < 512
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
@@ -112,3 +112,12 @@ def test_a_truncated_jpeg_is_read_as_far_as_it_goes_only_on_demand(tmp_path, cap
     path.write_bytes(b"no image")
     with pytest.raises(BadImage):
         decode_rgb(path, truncated=True)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_the_size_is_read_from_the_header(form):
+    whole = encoded(picture(256)[:200], form)
+    assert image_size(whole) == (256, 200)
+    assert form == "WEBP" or image_size(whole[: len(whole) * 3 // 4]) == (256, 200)
+    with pytest.raises(BadImage, match=r"some\.jpg"):
+        image_size(b"\xff\xd8\xff nothing", "some.jpg")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import math
 import os
 import shlex
 import sys
@@ -127,6 +128,24 @@ def non_negative_int(text: str) -> int:
 
 def positive_float(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def data_and_weight(text: str) -> tuple[Path, float]:
+    """PATH[:WEIGHT] of train.py's --data -> (path, weight above 0; 1 without one).
+
+    A path that exists is never cut at its colon, and what no number follows is a path. UserError for a weight that
+    no mix can have.
+    """
+    path, _, weight = text.rpartition(":")
+    try:
+        value = float(weight) if path and not Path(text).expanduser().exists() else None
+    except ValueError:
+        value = None
+    if value is None:
+        return Path(text).expanduser(), 1.0
+    if not 0 < value < math.inf:
+        raise UserError(f"--data {text}: the weight must be above 0")
+    return Path(path).expanduser(), value
 
 
 def _number(text, convert, accept, wanted):

@@ -30,11 +30,15 @@ class BadImage(Exception):
 
 
 def decode_rgb(
-    source: str | Path | bytes, min_side: int | None = None, name: str | None = None, truncated: bool = False
+    source: str | Path | bytes,
+    min_height: int = 0,
+    min_width: int = 0,
+    name: str | None = None,
+    truncated: bool = False,
 ) -> np.ndarray:
-    """Decode an image file (or its bytes) to uint8 RGB, (H, W, 3).
+    """Decode an image file (or its bytes) to uint8 RGB, (H, W, 3), at full size unless told what suffices.
 
-    With min_side a JPEG may come out at 1/2, 1/4 or 1/8 size as long as its shorter side stays at least min_side:
+    With min_height or min_width a JPEG may come out at 1/2, 1/4 or 1/8 size as long as it stays at least that large:
     libjpeg-turbo then skips most of the work. With truncated a JPEG that ends early is decoded as far as it goes, grey
     below, and named on stderr. Raises BadImage, naming the file.
     """
@@ -44,13 +48,12 @@ def decode_rgb(
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if data[:3] == JPEG_MAGIC:
             try:
-                side = min_side or 0
-                return simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=side, min_width=side, min_factor=1)
+                return simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=min_height, min_width=min_width)
             except ValueError:
                 pass  # CMYK and a few odd JPEGs in the wild: Pillow knows them
         with Image.open(io.BytesIO(data)) as image:
             image.load()  # a truncated file raises here
-            return np.asarray(image.convert("RGB"))
+            return np.array(image.convert("RGB"))
     except OSError as error:
         if truncated and data is not None and data[:3] == JPEG_MAGIC:
             try:
@@ -61,6 +64,21 @@ def decode_rgb(
                 pass
         raise BadImage(f"{name}: {error}") from None
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImage(f"{name}: {error}") from None
+
+
+def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
+    """(width, height) of an encoded image, by its header alone. Raises BadImage, naming the file."""
+    try:
+        if data[:3] == JPEG_MAGIC:
+            try:
+                height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+                return width, height
+            except ValueError:
+                pass  # as in decode_rgb
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImage(f"{name}: {error}") from None
 
 

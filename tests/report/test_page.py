@@ -314,3 +314,11 @@ def test_a_browser_draws_the_page(two_models, tmp_path, width, scheme):
     assert 0.005 < contrast.mean() < 0.5  # text is there and can be told from the paper
     coloured = (pixels.max(2) - pixels.min(2) > 60).mean()
     assert coloured > 0.0005  # the dots of the models, and the radar plot
+
+
+def test_a_runs_data_folders_are_read_as_train_py_reads_them(tmp_path):
+    """Weights in any spelling are cut off; a folder whose own name ends in a number is not."""
+    (tmp_path / "v:1").mkdir()
+    options = {"data": ["data/sd:5e-1", f"{tmp_path}/v:1", "data/real:2"]}
+    (tmp_path / "args.json").write_text(json.dumps({"options": options}))
+    assert [str(path) for path in page.data_folders(tmp_path)] == ["data/sd", f"{tmp_path}/v:1", "data/real"]

@@ -232,10 +232,7 @@ def test_every_key_of_a_recipe_is_read():
     assert [key for key in train.PAPER if f'"{key}"' not in source] == []
 
 
-def test_sources_names_and_weights():
-    parsed = train.parse_source("data/a:0.25")
-    assert (str(parsed[0]), parsed[1]) == ("data/a", 0.25)
-    assert train.parse_source("data/a")[1] == 1.0 and str(train.parse_source("C:/data")[0]) == "C:/data"
+def test_a_run_is_named_after_its_data_folder():
     assert train.dataset_name(train.Path("data/digits/train")) == "digits"
     assert train.dataset_name(train.Path("data/imagenet_100_sd/")) == "imagenet_100_sd"
 

@@ -67,7 +67,7 @@ def write_thumbnails(folder: ClassFolder, target: Path) -> dict[int, np.ndarray]
 
     def make(index: int) -> tuple[int, np.ndarray | None]:
         try:
-            pixels = decode_rgb(folder.path(index), min_side=SIDE)
+            pixels = decode_rgb(folder.path(index), min_height=SIDE, min_width=SIDE)
         except BadImage:  # not drawn yet, or damaged: --verify tells
             return index, None
         image = Image.fromarray(pixels)

@@ -150,7 +150,7 @@ def thumbnails(folder: Folder) -> np.ndarray:
     rows = np.empty((len(folder.samples), THUMBNAIL**2), dtype=np.float32)
     for row, (path, _) in enumerate(tqdm(folder.samples, unit="img", leave=False, disable=None)):
         try:
-            grey = Image.fromarray(decode_rgb(path, min_side=THUMBNAIL)).convert("L")
+            grey = Image.fromarray(decode_rgb(path, min_height=THUMBNAIL, min_width=THUMBNAIL)).convert("L")
         except BadImage as error:
             raise UserError(f"damaged image {error}; generate.py --repair draws it again") from None
         small = np.asarray(grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), dtype=np.float32).ravel()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.cli import UserError
+from utils.cli import UserError, data_and_weight
 from utils.report.figures import close_looks, contact_sheets, provenance, training_curves
 from utils.report.radar import COLORS, draw_radar
 from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Cell, Model, as_cell, averages, make_tables
@@ -186,11 +186,11 @@ def guidance_of(model: Model) -> float | None:
 
 
 def data_folders(run: Path) -> list[Path]:
-    """The folders of train.py's --data PATH[:WEIGHT] options, by the run's args.json."""
+    """The folders of train.py's --data options, by the run's args.json."""
     if not (run / "args.json").is_file():
         return []
     options = read_json(run / "args.json").get("options", {})
-    return [Path(re.sub(r":[0-9.]+$", "", text)) for text in options.get("data", [])]
+    return [data_and_weight(text)[0] for text in options.get("data", [])]
 
 
 # ===== radar =====

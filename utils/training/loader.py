@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import simplejpeg
 import torch
 from torch.nn import functional
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from utils.cli import UserError
-from utils.images import JPEG_MAGIC, BadImage, decode_rgb, load_eval_image
+from utils.images import BadImage, decode_rgb, image_size, load_eval_image
 from utils.training.distributed import ranks
 from utils.training.image_sets import ImageSet
 from utils.training.random_numbers import permutation, uniforms
@@ -142,44 +141,20 @@ def random_crops(
     """Decode one image and write its random resized crops into OUT[i] (n, s, s, 3), uint8.
 
     draws: DRAWS_PER_CROP uniform numbers a crop. A JPEG is decoded at 1/2, 1/4 or 1/8 size when every crop still
-    comes out at least as large as it is asked for.
+    comes out at least as large as it is asked for. Raises BadImage, with NAME.
     """
-    width, height, pixels = _size_of(data, name)
+    width, height = image_size(data, name)
     rows = iter(draws.reshape(-1, CROP_ATTEMPTS, 4).tolist())
     boxes = [[crop_box(width, height, spec.scale, next(rows)) for _ in range(spec.count)] for spec in specs]
-    if pixels is None:
-        enlargement = min(
-            min(box[2:]) / spec.size for spec, of_spec in zip(specs, boxes, strict=True) for box in of_spec
-        )
-        divisor = next(d for d in (8, 4, 2, 1) if d <= max(1, enlargement))
-        pixels = _decode_jpeg(data, width, height, divisor, name)
-    image = torch.from_numpy(pixels)  # (H, W, 3)
+    enlargement = min(min(box[2:]) / spec.size for spec, of_spec in zip(specs, boxes, strict=True) for box in of_spec)
+    divisor = next(d for d in (8, 4, 2, 1) if d <= max(1, enlargement))
+    image = torch.from_numpy(decode_rgb(data, -(-height // divisor), -(-width // divisor), name))  # (H, W, 3)
     shrunk_y, shrunk_x = image.shape[0] / height, image.shape[1] / width
     for spec, of_spec, slots in zip(specs, boxes, out, strict=True):
         for (top, left, high, wide), slot in zip(of_spec, slots, strict=True):
             y, x = round(top * shrunk_y), round(left * shrunk_x)
             y_end, x_end = round((top + high) * shrunk_y), round((left + wide) * shrunk_x)
             slot.copy_(resize(image[y:y_end, x:x_end], spec.size, spec.interpolation))
-
-
-def _size_of(data: bytes, name: str) -> tuple[int, int, np.ndarray | None]:
-    """(width, height, pixels): of a JPEG from its header alone, pixels None; other formats are decoded."""
-    if data[:3] == JPEG_MAGIC:
-        try:
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-            return width, height, None
-        except ValueError:
-            pass
-    pixels = decode_rgb(data, name=name)
-    return pixels.shape[1], pixels.shape[0], np.require(pixels, requirements="W")
-
-
-def _decode_jpeg(data: bytes, width: int, height: int, divisor: int, name: str) -> np.ndarray:
-    low_y, low_x = -(-height // divisor), -(-width // divisor)
-    try:
-        return simplejpeg.decode_jpeg(data, "RGB", min_height=low_y, min_width=low_x)
-    except ValueError:
-        return np.require(decode_rgb(data, name=name), requirements="W")
 
 
 def crop_box(width: int, height: int, scale: tuple[float, float], draws: list) -> tuple[int, int, int, int]:
