@@ -1,37 +1,112 @@
-"""Files that survive a kill: written to a temporary name and renamed, hashed, locked, appended line by line."""
+"""Files that survive a kill, and reading that trusts nothing: bounded, regular files only, checked against a type."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
+import tempfile
+import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from utils.cli import UserError
 
+MOST_JSON = 256 << 20  # bytes of one JSON file; iNaturalist 2018's list of 437,513 images has 140 MB
+MOST_JSONL = 1 << 30  # bytes of one JSON Lines file: some two million lines of a manifest
+TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})[0-9a-f]{8}\.([0-9]+)\.tmp")  # .NAME.<where><random>.<process id>.tmp
+DAY = 24 * 3600
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
-@contextmanager
+
+# ===== writing =====
+
+
+@contextlib.contextmanager
 def atomic_path(path: str | Path, fsync: bool = False) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; when the block succeeds it becomes PATH, else it is removed.
+    """Yield a temporary file in the same folder; when the block succeeds it becomes PATH, else it is removed.
 
-    The temporary name starts with a dot and ends in `.tmp`, so it matches no glob for images or checkpoints.
-    With fsync the content reaches the disk before the name does: a power cut cannot leave PATH empty.
+    The temporary name starts with a dot and ends in `.tmp`, so it matches no glob for images or checkpoints. It cannot
+    be guessed and the file is new: a symlink planted under it is never followed. With fsync the content reaches the
+    disk before the name does: a power cut cannot leave PATH empty. A full disk is an OSError that names PATH, whatever
+    the library that writes made of it.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # with the rest no longer than the 255 bytes a name may have
+    temporary = path.with_name(f".{name}.{_where()}{os.urandom(4).hex()}.{os.getpid()}.tmp")
     try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
         yield temporary
         if fsync:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         temporary.replace(path)
+    except Exception as error:
+        if number := _disk_full(error, temporary):
+            raise OSError(number, os.strerror(number), str(path)) from error
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _disk_full(error: Exception, temporary: Path) -> int:
+    """The errno if a full disk or quota lies behind ERROR, else 0.
+
+    numpy and torch report a short write as an error of their own; whether the disk takes a little more tells.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in FULL else 0
+    if isinstance(error, OSError | RuntimeError):
+        try:
+            with open(temporary, "ab") as file:
+                file.write(bytes(1 << 20))
+        except OSError as second:
+            return second.errno or 0 if second.errno in FULL else 0
+    return 0
+
+
+@cache
+def _where() -> str:
+    """Eight hex digits for this machine's run and process space: only there does a process id mean anything."""
+    found = [os.uname().nodename]
+    with contextlib.suppress(OSError):  # elsewhere than on Linux
+        found += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return f"{zlib.crc32(' '.join(found).encode()):08x}"
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete the temporary files that killed processes left in FOLDER: dead here, or a day old if made elsewhere.
+
+    A file of this very process id counts as dead: call it before writing (containers give every run the same id).
+    """
+    for path in Path(folder).glob(".*.tmp"):
+        if found := TEMPORARY.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):  # its writer has just ended
+                here = found[1] == _where()
+                if not _lives(int(found[2])) if here else time.time() - path.lstat().st_mtime > DAY:
+                    path.unlink()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
 
 
 def atomic_write(path: str | Path, data: bytes, fsync: bool = False) -> None:
@@ -58,67 +133,154 @@ def write_page(path: str | Path, template: str, **values: Any) -> Path:
     return Path(path)
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a missing or damaged one is a UserError that names it."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete it or restore it from a copy") from None
-
-
-def append_jsonl(path: str | Path, value: Any) -> None:
-    """Append VALUE as one line. A single O_APPEND write: lines of concurrent writers do not mix on a local disk.
+def append_jsonl(path: str | Path, *values: Any, fsync: bool = False) -> None:
+    """Append each of VALUES as one line, all in a single O_APPEND write: lines of concurrent writers do not mix.
 
     A torn last line (a writer killed, a full disk) is closed with a newline first, so that it spoils itself only.
+    Where the disk has no room for all of it nothing is left of it, and the OSError names PATH.
     """
-    line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    data = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
     try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = b"\n" + line
-        written = os.write(descriptor, line)
-        if written != len(line):
-            raise OSError(28, "No space left on device", str(path))
+        status = os.fstat(descriptor)
+        _refuse_special(status, path)
+        if status.st_size and os.pread(descriptor, 1, status.st_size - 1) != b"\n":
+            data = b"\n" + data
+        written = os.write(descriptor, data)
+        if written != len(data):
+            end = os.lseek(descriptor, 0, os.SEEK_CUR)
+            if os.fstat(descriptor).st_size == end:  # nobody else has appended since
+                os.ftruncate(descriptor, end - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if fsync:
+            os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)
 
 
-def read_jsonl(path: str | Path) -> list[Any]:
-    """The objects of a JSON-lines file, [] if it does not exist. Lines torn by a kill are left out."""
+# ===== reading back =====
+
+
+def read_regular(path: str | Path, most: int) -> bytes:
+    """The content of a regular file of at most MOST bytes.
+
+    OSError, which names PATH, for anything else: a FIFO or device would block for ever or never end, a file of a
+    terabyte would take all memory.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        _refuse_special(status, path)
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, more than the {most:,} that are read", str(path))
+        data = file.read(most + 1)  # files of /proc and /sys say that they have 0 bytes
+        if len(data) > most:
+            raise OSError(errno.EFBIG, f"more than the {most:,} bytes that are read", str(path))
+        return data
+
+
+def _refuse_special(status: os.stat_result, path: str | Path) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EISDIR, "a folder, not a file", str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_json(path: str | Path, kind: Any = dict[str, Any], remedy: str = "restore it from a copy") -> Any:
+    """The value of a JSON file, checked against KIND: a msgspec.Struct, `dict[str, int]`, `list` ...
+
+    A missing, damaged or huge file, or one that holds another type, is a UserError of one line: the file, what is
+    wrong and where, and REMEDY.
+    """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except FileNotFoundError:
+        return _decode(_read(path, MOST_JSON, remedy), msgspec.json.Decoder(kind))
+    except _DAMAGE as error:
+        raise _damaged(str(path), error, remedy) from None
+
+
+def read_jsonl(
+    path: str | Path, kind: Any = dict[str, Any], remedy: str = "restore it from a copy", strict: bool = False
+) -> list[Any]:
+    """The lines of a JSON Lines file, each checked against KIND; [] if the file does not exist.
+
+    Damaged lines, torn by a kill or of another type, are left out; with STRICT they are a UserError that names the
+    line, except for a last one without its newline, which a living writer may be at.
+    """
+    if not Path(path).exists():
         return []
+    lines = _read(path, MOST_JSONL, remedy).split(b"\n")
+    decoder = msgspec.json.Decoder(kind)
     values = []
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                values.append(json.loads(line))
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                continue
+                values.append(_decode(line, decoder))
+            except _DAMAGE as error:
+                if strict and number < len(lines):
+                    raise _damaged(f"{path}, line {number}", error, remedy) from None
     return values
 
 
+_DAMAGE = (msgspec.DecodeError, ValueError, RecursionError)
+
+
+def _decode(data: bytes, decoder: msgspec.json.Decoder) -> Any:
+    try:
+        return decoder.decode(data)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        if b"NaN" not in data and b"Infinity" not in data:  # which Python writes and JSON does not know
+            raise
+        return msgspec.convert(json.loads(data), decoder.type)
+
+
+def _damaged(where: str, error: Exception, remedy: str) -> UserError:
+    if isinstance(error, msgspec.ValidationError):
+        what, _, at = str(error).replace("`", "").partition(" - at ")
+        return UserError(f"{where}: {what[:1].lower()}{what[1:]}{f' at {at}' if at else ''}; {remedy}")
+    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return UserError(f"{where} is not valid JSON ({reason}); {remedy}")
+
+
+def _read(path: str | Path, most: int, remedy: str) -> bytes:
+    try:
+        return read_regular(path, most)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from None
+
+
 def sha256_bytes(data: bytes) -> str:
+    """The SHA-256 of DATA as 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: str | Path) -> str:
+    """The SHA-256 of a file, read in pieces: what `sha256sum` prints."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# ===== folders and locks =====
+
+
 def require_writable(folder: str | Path, option: str) -> Path:
-    """Create FOLDER if needed and prove that a file can be written into it; else a UserError that names OPTION."""
+    """Create FOLDER if needed and prove that a file can be written into it; else a UserError that names OPTION.
+
+    Temporary files that killed processes left there are removed.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test.{os.getpid()}.tmp"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder) as probe:  # has no name that could be guessed, or be left behind
+            probe.write(b"x")
+            probe.flush()
+        remove_leftovers(folder)
     except OSError as error:
         raise UserError(
             f"{option}: cannot write to {folder} ({error.strerror}); choose another folder or free space"
@@ -138,7 +300,7 @@ class AlreadyOwned(Exception):
     """Another living process holds this lock."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def owner_lock(path: str | Path) -> Iterator[None]:
     """Hold an exclusive lock on the file PATH; raise AlreadyOwned at once if a living process has it.
 
