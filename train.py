@@ -378,7 +378,7 @@ def describe_run(args: argparse.Namespace, recipe: dict, name: str, images: Sequ
 def train(training, loader, validation, stop, out: Path, identity: dict, args: argparse.Namespace) -> None:
     """The loop: from training.step to the end, with log lines, validation and checkpoints on the way."""
     from utils.training.distributed import any_rank, is_main
-    from utils.training.run_log import Clock, RunLog, draw_curves
+    from utils.training.run_log import Clock, RunLog, draw_run
 
     plan = training.plan
     log = RunLog(out, training.step, tensorboard=not args.no_tensorboard) if is_main() else None
@@ -410,7 +410,7 @@ def train(training, loader, validation, stop, out: Path, identity: dict, args: a
             finish_epoch(training, validation, log, stop, args)
             training.start_epoch()
         if is_main() and epoch_ended and time.monotonic() - drawn_at > CURVES_SECONDS:
-            draw_curves(out)
+            draw_run(out)
             drawn_at = time.monotonic()
 
 
@@ -433,9 +433,9 @@ def export(training, out: Path, name: str) -> None:
     """RUN/<name>.pth for torchvision, evaluate.py and anyone; its existence marks the run as finished."""
     from utils.model import export_state_dict
     from utils.training.checkpoint import write_tensors
-    from utils.training.run_log import draw_curves
+    from utils.training.run_log import draw_run
 
-    draw_curves(out)
+    draw_run(out)
     with atomic_path(out / f"{name}.pth", fsync=True) as temporary:
         write_tensors(temporary, export_state_dict(training.model))
 

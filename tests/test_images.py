@@ -10,7 +10,7 @@ import simplejpeg
 from PIL import Image
 
 from utils.cli import UserError
-from utils.images import BadImage, decode_rgb, image_size, list_image_folder
+from utils.images import BadImage, contact_sheet, decode_rgb, draw_curves, image_size, list_image_folder
 
 
 def picture(side=64):
@@ -121,3 +121,24 @@ def test_the_size_is_read_from_the_header(form):
     assert form == "WEBP" or image_size(whole[: len(whole) * 3 // 4]) == (256, 200)
     with pytest.raises(BadImage, match=r"some\.jpg"):
         image_size(b"\xff\xd8\xff nothing", "some.jpg")
+
+
+def test_a_contact_sheet_puts_each_image_where_it_belongs():
+    red, blue = np.full((4, 4, 3), (255, 0, 0), np.uint8), np.full((4, 3, 3), (0, 0, 255), np.uint8)
+    sheet = contact_sheet([("", [red, blue]), ("", [blue] * 9)], side=4, columns=2, gap=1, paper="#808080")
+    wanted = np.full((9, 9, 3), 128, np.uint8)
+    wanted[:4, :4], wanted[:4, 5:8], wanted[5:, :3], wanted[5:, 5:8] = red, blue, blue, blue
+    np.testing.assert_array_equal(sheet, wanted)
+    labelled = contact_sheet([("a class", [red])], side=32, columns=1, label_width=100)
+    assert labelled.shape == (32, 132, 3) and labelled[:, :100].min() == 0 and (labelled[0, 100] == (255, 0, 0)).all()
+
+
+def test_curves_name_what_they_draw_and_are_the_same_twice(capfd):
+    names = ["$a", "_hidden", "$\\frac{$"]
+    panels = {"loss $": ("epoch $", [(name, [1, 2], [3.0, 4.0], None) for name in names * 2])}
+    svg = draw_curves(panels, "svg")
+    assert svg == draw_curves(panels, "svg") and b"<svg" in svg
+    for name in (*names, "loss $", "epoch $"):
+        assert svg.decode().count(f"<!-- {name} -->") == 1
+    assert draw_curves(panels, "png")[:8] == b"\x89PNG\r\n\x1a\n"
+    assert capfd.readouterr().err == ""

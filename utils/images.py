@@ -1,17 +1,19 @@
-"""Image files and class folders: decoding to uint8 arrays, and the label order that everything here shares."""
+"""Image files and class folders: decoding to uint8 arrays, the label order that everything here shares, and pictures of
+many images or of numbers (contact sheets, curves)."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from utils.cli import UserError
 
@@ -23,6 +25,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 JPEG_MAGIC = b"\xff\xd8\xff"
+INK = "#7d7d7d"  # of drawn figures: grey that reads on white paper and on a dark screen alike
 
 
 class BadImage(Exception):
@@ -160,3 +163,66 @@ def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1) * 255
         std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1) * 255
     return mean, std
+
+
+# ===== pictures =====
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]],
+    side: int,
+    columns: int,
+    label_width: int = 0,
+    gap: int = 0,
+    paper: str = "white",
+) -> np.ndarray:
+    """uint8 (H, W, 3): one row of images for each (label, [uint8 (h, w, 3), ...]), its label on the left.
+
+    SIDE: pixels of a square cell, into whose upper left corner an image is laid; COLUMNS: images of a row, at most;
+    GAP: pixels between cells. A LABEL_WIDTH of 0 leaves the labels out.
+    """
+    step = side + gap
+    sheet = Image.new("RGB", (label_width + columns * step - gap, len(rows) * step - gap), paper)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    for number, (label, images) in enumerate(rows):
+        if label_width:
+            draw.multiline_text((8, number * step + 8), label[:80], fill="black", font=font)
+        for column, pixels in enumerate(images[:columns]):
+            sheet.paste(Image.fromarray(pixels), (label_width + column * step, number * step))
+    return np.asarray(sheet)
+
+
+Curve = tuple[str, Sequence[float], Sequence[float], str | None]  # label, x, y, colour (None: matplotlib's next)
+
+
+def draw_curves(panels: Mapping[str, tuple[str, Sequence[Curve]]], kind: str) -> bytes:
+    """The plots of PANELS side by side, title -> (what x is, curves), as KIND "png" or "svg" (transparent).
+
+    A label that several curves share is named once; one that is empty, never. The same numbers give the same bytes.
+    """
+    import matplotlib  # here: half a second, which no other use of this file should wait for
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    look: Any = {"svg.hashsalt": "curves", "font.size": 11, "text.parse_math": False}  # a name may hold a $
+    with matplotlib.rc_context(look):
+        figure, plots = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained")
+        for plot, (title, (unit, curves)) in zip(np.atleast_1d(plots), panels.items(), strict=True):
+            named: dict[str, Any] = {}
+            for label, x, y, color in curves:
+                (line,) = plot.plot(x, y, color=color, linewidth=1.4, alpha=0.85)
+                named.setdefault(label, line)
+            plot.set_xlabel(unit, color=INK)
+            plot.set_title(title, color=INK, fontsize=11)
+            plot.tick_params(colors=INK)
+            plot.grid(color=INK, alpha=0.25, linewidth=0.6)
+            for spine in plot.spines.values():
+                spine.set_color(INK)
+            if any(named):
+                plot.legend(named.values(), named.keys(), frameon=False, labelcolor=INK)
+        buffer = io.BytesIO()
+        options: Any = {"transparent": True, "metadata": {"Date": None}} if kind == "svg" else {"dpi": 110}
+        figure.savefig(buffer, format=kind, **options)
+        pyplot.close(figure)
+    return buffer.getvalue()

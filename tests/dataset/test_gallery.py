@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from utils.dataset import folder as datasets
-from utils.dataset.gallery import contact_sheet, write_gallery
+from utils.dataset.gallery import write_gallery
 from utils.generation.drawing import encode_image
+from utils.images import contact_sheet
 from utils.storage import sha256_bytes
 
 NAMES = ['ti & <b>ger</b> "big"', "crane", "crane", *(f"class {k}" for k in range(9))]
@@ -67,7 +68,7 @@ def test_second_writing_leaves_no_stale_thumbnails(dataset):
 
 
 def test_sheet_without_a_single_image_is_white():
-    assert (contact_sheet([("nothing yet", [])])[:, 300:] == 255).all()
+    assert (contact_sheet([("nothing yet", [])], 128, 10, 220)[:, 300:] == 255).all()
 
 
 @pytest.mark.browser

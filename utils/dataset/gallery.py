@@ -17,10 +17,10 @@ from urllib.parse import quote
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from utils.dataset.folder import ClassFolder, Dataset
-from utils.images import BadImage, decode_rgb
+from utils.images import BadImage, contact_sheet, decode_rgb
 from utils.storage import atomic_write, write_page
 
 SHOWN_A_CLASS = 24  # images of each class in the gallery: the first ones, so that recipes can be compared
@@ -45,7 +45,7 @@ def write_gallery(dataset: Dataset) -> Path:
         sheet.append((f"{rows[folder.id]['name'].split(',')[0]}\n{folder.id}", list(thumbs.values())))
         if len(sheet) == CLASSES_A_SHEET or folder is dataset.folders[-1]:
             sheets.append(f"sheet_{len(sheets):03d}.jpg")
-            atomic_write(preview / sheets[-1], encode(contact_sheet(sheet)))
+            atomic_write(preview / sheets[-1], encode(contact_sheet(sheet, SIDE, IMAGES_A_ROW, LABEL_WIDTH)))
             sheet = []
     return write_page(
         dataset.root / "index.html",
@@ -101,17 +101,6 @@ def describe(folder: ClassFolder, row: dict, thumbs: Iterable[int]) -> dict:
     words = f"{row['id']} {row['name']} {row['hypernym']} {row['definition']}".lower()
     facts = {key: row[key] for key in ("id", "name", "definition")}
     return facts | {"done": len(entries), "wanted": folder.count, "words": words, "images": images}
-
-
-def contact_sheet(rows: list[tuple[str, list[np.ndarray]]]) -> np.ndarray:
-    """uint8 (H, W, 3): one row a class, its label on the left, up to IMAGES_A_ROW thumbnails."""
-    sheet = Image.new("RGB", (LABEL_WIDTH + IMAGES_A_ROW * SIDE, len(rows) * SIDE), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
-    for number, (label, thumbs) in enumerate(rows):
-        draw.multiline_text((8, number * SIDE + 8), label[:80], fill="black", font=font)
-        for column, pixels in enumerate(thumbs[:IMAGES_A_ROW]):
-            sheet.paste(Image.fromarray(pixels), (LABEL_WIDTH + column * SIDE, number * SIDE))
-    return np.asarray(sheet)
 
 
 def encode(pixels: np.ndarray) -> bytes:

@@ -1,57 +1,41 @@
-"""The close look of a report: training curves, per-class accuracy, confusion, and the images themselves."""
+"""The figures of a report: training curves, per-class accuracy, confusion, the images themselves, the radar plot."""
 
 from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image, ImageOps
+
 from utils.cli import UserError
-from utils.images import BadImage, decode_rgb, list_image_folder
-from utils.report.radar import INK
-from utils.storage import read_json, read_jsonl
+from utils.images import INK, BadImage, Curve, contact_sheet, decode_rgb, draw_curves, list_image_folder
+from utils.storage import atomic_path, read_json, read_jsonl
 
 MAX_CLASSES = 20  # classes that a page still shows whole
 SHEET_COLUMNS, SHEET_SIDE = 10, 64  # images a class and source; pixels of each
+# The paper's page draws the model of real images in blue and that of synthetic ones in red. Both stay apart from each
+# other for colour-blind readers; further models follow matplotlib's order.
+COLORS = ("#2166ac", "#d6303a", "#e08214", "#1b9e77", "#7b3294", "#8c6d31")
 
 
 def training_curves(models: Mapping[str, tuple[str, Sequence[Path]]]) -> str | None:
     """SVG of loss and top-1 by epoch, one line a run, from log.jsonl; None if no run left a log."""
-    logs = []
+    panels: dict[str, tuple[str, list[Curve]]] = {"training loss": ("epoch", []), "training top-1 (%)": ("epoch", [])}
     for name, (color, folders) in models.items():
         for folder in folders:
             epochs = [line for line in read_jsonl(folder / "log.jsonl") if line.get("kind") == "epoch"]
-            if epochs:
-                logs.append((name, color, epochs))
-    if not logs:
+            for (_, curves), key in zip(panels.values(), ("loss", "top1"), strict=True):
+                if epochs:
+                    curves.append((name, [line["epoch"] for line in epochs], [line[key] for line in epochs], color))
+    if not panels["training loss"][1]:
         return None
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with matplotlib.rc_context({"svg.hashsalt": "curves", "font.size": 11}):
-        figure, plots = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-        for plot, key, label in zip(plots, ("loss", "top1"), ("training loss", "training top-1 (%)"), strict=True):
-            named = set()
-            for name, color, epochs in logs:
-                x, y = [line["epoch"] for line in epochs], [line[key] for line in epochs]
-                plot.plot(x, y, color=color, linewidth=1.4, alpha=0.85, label=None if name in named else name)
-                named.add(name)
-            plot.set_xlabel("epoch", color=INK)
-            plot.set_title(label, color=INK, fontsize=11)
-            plot.tick_params(colors=INK)
-            plot.grid(color=INK, alpha=0.25, linewidth=0.6)
-            for spine in plot.spines.values():
-                spine.set_color(INK)
-        for text in plots[0].legend(frameon=False).get_texts():
-            text.set_color(INK)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        pyplot.close(figure)
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    drawn = draw_curves(panels, "svg").decode()
+    return drawn[drawn.index("<svg") :]
 
 
 def close_looks(models: Mapping[str, tuple[Sequence[Path], set[str]]]) -> list[dict[str, Any]]:
@@ -161,20 +145,18 @@ def contact_sheets(shown: Sequence[tuple[str, Path]]) -> list[dict[str, Any]]:
 
 def strip(paths: Sequence[str]) -> str:
     """A data URI of the images side by side, each fitted into a square."""
-    from PIL import Image, ImageOps
-
-    side, gap = SHEET_SIDE, 2
-    picture = Image.new("RGB", (len(paths) * (side + gap) - gap, side), (128, 128, 128))
-    for position, path in enumerate(paths):
+    fitted = []
+    for path in paths:
         try:
             image = Image.fromarray(decode_rgb(path))
         except BadImage as error:
             raise UserError(
                 f"--show-data: {error}; remove the file, or draw it again with generate.py --repair"
             ) from None
-        picture.paste(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS), (position * (side + gap), 0))
+        fitted.append(np.asarray(ImageOps.fit(image, (SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS)))
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=85, method=6)
+    sheet = contact_sheet([("", fitted)], SHEET_SIDE, len(fitted), gap=2, paper="#808080")
+    Image.fromarray(sheet).save(buffer, "WEBP", quality=85, method=6)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -201,3 +183,54 @@ def provenance(runs: Sequence[Path], shown: Sequence[tuple[str, Path]]) -> dict[
             value = environment[key]
             versions[key.replace("_", " ")] = ", ".join(value) if isinstance(value, list) else value
     return {"commands": commands, "versions": versions}
+
+
+# ===== radar =====
+
+
+def draw_radar(
+    axes: Sequence[str], models: Mapping[str, Mapping[str, float]], svg: Path, png: Path, colors: Mapping[str, str]
+) -> None:
+    """Write the plot as SVG (transparent, for screens of any colour) and PNG (white, for print).
+
+    AXES: names, clockwise from the top; at least three. MODELS: model -> {axis: percent}; a polygon skips an axis
+    that its model lacks. COLORS: model -> colour.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.projections.polar import PolarAxes
+
+    angles = [2 * math.pi * position / len(axes) for position in range(len(axes))]
+    # A fixed salt: the same bytes for the same numbers.
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "radar", "svg.fonttype": "path", "font.size": 11, "text.parse_math": False}
+    ):
+        figure, plot = pyplot.subplots(figsize=(7, 6.4), subplot_kw={"polar": True}, layout="constrained")
+        assert isinstance(plot, PolarAxes)
+        plot.set_theta_offset(math.pi / 2)
+        plot.set_theta_direction(-1)
+        plot.set_xticks(angles, axes)
+        plot.set_ylim(0, 100)
+        plot.set_yticks([20, 40, 60, 80, 100], ["20", "40", "60", "80", "100"])
+        plot.tick_params(colors=INK)
+        plot.grid(color=INK, alpha=0.35, linewidth=0.7)
+        plot.spines["polar"].set_color(INK)
+        for name, values in models.items():
+            known = [(angle, values[axis]) for angle, axis in zip(angles, axes, strict=True) if axis in values]
+            if not known:
+                continue
+            closed = [*known, known[0]]
+            color = colors[name]
+            plot.plot(*zip(*closed, strict=True), color=color, linewidth=2, marker="o", markersize=4, label=name)
+            if len(known) == len(axes):
+                plot.fill(*zip(*closed, strict=True), color=color, alpha=0.12)
+        legend = plot.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2, frameon=False)
+        for text in legend.get_texts():
+            text.set_color(INK)
+        with atomic_path(svg) as temporary:
+            figure.savefig(temporary, format="svg", transparent=True, metadata={"Date": None})
+        with atomic_path(png) as temporary:
+            figure.savefig(temporary, format="png", dpi=150, facecolor="white")
+        pyplot.close(figure)

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import UserError, data_and_weight
-from utils.report.figures import close_looks, contact_sheets, provenance, training_curves
-from utils.report.radar import COLORS, draw_radar
+from utils.report.figures import COLORS, close_looks, contact_sheets, draw_radar, provenance, training_curves
 from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Cell, Model, as_cell, averages, make_tables
 from utils.storage import atomic_write, read_json, read_jsonl, require_writable, write_page
 

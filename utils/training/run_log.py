@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from utils.storage import append_jsonl, atomic_path, atomic_write, read_jsonl
+from utils.images import Curve, draw_curves
+from utils.storage import append_jsonl, atomic_write, read_jsonl
 
 if TYPE_CHECKING:
     from utils.training.step import Totals, Training
@@ -123,31 +124,22 @@ def peak_memory_mb(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # kilobytes on Linux
 
 
-def draw_curves(run: Path) -> None:
+def draw_run(run: Path) -> None:
     """RUN/curves.png from RUN/log.jsonl: loss and learning rate by step, top-1 by epoch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     lines = read_jsonl(run / LOG)
     steps = [line for line in lines if line["kind"] == "train"]
     epochs = [line for line in lines if line["kind"] == "epoch"]
     if not steps and not epochs:
         return
-    figure, (loss, accuracy) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    loss.plot([line["step"] for line in steps], [line["loss"] for line in steps], color="tab:blue")
-    loss.set(xlabel="step", ylabel="training loss", title=f"{run.name}: loss")
-    rate = loss.twinx()
-    rate.plot([line["step"] for line in steps], [line["lr"] for line in steps], color="tab:gray", linewidth=0.8)
-    rate.set_ylabel("learning rate (grey)")
-    accuracy.plot([line["epoch"] for line in epochs], [line["top1"] for line in epochs], label="training crops")
-    for name, label in (("val_top1", "validation top-1"), ("val_top5", "validation top-5")):
-        known = [line for line in epochs if line.get(name) is not None]
+    accuracies: list[Curve] = []
+    for key, label in (("top1", "training crops"), ("val_top1", "validation top-1"), ("val_top5", "validation top-5")):
+        known = [line for line in epochs if line.get(key) is not None]
         if known:
-            accuracy.plot([line["epoch"] for line in known], [line[name] for line in known], label=label)
-    accuracy.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 101), title="accuracy")
-    accuracy.legend(loc="lower right")
-    with atomic_path(run / CURVES) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    pyplot.close(figure)
+            accuracies.append((label, [line["epoch"] for line in known], [line[key] for line in known], None))
+    x = [line["step"] for line in steps]
+    panels: dict[str, tuple[str, list[Curve]]] = {
+        f"{run.name}: training loss": ("step", [("", x, [line["loss"] for line in steps], None)]),
+        "learning rate": ("step", [("", x, [line["lr"] for line in steps], None)]),
+        "accuracy (%)": ("epoch", accuracies),
+    }
+    atomic_write(run / CURVES, draw_curves(panels, "png"))
