@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 something the user can mend (option, file, disk); 1 unexpe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import math
@@ -16,7 +17,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
+
+MOST = 10**12  # of anything that is counted
+LONGEST_NAME = 100  # characters; with suffixes and a temporary name it stays below a disk's 255 bytes
+DISK_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENXIO, errno.ENODEV)
 
 
 class UserError(Exception):
@@ -72,6 +77,8 @@ def run(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parse ARGV, call MAIN and turn its exceptions into one line on stderr and an exit code."""
+    with contextlib.suppress(AttributeError):  # a stream that somebody put in its place
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names need not be UTF-8
     args = parser.parse_args(argv)
     try:
         return main(args) or 0
@@ -83,15 +90,30 @@ def run(
         return 1
     except UserError as error:
         return _report(parser, args, str(error), 2)
+    except MemoryError:
+        remedy = "use fewer --workers, a smaller batch or a machine with more"
+        return _report(parser, args, f"no memory is left; {remedy}", 2)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" ({error.filename})" if error.filename else ""
-            return _report(parser, args, f"the disk is full{where}; free some space and run the same command again", 2)
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-            return _report(parser, args, f"no permission: {error.filename} ({error.strerror})", 2)
+        if remedy := _remedy(error):
+            return _report(parser, args, remedy, 2)
         return _report(parser, args, _unexpected(error), 1)
     except Exception as error:  # the door of the program: everything else is a bug or a failing device
         return _report(parser, args, _unexpected(error), 1)
+
+
+def _remedy(error: OSError) -> str:
+    """One line about what a disk, a network or another person did to a file; "" if it is none of these."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" ({error.filename})" if error.filename else ""
+        return f"the disk is full{where}; free some space and run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        return f"no permission: {error.filename} ({error.strerror})"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files; raise the limit (ulimit -n 65536) or use fewer --workers"
+    if error.errno and (error.filename or error.errno in DISK_ERRORS):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; check that path and its disk, then run the same command again"
+    return ""
 
 
 def _unexpected(error: BaseException) -> str:
@@ -102,6 +124,7 @@ def _unexpected(error: BaseException) -> str:
 def _report(parser: argparse.ArgumentParser, args: argparse.Namespace, message: str, code: int) -> int:
     if getattr(args, "debug", False):
         traceback.print_exc()
+    message = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)  # of a hostile file name
     print(f"{parser.prog}: {'error: ' if code != 130 else ''}{message}", file=sys.stderr, flush=True)
     return code
 
@@ -119,15 +142,28 @@ def command_line() -> str:
 
 
 def positive_int(text: str) -> int:
-    return _number(text, int, lambda value: value > 0, "a whole number above 0")
+    """A count: 1 to MOST."""
+    return _number(text, int, 1, MOST, "a whole number above 0")
 
 
 def non_negative_int(text: str) -> int:
-    return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
+    """A count that may be 0, to MOST."""
+    return _number(text, int, 0, MOST, "a whole number, 0 or more")
+
+
+def seed_number(text: str) -> int:
+    """A seed that every generator of random numbers takes: 0 to 2**63 - 1."""
+    return _number(text, int, 0, 2**63 - 1, "a whole number, 0 or more")
+
+
+def epoch_count(text: str) -> int:
+    """Passes over the data: 1 to 100,000."""
+    return _number(text, int, 1, 100_000, "a whole number above 0")
 
 
 def positive_float(text: str) -> float:
-    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+    """A finite number above 0."""
+    return _number(text, float, 5e-324, sys.float_info.max, "a number above 0")
 
 
 def data_and_weight(text: str) -> tuple[Path, float]:
@@ -148,11 +184,68 @@ def data_and_weight(text: str) -> tuple[Path, float]:
     return Path(path).expanduser(), value
 
 
-def _number(text, convert, accept, wanted):
+def _number(text, convert, least, most, wanted):
     try:
         value = convert(text)
     except ValueError:
         value = None
-    if value is None or not accept(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    if value is not None and most < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is more than the {most:,} that are possible")
+    if value is None or not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is not {wanted}")
     return value
+
+
+def any_path(text: str) -> Path:
+    """A path that a disk can hold, with `~` for the home folder."""
+    try:
+        found = Path(text).expanduser()
+    except RuntimeError as error:  # `~nobody`
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is not a path: {error}") from None
+    if not text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is not a path: it is empty or has control characters")
+    if any(len(os.fsencode(part)) > 255 for part in found.parts) or len(os.fsencode(found)) > 3000:
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is too long for a path (255 bytes a folder)")
+    return found
+
+
+def one_name(text: str) -> str:
+    """As `safe_name`, as the type of an option."""
+    if why := _unsafe(text, LONGEST_NAME, paths=False):
+        raise argparse.ArgumentTypeError(why)
+    return text
+
+
+def safe_name(text: Any, option: str) -> str:
+    """TEXT if it is one component of a path that any disk takes, else a UserError that opens with OPTION.
+
+    For names, ids and labels from an option, a file or a folder, where they enter: a string of 1 to LONGEST_NAME
+    characters without slashes, control characters or a dot or space at its start.
+    """
+    if why := _unsafe(text, LONGEST_NAME, paths=False):
+        raise UserError(f"{option}: {why}")
+    return text
+
+
+def safe_label(text: Any, option: str, longest: int = 200) -> str:
+    """TEXT if it is one printable line of at most LONGEST characters, for people to read; else a UserError."""
+    if why := _unsafe(text, longest, paths=True):
+        raise UserError(f"{option}: {why}")
+    return text
+
+
+def _unsafe(text: Any, longest: int, paths: bool) -> str:
+    if not isinstance(text, str) or not text.strip():
+        return f"{shortened(text)!r} is not a name; write letters, digits, . _ -"
+    if len(text) > longest or (not paths and len(text.encode(errors="replace")) > 2 * longest):
+        return f"{shortened(text)!r} is too long ({len(text)} characters); use at most {longest}"
+    if not text.isprintable():
+        return f"{shortened(text)!r} has control characters; write letters, digits, . _ -"
+    if not paths and (text[0] in ". " or set(text) & set("/\\")):
+        return f"{shortened(text)!r} cannot name a file; write letters, digits, . _ - without slashes or a first dot"
+    return ""
+
+
+def shortened(value: Any, longest: int = 60) -> Any:
+    """VALUE, a long text cut, for messages."""
+    return value[:longest] + "..." if isinstance(value, str) and len(value) > longest else value
