@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as generate.py
@@ -20,12 +21,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as generate.py
 import torch
 
 from benchmarks.bounds import bound, count_flops
+from generate import draw
 from tests.tiny_sd import build_tiny_sd, byte_tokenizer
+from utils.classes import load_classes
 from utils.dataset import folder as datasets
 from utils.generation import diffusion, loading
-from utils.generation.drawing import draw
+from utils.generation.drawing import Session
 from utils.generation.pipeline import find_pipeline
-from utils.generation.prompts import class_prompts, load_classes, parse_template
+from utils.generation.prompts import class_prompts, parse_template
+from utils.generation.recipe import Recipe
 from utils.machine import memory_format, resolve_device, resolve_dtype
 from utils.storage import read_jsonl
 
@@ -84,7 +88,7 @@ def generate_vs_bound() -> dict:
         "target": 0.95,
         **one.bound(),
         "what": "The same drawing against nothing but its UNet forwards and VAE decodes, same format, same batch.",
-        "notes": [f"{name_of(dtype)} on {device}, batch {one.sampler.micro_batch}"],
+        "notes": [f"{name_of(dtype)} on {device}, batch {one.sampler.denoising.size}"],
     }
 
 
@@ -110,8 +114,8 @@ def demo_vs_plain() -> dict:
         "what": f"models/digits-sd, recipe paper ({PAPER_FORWARDS} UNet forwards an image): {DEMO_IMAGES} images by "
         "generate.py against one prompt a call, same format.",
         "notes": [
-            f"{name_of(dtype)} on {device}, batch {one.sampler.micro_batch}; the peer drew {DEMO_PEER_IMAGES} images "
-            f"before ours and {DEMO_PEER_IMAGES * (ROUNDS - 1)} after"
+            f"{name_of(dtype)} on {device}, batch {one.sampler.denoising.size}; "
+            f"the peer drew {DEMO_PEER_IMAGES} images before ours and {DEMO_PEER_IMAGES * (ROUNDS - 1)} after"
         ],
     }
 
@@ -188,11 +192,11 @@ class Ours:
 
     def __init__(self, model: Path, classes: str, steps: int, device: torch.device, dtype: torch.dtype):
         folder = find_pipeline(str(model))
-        size = folder.native_size
-        sampling = diffusion.Sampling("pndm", steps, 2.0, None, size, size)
-        attention = loading.resolve_attention("auto", device)
-        self.sampler = loading.load_sampler(folder, sampling, device, dtype, attention, False, False)
-        self.sampler.micro_batch = loading.choose_batch_size(self.sampler)
+        recipe = Recipe(steps=steps, dtype=loading.DTYPE_NAMES[dtype], safety="off")
+        recipe = recipe.with_model(folder).with_device(device)
+        self.sampler = loading.load_sampler(folder, recipe, device)
+        self.sampler.denoising.size = loading.choose_batch_size(self.sampler)
+        self.recipe = replace(recipe, batch_size=self.sampler.denoising.size)
         self.table, self.template = load_classes(classes), parse_template(TEMPLATE)
 
     def images_per_s(self, images_a_class: int) -> float:
@@ -200,31 +204,33 @@ class Ours:
             {"id": row.wnid, "name": row.name, "hypernym": "", "definition": "", "images": images_a_class}
             for row in self.table.rows
         ]
-        recipe = {"seed": 0, "names": "first", "format": "jpg", "save_size": None, "safety": "off", "dtype": ""}
-        recipe["batch_size"] = self.sampler.micro_batch
-        info = {"name": "bench", "recipe": recipe, "model": {}, "classes": rows, "environment": {}}
+        info = {"name": "bench", "recipe": self.recipe.record(), "model": {}, "classes": rows, "environment": {}}
         with tempfile.TemporaryDirectory() as work:
             dataset = datasets.create_dataset(Path(work) / "bench", info)
-            return draw(dataset, dataset.folders, self.sampler, self.table, self.template)["images_per_s"]
+            session = Session(dataset, dataset.folders, self.recipe)
+            batches = session.open_batches(self.table, self.template)
+            for batch, entries in draw(batches, self.recipe, self.sampler, session.bar):
+                session.commit(batch, entries)
+            return session.summary(self.sampler)["images_per_s"]
 
     @torch.inference_mode()
     def bare_images_per_s(self) -> float:
         """The networks alone, fed with noise: no scheduler, text, files."""
-        sampler, batch = self.sampler, self.sampler.micro_batch
+        sampler, batch = self.sampler, self.sampler.denoising.size
         latents = sampler.initial_latents(range(batch)).to(sampler.device, sampler.dtype)
         latents = latents.to(memory_format=memory_format(sampler.device, sampler.dtype))
         text = sampler.embedding("").expand(2 * batch, -1, -1)
         started = time.perf_counter()
         for _ in sampler.guided:
             sampler.unet(torch.cat([latents, latents]), 500, encoder_hidden_states=text, return_dict=False)
-        for start, end in diffusion.spans(batch, sampler.decode_batch):
+        for start, end in diffusion.spans(batch, sampler.decoding.size):
             sampler.vae.decode(latents[start:end], return_dict=False)
         synchronize(sampler.device)
         return batch / (time.perf_counter() - started)
 
     def bound(self) -> dict:
         """The arithmetic of the networks alone, see bounds.py."""
-        operations = count_flops(self.bare_images_per_s) / self.sampler.micro_batch
+        operations = count_flops(self.bare_images_per_s) / self.sampler.denoising.size
         return bound(operations, self.sampler.device, self.sampler.dtype)
 
     def decode_seconds(self) -> float:

@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not installed
 
 from models.digits import PARTS, real_digits
+from utils.classes import load_classes
 from utils.cli import make_parser, run
-from utils.generation.prompts import load_classes
 from utils.storage import atomic_write, require_writable
 
 

@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not installed
 
 from models.digits import IMAGE_SIZE, SPLIT_FILE, real_digits
+from utils.classes import load_classes
 from utils.cli import UserError, make_parser, positive_int, run
-from utils.generation.prompts import load_classes, parse_template, prompt_text
+from utils.generation.prompts import parse_template, prompt_text
 from utils.machine import snapshot
 from utils.storage import append_jsonl, atomic_path, atomic_write, require_writable
 

@@ -16,8 +16,8 @@ from sklearn.datasets import load_digits
 
 from models import train_digits_sd
 from models.digits import SPLIT_FILE, read_split, real_digits
-from utils.classes import ClassRow
-from utils.generation.prompts import TEMPLATES, load_classes, parse_template, prompt_text
+from utils.classes import ClassRow, load_classes
+from utils.generation.prompts import TEMPLATES, parse_template, prompt_text
 from utils.storage import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -151,15 +151,6 @@ def test_a_class_has_one_owner(folder):
 # ===== dataset.json =====
 
 
-def test_auto_takes_what_the_folder_was_made_with(dataset):
-    assert datasets.settle_recipe(RECIPE | {"batch_size": None, "dtype": None}, dataset) == RECIPE
-
-
-def test_another_recipe_is_refused_with_a_diff(dataset):
-    with pytest.raises(UserError, match='steps is 50, asked 20; dtype is "fp32", asked "fp16"'):
-        datasets.settle_recipe(RECIPE | {"steps": 20, "dtype": "fp16"}, dataset)
-
-
 def test_the_first_of_two_creators_wins(dataset):
     again = datasets.create_dataset(dataset.root, dataset.info | {"recipe": RECIPE | {"batch_size": 8}})
     assert again.recipe["batch_size"] == 4

@@ -15,6 +15,7 @@ from tests.tiny_sd import build_tiny_sd
 from utils.cli import UserError
 from utils.generation import diffusion, loading
 from utils.generation.pipeline import find_pipeline, safetensors_problem
+from utils.generation.recipe import RECIPES, SCHEDULERS, Recipe
 
 CPU = torch.device("cpu")
 TEXTS = ["crane, large long-necked wading bird", "crane, lifts and moves heavy objects", "a cat"]
@@ -31,21 +32,28 @@ def tiny_safe(tmp_path_factory):
     return build_tiny_sd(tmp_path_factory.mktemp("models") / "safe", with_safety_checker=True)
 
 
-def sampler_for(folder, scheduler="pndm", steps=4, guidance=2.0, interval=None, size=(16, 16), safety=False, **changes):
-    sampling = diffusion.Sampling(scheduler, steps, guidance, interval, *size)
-    settings = {"attention": "sdpa", "compile_unet": False, "safety": safety} | changes
-    sampler = loading.load_sampler(find_pipeline(str(folder)), sampling, CPU, torch.float32, **settings)
-    sampler.micro_batch = 64
+def sampler_for(
+    folder, scheduler="pndm", steps=4, guidance=2.0, interval=None, size=(16, 16), safety=False, compiled=False
+):
+    recipe = Recipe(scheduler=scheduler, steps=steps, guidance_scale=guidance, guidance_interval=interval,
+                    height=size[0], width=size[1], dtype="fp32", attention="sdpa", compile=compiled,
+                    safety="keep" if safety else "off")  # fmt: skip
+    sampler = loading.load_sampler(find_pipeline(str(folder)), recipe, CPU)
+    sampler.denoising.size = 64
     return sampler
 
 
+def denoise(sampler, seeds, texts) -> torch.Tensor:
+    return sampler.denoise(sampler.initial_latents(seeds), texts)
+
+
 def draw(sampler, seeds=SEEDS, texts=TEXTS) -> np.ndarray:
-    pixels, faults = sampler.decode(sampler.denoise(seeds, texts))
+    pixels, faults = sampler.decode(denoise(sampler, seeds, texts))
     assert faults == [""] * len(seeds)
     return pixels.numpy().astype(int)
 
 
-@pytest.mark.parametrize("scheduler", list(diffusion.SCHEDULERS))
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 def test_same_pixels_as_the_plain_pipeline_call(tiny, scheduler, guidance):
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
@@ -63,7 +71,7 @@ def test_same_pixels_as_the_plain_pipeline_call(tiny, scheduler, guidance):
 def test_no_scheduler_clips_latents(tiny):
     config = find_pipeline(str(tiny)).scheduler_config
     assert "clip_sample" not in config  # as released: a PNDM scheduler
-    for name in diffusion.SCHEDULERS:
+    for name in SCHEDULERS:
         settings = diffusion.build_scheduler(name, config).config
         assert not settings.get("clip_sample") and not settings.get("thresholding"), name
 
@@ -82,7 +90,7 @@ def test_initial_latents_of_an_image_are_its_own(tiny):
 
 
 def test_the_next_batch_is_not_touched_by_the_one_before(tiny):
-    for scheduler in diffusion.SCHEDULERS:
+    for scheduler in SCHEDULERS:
         sampler = sampler_for(tiny, scheduler)
         first = draw(sampler)
         draw(sampler, [9], ["something else"])
@@ -118,8 +126,6 @@ def test_forwards_are_what_the_unet_really_runs(tiny, scheduler, steps, guidance
 
 
 def test_fast_recipe_runs_at_most_35_percent_of_the_papers_forwards(tiny):
-    from generate import RECIPES
-
     def run(name):
         recipe = RECIPES[name]
         keys = ("scheduler", "steps", "guidance_scale", "guidance_interval")
@@ -132,7 +138,7 @@ def test_fast_recipe_runs_at_most_35_percent_of_the_papers_forwards(tiny):
 def count_forwards(sampler) -> int:
     seen = []
     hook = sampler.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    sampler.denoise([0], ["a cat"])
+    denoise(sampler, [0], ["a cat"])
     hook.remove()
     assert sum(seen) == sampler.forwards_per_image
     return sum(seen)
@@ -162,7 +168,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_latents_and_prompts(tiny, monk
 
     monkeypatch.setattr(sampler.unet, "forward", small_memory)
     halved = draw(sampler, list(range(7)), ["a cat"] * 7)
-    assert sampler.micro_batch <= 2 and max(sizes) > 4
+    assert sampler.denoising.size <= 2 and max(sizes) > 4
     assert np.abs(whole - halved).max() <= 1  # other batch size, other rounding: low bits only
 
 
@@ -174,7 +180,7 @@ def test_out_of_memory_with_one_image_names_the_remedy(tiny, monkeypatch):
 
     monkeypatch.setattr(sampler.unet, "forward", no_memory)
     with pytest.raises(UserError, match="--height"):
-        sampler.denoise(SEEDS, TEXTS)
+        denoise(sampler, SEEDS, TEXTS)
 
 
 def test_other_errors_are_not_taken_for_memory(tiny, monkeypatch):
@@ -185,7 +191,7 @@ def test_other_errors_are_not_taken_for_memory(tiny, monkeypatch):
 
     monkeypatch.setattr(sampler.unet, "forward", broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        sampler.denoise(SEEDS, TEXTS)
+        denoise(sampler, SEEDS, TEXTS)
 
 
 def test_black_and_non_finite_images_are_told_apart_from_dark_ones(tiny, monkeypatch):
@@ -201,7 +207,7 @@ def test_black_and_non_finite_images_are_told_apart_from_dark_ones(tiny, monkeyp
 
 def test_safety_checker_flags_but_never_blackens(tiny_safe):
     sampler = sampler_for(tiny_safe, safety=True)
-    pixels, _ = sampler.decode(sampler.denoise(SEEDS, TEXTS))
+    pixels, _ = sampler.decode(denoise(sampler, SEEDS, TEXTS))
     before = pixels.clone()
     assert sampler.flagged(pixels) == [False] * 3
     torch.nn.init.constant_(sampler.pipeline.safety_checker.concept_embeds_weights, -2.0)
@@ -213,7 +219,7 @@ def test_the_safety_checker_has_its_own_batch_and_halves_it_when_memory_runs_out
     sampler = sampler_for(tiny_safe, safety=True)
     checker, sizes = sampler.pipeline.safety_checker, []
     torch.nn.init.constant_(checker.concept_embeds_weights, 0.72)
-    pixels, _ = sampler.decode(sampler.denoise(list(range(40)), ["a cat"] * 40))
+    pixels, _ = sampler.decode(denoise(sampler, list(range(40)), ["a cat"] * 40))
     whole = sampler.flagged(pixels)
     plain = checker.forward
 
@@ -225,7 +231,7 @@ def test_the_safety_checker_has_its_own_batch_and_halves_it_when_memory_runs_out
 
     monkeypatch.setattr(checker, "forward", small_memory)
     assert sampler.flagged(pixels) == whole and set(whole) == {False, True}
-    assert max(sizes) <= diffusion.CHECKED_IMAGES and sampler.check_batch == 4
+    assert max(sizes) <= diffusion.CHECKED_IMAGES and sampler.checking.size == 4
     monkeypatch.setattr(diffusion, "is_out_of_memory", lambda error: True)
     monkeypatch.setattr(checker, "forward", lambda **named: small_memory(torch.zeros(9), None))
     with pytest.raises(UserError, match="--safety off"):
@@ -235,7 +241,7 @@ def test_the_safety_checker_has_its_own_batch_and_halves_it_when_memory_runs_out
 def test_flags_are_those_of_the_plain_pipeline(tiny_safe):
     sampler = sampler_for(tiny_safe, safety=True)
     torch.nn.init.constant_(sampler.pipeline.safety_checker.concept_embeds_weights, 0.55)
-    pixels, _ = sampler.decode(sampler.denoise(list(range(40)), ["a cat"] * 40))
+    pixels, _ = sampler.decode(denoise(sampler, list(range(40)), ["a cat"] * 40))
     _, plain = sampler.pipeline.run_safety_checker(pixels.permute(0, 3, 1, 2).float() / 255 * 2 - 1, CPU, torch.float32)
     ours = sampler.flagged(pixels)
     assert ours == list(plain)
@@ -261,12 +267,12 @@ def compiled_sizes(monkeypatch) -> list[int]:
 
 
 def test_a_compiled_unet_sees_one_batch_size_and_images_do_not_depend_on_what_fills_it(tiny, compiled_sizes):
-    sampler = sampler_for(tiny, compile_unet=True)
-    sampler.micro_batch = 4
+    sampler = sampler_for(tiny, compiled=True)
+    sampler.denoising.size = 4
     seeds, texts = list(range(7)), [f"a cat in {number}" for number in range(7)]
-    together = sampler.denoise(seeds, texts)
+    together = denoise(sampler, seeds, texts)
     assert together.shape[0] == 7
-    assert torch.equal(sampler.denoise(seeds[4:5], texts[4:5])[0], together[4])  # a redraw: one image, filled up
+    assert torch.equal(denoise(sampler, seeds[4:5], texts[4:5])[0], together[4])  # a redraw: one image, filled up
     assert set(compiled_sizes) == {8}  # guided: two rows an image
     plain = sampler_for(tiny)
     assert np.abs(draw(plain, seeds, texts) - draw(sampler, seeds, texts)).max() <= 1
@@ -274,15 +280,15 @@ def test_a_compiled_unet_sees_one_batch_size_and_images_do_not_depend_on_what_fi
 
 def test_the_search_for_a_batch_size_compiles_nothing(tiny, compiled_sizes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    sampler = sampler_for(tiny, compile_unet=True)
+    sampler = sampler_for(tiny, compiled=True)
     for size in (1, 2, 4):
         assert loading._seconds_a_step(sampler, size) > 0
     assert compiled_sizes == []
 
 
 def test_out_of_memory_halves_a_compiled_batch_too(tiny, compiled_sizes, monkeypatch):
-    sampler = sampler_for(tiny, compile_unet=True)
-    sampler.micro_batch = 8
+    sampler = sampler_for(tiny, compiled=True)
+    sampler.denoising.size = 8
     plain = sampler._denoise
 
     def small_memory(latents, *rest):
@@ -291,8 +297,8 @@ def test_out_of_memory_halves_a_compiled_batch_too(tiny, compiled_sizes, monkeyp
         return plain(latents, *rest)
 
     monkeypatch.setattr(sampler, "_denoise", small_memory)
-    assert len(sampler.denoise([1, 2, 3], ["a cat"] * 3)) == 3
-    assert sampler.micro_batch == 4 and set(compiled_sizes) == {8}
+    assert len(denoise(sampler, [1, 2, 3], ["a cat"] * 3)) == 3
+    assert sampler.denoising.size == 4 and set(compiled_sizes) == {8}
 
 
 def test_attention_by_device():

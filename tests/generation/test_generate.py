@@ -17,7 +17,9 @@ import generate
 from tests.tiny_sd import build_tiny_sd
 from utils.cli import run
 from utils.generation import diffusion, drawing, loading, plan
+from utils.generation.pipeline import find_pipeline
 from utils.generation.prompts import image_seed
+from utils.generation.recipe import Recipe
 
 CLASSES = "zero, one, two"
 ZERO, ONE, TWO = "n13742358", "n13742573", "n13743269"
@@ -86,13 +88,11 @@ def test_pixels_are_those_of_the_seed_alone(tmp_path, tiny):
     """The image on disk is what the sampler draws from (seed, class, index), in whatever batch."""
     out = tmp_path / "out"
     assert call(out, tiny, "--format", "png", "--dtype", "fp32") == 0
-    from utils.generation.pipeline import find_pipeline
-
-    sampling = diffusion.Sampling("pndm", 2, 2.0, None, 16, 16)
-    cpu = torch.device("cpu")
-    sampler = loading.load_sampler(find_pipeline(str(tiny)), sampling, cpu, torch.float32, "sdpa", False, False)
+    recipe = Recipe(steps=2, height=16, width=16, dtype="fp32", safety="off")
+    sampler = loading.load_sampler(find_pipeline(str(tiny)), recipe, torch.device("cpu"))
     entry = entries(out, TWO)[5]
-    (pixels,), _ = sampler.decode(sampler.denoise([entry["seed"]], [entry["prompt"]]))
+    latents = sampler.initial_latents([entry["seed"]])
+    (pixels,), _ = sampler.decode(sampler.denoise(latents, [entry["prompt"]]))
     stored = np.asarray(Image.open(out / "train" / TWO / f"{TWO}_000005.png")).astype(int)
     assert np.abs(stored - pixels.numpy()).max() <= 1
 
@@ -323,11 +323,9 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, tiny, capsys):
 @pytest.mark.parametrize("recipe", ["paper", "fast"])
 def test_dry_run_reckons_the_forwards_that_are_run(tmp_path, tiny, recipe):
     args = generate.get_args_parser().parse_args(["--recipe", recipe, "--model", str(tiny), "--classes", "digits"])
-    wanted = generate.wanted_recipe(args, generate.load_classes("digits"), generate.parse_template("c"))
-    folder = generate.find_pipeline(str(tiny))
-    keys = ("scheduler", "steps", "guidance_scale", "guidance_interval")
-    sampling = diffusion.Sampling(**{key: wanted[key] for key in keys}, height=16, width=16)
-    sampler = loading.load_sampler(folder, sampling, torch.device("cpu"), torch.float32, "sdpa", False, False)
+    folder = find_pipeline(str(tiny))
+    wanted = generate.asked_recipe(args, "", "c").with_model(folder)
+    sampler = loading.load_sampler(folder, wanted, torch.device("cpu"))
     assert abs(plan.expected_forwards(wanted, folder.scheduler_config) - sampler.forwards_per_image) <= 1
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils.classes import ClassRow, ClassTable, imagenet_counts
+from utils.classes import ClassRow, ClassTable, imagenet_counts, images_per_class, load_classes
 from utils.cli import UserError, run
 from utils.generation import prompts
 from utils.generation.prompts import (
@@ -21,17 +21,23 @@ from utils.generation.prompts import (
     Prompt,
     class_prompts,
     image_seed,
-    images_per_class,
-    iter_prompts,
-    load_classes,
+    kept_part,
     parse_template,
     prompt_text,
     prompt_warnings,
+    token_counter,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
 TENCH = ClassRow("n01440764", "tench, Tinca tinca", "cyprinid, cyprinid fish", "a fish; of Europe")
 BARE = ClassRow("jay", "jay")
+
+
+def table_prompts(table, template, counts, seed=0, names="first"):
+    """All prompts of a table, class by class in label order."""
+    for row in table.rows:
+        yield from class_prompts(row, template, counts if isinstance(counts, int) else counts[row.wnid], seed, names)
+
 
 # ===== the lists never change =====
 
@@ -76,7 +82,7 @@ def list_hash(lines) -> str:
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("classes", ["imagenet_100", "imagenet_1k", "digits"])
 def test_golden_lists(classes, template, names):
-    listed = iter_prompts(load_classes(classes), parse_template(template), 3, 0, names)
+    listed = table_prompts(load_classes(classes), parse_template(template), 3, 0, names)
     assert list_hash(listed)[:16] == GOLDEN[classes, template, names]
 
 
@@ -94,12 +100,14 @@ def test_golden_seeds_and_backgrounds():
 STREAM = """
 import resource, sys, time
 from hashlib import sha256
-from utils.generation.prompts import images_per_class, iter_prompts, load_classes, parse_template
+from utils.classes import images_per_class, load_classes
+from utils.generation.prompts import class_prompts, parse_template
 table = load_classes("imagenet_1k")
 counts = images_per_class(table, "imagenet")
 start = time.process_time()
 digest, number = sha256(), 0
-for prompt in iter_prompts(table, parse_template(sys.argv[1]), counts):
+template = parse_template(sys.argv[1])
+for prompt in (prompt for row in table.rows for prompt in class_prompts(row, template, counts[row.wnid])):
     digest.update(f"{prompt.wnid}\\t{prompt.index}\\t{prompt.text}\\t{prompt.seed}\\n".encode())
     number += 1
     if number == 20_000:
@@ -244,16 +252,16 @@ def test_backgrounds_are_drawn_evenly():
 def test_lists_run_class_by_class():
     table = load_classes("digits")
     template = parse_template("c")
-    listed = list(iter_prompts(table, template, 2, seed=5))
+    listed = list(table_prompts(table, template, 2, seed=5))
     assert [prompt.wnid for prompt in listed] == [wnid for wnid in table.ids for _ in range(2)]
     assert listed[0] == Prompt(table.ids[0], 0, "zero", image_seed(5, table.ids[0], 0))
     counts = dict.fromkeys(table.ids, 0) | {table.ids[3]: 2}
-    assert [(prompt.wnid, prompt.index) for prompt in iter_prompts(table, template, counts)] == [
+    assert [(prompt.wnid, prompt.index) for prompt in table_prompts(table, template, counts)] == [
         (table.ids[3], 0),
         (table.ids[3], 1),
     ]
     # 1.28 million prompts are not built to look at the first.
-    everything = iter_prompts(load_classes("1k"), template, images_per_class(load_classes("1k"), "imagenet"))
+    everything = table_prompts(load_classes("1k"), template, images_per_class(load_classes("1k"), "imagenet"))
     assert next(islice(everything, 1300, None)).wnid == "n01443537"
 
 
@@ -310,16 +318,104 @@ def test_what_clip_cuts_off_is_shown():
     assert "cut off: 'tench" in prompt_warnings(table, parse_template("c"), "all", len, 3)[-1]
 
 
-def test_without_a_tokenizer_a_near_miss_is_told_as_an_estimate():
-    table = ClassTable("birds", (ClassRow("jay", "jay", "", "bird " * 66),))
-    (warning,) = prompt_warnings(table, parse_template("c, d_c"))
-    assert warning.startswith("jay: ~70 tokens (estimated to within 10), CLIP reads 77; may be cut off: 'bird")
+def test_without_a_tokenizer_nothing_is_said_of_tokens():
+    table = ClassTable("birds", (ClassRow("jay", "jay", "", "bird " * 100),))
+    assert prompt_warnings(table, parse_template("c, d_c")) == []
 
 
 def test_many_warnings_of_a_kind_are_cut_short():
     rows = tuple(ClassRow(f"id{number}", f"name {number // 2}") for number in range(100))
     warnings = prompt_warnings(ClassTable("x", rows), parse_template("c"))
     assert len(warnings) == 21 and warnings[-1] == "... and 30 more of this kind"
+
+
+# ===== CLIP tokens =====
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """A CLIP tokenizer of single bytes and the merge "ab", in the layout of Stable Diffusion 1.4's repository."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + number) for number in range(256 - len(printable))]
+    vocabulary = [
+        *symbols,
+        *(symbol + "</w>" for symbol in symbols),
+        "ab",
+        "ab</w>",
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({symbol: number for number, symbol in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\na b</w>\n")
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 20}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("", 2), ("x", 3), ("ab", 3), ("ABAB", 4), ("ab, abc 12!", 2 + 7)])
+def test_counts_of_a_models_own_tokenizer(tmp_path, text, tokens):
+    save_tokenizer(tmp_path / "model" / "tokenizer")
+    counter = token_counter(str(tmp_path / "model"))
+    assert counter(text) == tokens
+    assert counter.max_tokens == 20
+
+
+def test_a_tokenizer_saved_by_transformers_counts_alike(tmp_path):
+    from transformers import CLIPTokenizer
+
+    save_tokenizer(tmp_path / "old" / "tokenizer")
+    old = token_counter(str(tmp_path / "old"))
+    CLIPTokenizer.from_pretrained(tmp_path / "old" / "tokenizer").save_pretrained(tmp_path / "new" / "tokenizer")
+    assert (tmp_path / "new" / "tokenizer" / "tokenizer.json").is_file()
+    new = token_counter(str(tmp_path / "new"))
+    text = "Abba, a bag of 365 cabs — 鶴 🐦"
+    assert new(text) == old(text) > 20  # and no warning of a text longer than the model reads
+    assert new.max_tokens == old.max_tokens
+
+
+def test_half_a_tokenizer_is_none(tmp_path):
+    folder = save_tokenizer(tmp_path / "model" / "tokenizer")
+    (folder / "merges.txt").unlink()
+    assert token_counter(str(tmp_path / "model")) is None
+
+
+@pytest.mark.parametrize("model", ["", "no/where", "/no/such/folder", "CompVis/stable-diffusion-v1-4", "../x"])
+def test_an_absent_tokenizer_is_none_and_not_an_empty_one(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert token_counter(model) is None
+
+
+def test_the_hub_cache_is_looked_into_without_a_network(tmp_path):
+    repository = tmp_path / "models--some--model"
+    save_tokenizer(repository / "snapshots" / "0123abc" / "tokenizer")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    command = [
+        sys.executable,
+        "-m",
+        "utils.generation.prompts",
+        "--classes",
+        "tench",
+        "--prompt",
+        "c, d_c",
+        "--model",
+        "some/model",
+    ]
+    environment = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    letters = "freshwater dace-like game fish of Europe and western Asia noted for ability to survive outside water"
+    tokens = 2 + len("tench,") + len(letters.replace(" ", "")) - letters.count("ab")
+    assert result.stdout.rstrip().endswith(f"\t{tokens}")
+    assert f"warning: n01440764: {tokens} tokens, CLIP reads 20; cut off: " in result.stderr
+
+
+def test_kept_part_ends_at_a_word():
+    count = len
+    assert kept_part("one two three", count, 13) == "one two three"
+    assert kept_part("one two three", count, 12) == "one two"
+    assert kept_part("one two three", count, 2) == ""
+    assert kept_part("", count, 2) == ""
 
 
 # ===== the inspector =====
@@ -332,7 +428,7 @@ def inspect(*arguments: str) -> int:
 def test_inspector_prints_id_text_and_tokens(capsys):
     assert inspect("--classes", "1k", "--prompt", "c", "--limit", "2") == 0
     output = capsys.readouterr()
-    assert output.out == "n01440764\ttench\t~3\nn01443537\tgoldfish\t~4\n"
+    assert output.out == "n01440764\ttench\nn01443537\tgoldfish\n"
     notes = output.err.splitlines()
     assert notes[0].startswith("note: no tokenizer of CompVis/stable-diffusion-v1-4 on this machine")
     assert [note.split(" (")[0] for note in notes[1:]] == ["warning: same prompt for 2 classes"] * 3
@@ -341,7 +437,8 @@ def test_inspector_prints_id_text_and_tokens(capsys):
 def test_inspector_as_json(capsys):
     assert inspect("--classes", "digits", "--prompt", "{name} in {background}", "--names", "all", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["classes"] == "digits" and report["names"] == "all" and report["tokens"] == "estimated"
+    assert report["classes"] == "digits" and report["names"] == "all" and report["tokens"] == "unknown"
+    assert {item["tokens"] for item in report["prompts"]} == {None}
     assert [item["id"] for item in report["prompts"]] == load_classes("digits").ids
     assert report["prompts"][0]["prompt"].startswith("zero, 0, nought, cipher, cypher in ")
     assert report["sha256"] == load_classes("digits").sha256

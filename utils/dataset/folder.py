@@ -40,8 +40,6 @@ from utils.storage import (
 
 FORMAT = "imagenet-sd dataset 1"
 SUFFIXES = {"jpg": ".jpg", "png": ".png", "webp": ".webp"}
-# Keys of the recipe that say how, not what: "auto" in a new command takes the value the folder was made with.
-AUTO_KEYS = ("height", "width", "dtype", "attention", "batch_size", "safety")
 
 
 @dataclass(frozen=True)
@@ -211,32 +209,6 @@ def refuse_foreign_folder(root: Path) -> None:
     ]
     if foreign and "dataset.json" not in foreign:
         raise UserError(f"--out {root} holds {foreign[0]!r} but no dataset.json; choose an empty or new folder")
-
-
-def settle_recipe(wanted: dict[str, Any], existing: Dataset | None) -> dict[str, Any]:
-    """WANTED with each None ("auto") taken from the existing dataset; UserError with a diff if they disagree."""
-    if existing is None:
-        return wanted
-    recorded = {"chroma": wanted.get("chroma")} | existing.recipe  # not yet recorded by the first version, but the same
-    settled = {key: recorded.get(key) if value is None and key in AUTO_KEYS else value for key, value in wanted.items()}
-    refuse_difference(existing, recorded, settled, "recipe")
-    return settled
-
-
-def refuse_difference(existing: Dataset, recorded: dict, wanted: dict, what: str) -> None:
-    """UserError listing every key whose value differs."""
-    keys = [key for key in (recorded | wanted) if recorded.get(key) != wanted.get(key)]
-    if keys:
-        shown = "; ".join(f"{key} is {_short(recorded.get(key))}, asked {_short(wanted.get(key))}" for key in keys[:12])
-        more = f"; and {len(keys) - 12} more" if len(keys) > 12 else ""
-        raise UserError(
-            f"--out {existing.root} was made with another {what}: {shown}{more}; give the same options or another --out"
-        )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text[:14] + "..." if isinstance(value, str) and len(value) == 64 else text
 
 
 def create_dataset(root: Path, info: dict[str, Any]) -> Dataset:

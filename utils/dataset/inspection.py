@@ -1,16 +1,20 @@
-"""The state of a dataset folder: what is done, missing, damaged or foreign, by sizes or by hashes. Imports no torch."""
+"""The state of a dataset folder: what is done, missing, damaged or foreign, by sizes or hashes. Imports no torch."""
 
 from __future__ import annotations
 
+import datetime
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from utils.dataset.folder import ClassFolder, Dataset
-from utils.storage import sha256_file
+from utils.storage import AlreadyOwned, sha256_file
 
 
 @dataclass
@@ -86,3 +90,63 @@ def images_per_second(times: list[float], window_s: float = 600) -> tuple[float,
     recent = [moment for moment in times if moment > newest - window_s]
     span = newest - min(recent)
     return (len(recent) - 1) / span if span > 0 else 0.0, time.time() - newest
+
+
+# ===== what generate.py prints of it =====
+
+
+def show_status(dataset: Dataset, folders: list[ClassFolder]) -> None:
+    """Print one line a class that is not complete, totals, and the time left from the ages of the files."""
+    states = list(inspect_all(folders))
+    for state in states:
+        if state.done < state.count:
+            lost = f"{len(state.missing)} missing, {len(state.damaged)} damaged"
+            print(f"{state.id}: {state.done} of {state.count} done, {lost}")
+    complete = sum(state.done == state.count for state in states)
+    done, missing, damaged = (
+        sum(state.done for state in states), sum(len(s.missing) for s in states), sum(len(s.damaged) for s in states)
+    )  # fmt: skip
+    print(f"{dataset.root}: {done} of {done + missing + damaged} images done, {missing} missing, {damaged} damaged")
+    print(f"classes: {complete} of {len(states)} complete")
+    report_foreign(dataset, states)
+    rate, age = images_per_second([moment for state in states for moment in state.times])
+    if missing + damaged and rate:
+        rest = datetime.timedelta(seconds=round((missing + damaged) / rate))
+        pace = "newest image" if age < 1800 else "idle: newest image"
+        print(f"{pace} {age:.0f} s old; at its last {rate:.2f} images/s the rest takes {rest}")
+
+
+def verify(dataset: Dataset, folders: list[ClassFolder]) -> int:
+    """Read every byte, print what is damaged or missing, return how many images are."""
+    states = list(tqdm(inspect_all(folders, hashes=True), total=len(folders), unit="class", desc="verify"))
+    for state in states:
+        for word, indices in (("damaged", state.damaged), ("missing", state.missing)):
+            if indices:
+                shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+                print(f"{state.id}: {len(indices)} {word}: {shown}")
+    bad = sum(len(state.damaged) + len(state.missing) for state in states)
+    print(f"{dataset.root}: {sum(state.done for state in states)} images are as their manifests say, {bad} are not")
+    report_foreign(dataset, states)
+    return bad
+
+
+def report_foreign(dataset: Dataset, states: list[ClassState]) -> None:
+    """Warn of files and folders in OUT/train that are none of the dataset's."""
+    for state in states:
+        if state.foreign:
+            print(f"warning: {state.id} holds files of other origin: {', '.join(state.foreign[:5])}", file=sys.stderr)
+    if strangers := foreign_classes(dataset):
+        print(f"warning: no class of this dataset, but in train/: {', '.join(strangers[:5])}", file=sys.stderr)
+
+
+def repair(folders: list[ClassFolder]) -> None:
+    """Strike what is damaged from the manifests of FOLDERS, class by class; drawing then fills the gaps."""
+    for folder in folders:
+        try:
+            with folder.lock():
+                state = inspect(folder, hashes=True)
+                if state.damaged or state.missing:
+                    print(f"{state.id}: {len(state.damaged)} damaged, {len(state.missing)} missing: to be drawn again")
+                    drop_damaged(folder, state)
+        except AlreadyOwned:
+            print(f"{folder.id}: being drawn by another process, not verified", file=sys.stderr)

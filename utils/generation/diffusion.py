@@ -15,65 +15,63 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
+import diffusers
 import torch
 
 from utils.cli import UserError
+from utils.generation.recipe import SCHEDULERS, Recipe
 from utils.machine import memory_format
 
-# name on the command line -> (diffusers class, settings beside the model's own scheduler settings)
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "pndm": ("PNDMScheduler", {}),  # Liu et al., ICLR 2022: the scheduler SD 1.4 is released with
-    # Song et al., ICLR 2021, eta 0. Its clipping to -1..1 is for pixels: latents reach beyond. It is the default where
-    # the model's own settings, of PNDM, do not mention it.
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),  # Lu et al. 2022
-    "euler": ("EulerDiscreteScheduler", {}),  # Karras et al., NeurIPS 2022, Algorithm 2 without churn
-    "unipc": ("UniPCMultistepScheduler", {}),  # Zhao et al., NeurIPS 2023
-}
 CACHED_PROMPTS = 512  # embeddings kept: more than the 365 backgrounds of one class; 59 MB for SD 1.4 in fp16
 DECODE_PIXELS = 4 * 512 * 512  # pixels the VAE decodes at once: fixed, so that it never depends on free memory
 CHECKED_IMAGES = 16  # of 224 x 224 that the safety checker sees at once: it runs beside a UNet that fills the memory
 BLACK = 3  # an image without a pixel above 3 of 255 is no picture
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How latents become images; every field changes pixels."""
+class Portions:
+    """Work on images in portions of at most `size`, which is halved whenever memory runs out and stays so."""
 
-    scheduler: str
-    steps: int
-    guidance_scale: float
-    guidance_interval: tuple[float, float] | None  # noise levels (low, high]; None guides everywhere
-    height: int  # pixels
-    width: int
+    def __init__(self, size: int, device: torch.device, remedy: str, fixed: bool = False):
+        self.size, self.device, self.remedy = size, device, remedy
+        self.fixed = fixed  # every portion is filled up to `size`
+
+    def map(self, work: Callable[[int, int], Result], count: int) -> list[Result]:
+        """[work(start, end)] for portions that cover COUNT images; UserError if memory lacks for a single one."""
+        while True:
+            try:
+                return [work(start, end) for start, end in spans(count, self.size)]
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not is_out_of_memory(error):
+                    raise
+                used = self.size if self.fixed else min(self.size, count)
+            if used == 1:
+                raise UserError(f"--device {self.device}: out of memory with a single image; lower {self.remedy}")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.size = used // 2
 
 
 class Sampler:
     """A loaded pipeline, on its device and in its number format."""
 
     def __init__(
-        self,
-        pipeline,
-        sampling: Sampling,
-        device: torch.device,
-        dtype: torch.dtype,
-        micro_batch: int = 1,
-        compiled: bool = False,
+        self, pipeline, recipe: Recipe, device: torch.device, dtype: torch.dtype, batch_size: int = 1, compiled=False
     ):
-        self.pipeline, self.sampling, self.device, self.dtype = pipeline, sampling, device, dtype
-        self.micro_batch = micro_batch  # images denoised at once; halved when memory runs out
-        self.compiled = compiled  # the UNet is a program for one number of images
+        self.pipeline, self.recipe, self.device, self.dtype = pipeline, recipe, device, dtype
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.layout = memory_format(device, dtype)
         self.factor = pipeline.vae_scale_factor
-        self.decode_batch = max(1, DECODE_PIXELS // (sampling.height * sampling.width))
-        self.check_batch = CHECKED_IMAGES
-        self.scheduler = build_scheduler(sampling.scheduler, pipeline.scheduler.config)
-        self.scheduler.set_timesteps(sampling.steps)
-        self.guided = guided_steps(self.scheduler, sampling)
+        self.height, self.width = recipe.height or 512, recipe.width or 512
+        self.compiled = compiled  # the UNet is a program for one number of images
+        self.denoising = Portions(batch_size, device, "--height and --width", fixed=compiled)
+        self.decoding = Portions(max(1, DECODE_PIXELS // (self.height * self.width)), device, "--height and --width")
+        self.checking = Portions(CHECKED_IMAGES, device, "--batch-size, or use --safety off")
+        self.scheduler = build_scheduler(recipe.scheduler, pipeline.scheduler.config)
+        self.scheduler.set_timesteps(recipe.steps)
+        self.guided = guided_steps(self.scheduler, recipe)
         self._embeddings: OrderedDict[str, torch.Tensor] = OrderedDict()
         # VAE decoding runs beside the next batch's denoising on a GPU; a CPU has no idle half to give it.
         self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -99,57 +97,51 @@ class Sampler:
 
     def initial_latents(self, seeds: Sequence[int]) -> torch.Tensor:
         """(B, 4, H/8, W/8) float32 on the CPU, unit variance; row k is what seed k alone gives."""
-        height, width = self.sampling.height // self.factor, self.sampling.width // self.factor
-        shape = (self.unet.config.in_channels, height, width)
+        shape = (self.unet.config.in_channels, self.height // self.factor, self.width // self.factor)
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     def denoise(
-        self, seeds: Sequence[int], texts: Sequence[str], on_step: Callable[[int], None] | None = None
+        self, latents: torch.Tensor, texts: Sequence[str], on_step: Callable[[int, int], None] | None = None
     ) -> torch.Tensor:
-        """(B, 4, H/8, W/8) float32 clean latents on the device for B seeds and their prompts."""
-        while True:
-            try:
-                parts = [
-                    self._denoise_span(seeds[start:end], texts[start:end], on_step)
-                    for start, end in spans(len(seeds), self.micro_batch)
-                ]
-                return torch.cat(parts)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
-                size = self.micro_batch if self.compiled else min(self.micro_batch, len(seeds))
-                self.micro_batch = self._halved(error, size, "--height and --width")
+        """(B, 4, H/8, W/8) float32 clean latents on the device, from B initial LATENTS and their prompts.
 
-    def _denoise_span(self, seeds: Sequence[int], texts: Sequence[str], on_step) -> torch.Tensor:
-        """At most micro_batch images. A compiled UNet gets always as many: it would be compiled anew, for minutes, for
-        the last batch of a class and for every number of redraws, and dynamo gives up after eight sizes."""
-        surplus = self.micro_batch - len(seeds) if self.compiled else 0
-        latents = self.initial_latents([*seeds, *[seeds[-1]] * surplus])
-        return self._denoise(latents, [*texts, *[texts[-1]] * surplus], on_step)[: len(seeds)]
+        ON_STEP is called with (step, steps) after each.
+        """
+
+        def portion(start: int, end: int) -> torch.Tensor:
+            """A compiled UNet gets always as many: it would be compiled anew, for minutes, for the last batch of a
+            class and for every number of redraws, and dynamo gives up after eight sizes."""
+            surplus = self.denoising.size - (end - start) if self.compiled else 0
+            padded = torch.cat([latents[start:end], *[latents[end - 1 : end]] * surplus])
+            return self._denoise(padded, [*texts[start:end], *[texts[end - 1]] * surplus], on_step)[: end - start]
+
+        return torch.cat(self.denoising.map(portion, len(latents)))
 
     @torch.inference_mode()
     def _denoise(self, latents: torch.Tensor, texts: Sequence[str], on_step) -> torch.Tensor:
         """The loop of diffusers' StableDiffusionPipeline, less its repeated encoding and its unneeded forwards."""
-        self.scheduler.set_timesteps(self.sampling.steps)  # forgets the previous batch
+        self.scheduler.set_timesteps(self.recipe.steps)  # forgets the previous batch
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)  # spares a look-up that waits for the device
-        conditional = torch.cat([self.embedding(text) for text in texts])  # (B, 77, width)
-        both = torch.cat([self.embedding("").expand_as(conditional), conditional]) if any(self.guided) else conditional
+        cond = torch.cat([self.embedding(text) for text in texts])  # (B, 77, width)
+        both = torch.cat([self.embedding("").expand_as(cond), cond]) if any(self.guided) else cond
         timesteps = self.scheduler.timesteps.to(self.device)
         latents = latents.to(self.device) * self.scheduler.init_noise_sigma
         # Latents, guidance and the scheduler stay in float32: they cost nothing, and bf16 has 8 bits of mantissa.
         for number, guided in enumerate(self.guided):
             step = self.scheduler.timesteps[number]
             scaled = self.scheduler.scale_model_input(latents, step).to(self.dtype, memory_format=self.layout)
-            if guided:
+            if guided:  # classifier-free guidance, Ho & Salimans 2021
                 noise = self.unet(
                     torch.cat([scaled, scaled]), timesteps[number], encoder_hidden_states=both, return_dict=False
                 )[0].float()
-                plain, prompted = noise.chunk(2)
-                noise = plain + self.sampling.guidance_scale * (prompted - plain)
+                uncond_noise, cond_noise = noise.chunk(2)
+                noise = uncond_noise + self.recipe.guidance_scale * (cond_noise - uncond_noise)
             else:
-                noise = self.unet(scaled, timesteps[number], encoder_hidden_states=conditional, return_dict=False)[0]
+                noise = self.unet(scaled, timesteps[number], encoder_hidden_states=cond, return_dict=False)[0]
             latents = self.scheduler.step(noise.float(), step, latents, return_dict=False)[0]
             if on_step:
-                on_step(number + 1)
+                on_step(number + 1, len(self.guided))
         return latents
 
     # ----- pixels -----
@@ -171,36 +163,26 @@ class Sampler:
 
     def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
         """uint8 (B, H, W, 3) on the CPU, and for each image its fault: "non-finite", "black" or ""."""
-        while True:
-            try:
-                return self._decode(latents)
-            except RuntimeError as error:
-                limit = min(self.decode_batch, len(latents))
-                self.decode_batch = self._halved(error, limit, "--height and --width")
+        parts = self.decoding.map(lambda start, end: self._decode(latents[start:end]), len(latents))
+        return torch.cat([pixels for pixels, _ in parts]), [fault for _, faults in parts for fault in faults]
 
     @torch.inference_mode()
     def _decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
-        pixels, faults = [], []
-        for start, end in spans(len(latents), self.decode_batch):
-            part = (latents[start:end] / self.vae.config.scaling_factor).to(self.dtype, memory_format=self.layout)
-            image = self.vae.decode(part, return_dict=False)[0].float()  # (b, 3, H, W), -1..1
-            finite = image.isfinite().flatten(1).all(1)
-            image = (image / 2 + 0.5).nan_to_num(0).clamp(0, 1).mul(255).round().to(torch.uint8)
-            black = image.flatten(1).amax(1) <= BLACK
-            pixels.append(image.permute(0, 2, 3, 1).cpu())
-            for is_finite, is_black in zip(finite.tolist(), black.tolist(), strict=True):
-                faults.append("" if is_finite and not is_black else "black" if is_finite else "non-finite")
-        return torch.cat(pixels), faults
+        scaled = (latents / self.vae.config.scaling_factor).to(self.dtype, memory_format=self.layout)
+        image = self.vae.decode(scaled, return_dict=False)[0].float()  # (b, 3, H, W), -1..1
+        finite = image.isfinite().flatten(1).all(1)
+        image = (image / 2 + 0.5).nan_to_num(0).clamp(0, 1).mul(255).round().to(torch.uint8)
+        black = image.flatten(1).amax(1) <= BLACK
+        faults = [
+            "" if is_finite and not is_black else "black" if is_finite else "non-finite"
+            for is_finite, is_black in zip(finite.tolist(), black.tolist(), strict=True)
+        ]
+        return image.permute(0, 2, 3, 1).cpu(), faults
 
     def flagged(self, pixels: torch.Tensor) -> list[bool]:
         """What the pipeline's safety checker says of uint8 (B, H, W, 3) images. They stay as they are."""
-        while True:
-            try:
-                parts = [self._flagged(pixels[start:end]) for start, end in spans(len(pixels), self.check_batch)]
-                return [flag for part in parts for flag in part]
-            except RuntimeError as error:
-                limit = min(self.check_batch, len(pixels))
-                self.check_batch = self._halved(error, limit, "--batch-size, or use --safety off")
+        parts = self.checking.map(lambda start, end: self._flagged(pixels[start:end]), len(pixels))
+        return [flag for part in parts for flag in part]
 
     @torch.inference_mode()
     def _flagged(self, pixels: torch.Tensor) -> list[bool]:
@@ -208,16 +190,6 @@ class Sampler:
         inputs = self.pipeline.feature_extractor(list(pixels.numpy()), return_tensors="pt").pixel_values
         blackened = torch.zeros(len(pixels), 1)  # the checker blackens the images it is given: not ours
         return [bool(flag) for flag in checker(clip_input=inputs.to(self.device, self.dtype), images=blackened)[1]]
-
-    def _halved(self, error: RuntimeError, size: int, remedy: str) -> int:
-        """Half of SIZE after an out-of-memory error; any other error, or one at size 1, is raised."""
-        if not is_out_of_memory(error):
-            raise error
-        if size == 1:
-            raise UserError(f"--device {self.device}: out of memory with a single image; lower {remedy}") from None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return size // 2
 
 
 def spans(count: int, size: int) -> list[tuple[int, int]]:
@@ -231,23 +203,21 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def build_scheduler(name: str, model_config):
     """The scheduler NAME with the noise schedule and prediction type of the model."""
-    import diffusers
-
     kind, settings = SCHEDULERS[name]
     return getattr(diffusers, kind).from_config(model_config, **settings)
 
 
-def guided_steps(scheduler, sampling: Sampling) -> list[bool]:
+def guided_steps(scheduler, recipe: Recipe) -> list[bool]:
     """For each UNet evaluation whether guidance applies.
 
     Guidance in a limited interval of noise levels, Kynkäänniemi et al., NeurIPS 2024, eq. 4: at high noise it takes
     diversity away, at low noise it changes little; outside the interval the unconditional forward is not run.
     """
-    if sampling.guidance_scale <= 1:
+    if recipe.guidance_scale <= 1:
         return [False] * len(scheduler.timesteps)
-    if sampling.guidance_interval is None:
+    if recipe.guidance_interval is None:
         return [True] * len(scheduler.timesteps)
-    low, high = sampling.guidance_interval
+    low, high = recipe.guidance_interval
     alphas = scheduler.alphas_cumprod[scheduler.timesteps.round().long().cpu()]
     levels = ((1 - alphas) / alphas).sqrt()
     return [low < level <= high for level in levels.tolist()]

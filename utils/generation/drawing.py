@@ -1,4 +1,4 @@
-"""From open batches to files: claim a class, denoise a batch; judge, encode and write it beside the next one.
+"""From open batches to files: claim a class, hand out its batches; judge, encode and write images beside the next ones.
 
 The order of events makes a kill harmless: files of a batch (each renamed into place), then its manifest lines in one
 synced write. What is drawn follows from the batch alone, redraws included, so a batch drawn twice gives the same bytes.
@@ -11,10 +11,11 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -23,192 +24,223 @@ from tqdm import tqdm
 
 from utils.cli import UserError
 from utils.dataset.folder import ClassFolder, Dataset
-from utils.generation.prompts import ClassRow, ClassTable, Prompt, Template, class_prompts, image_seed
+from utils.generation.prompts import ClassTable, Prompt, Template, class_prompts, image_seed
+from utils.generation.recipe import CHROMA, QUALITY, Recipe
 from utils.storage import AlreadyOwned, atomic_write, sha256_bytes
 
-QUALITY = 95  # of JPEG and WebP; not in paper: our choice
-CHROMA = "420"  # colour at half resolution, as in most of ImageNet's own files: a quarter fewer bytes, faster to decode
-MAX_ATTEMPTS = 10  # --safety redraw: then the last draw is kept, flagged and counted
+if TYPE_CHECKING:
+    from utils.generation.diffusion import Sampler
+
+MAX_ATTEMPTS = 10  # --safety redraw: then the last image drawn is kept, flagged and counted
 MAX_BROKEN = 3  # black or non-finite draws of one image in a row before the model is blamed
+Result = TypeVar("Result")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """Images of one class that are denoised together, and the lock to let go after the class's last batch."""
+    """Images of one class that are denoised together."""
 
     folder: ClassFolder
-    prompts: list[Prompt]
-    lock: ExitStack | None
+    prompts: list[Prompt]  # with the seeds of this attempt
+    lock: ExitStack | None = None  # to let go after the class's last batch
+    attempt: int = 0
+    rejected: dict[int, list[str]] = field(default_factory=dict)  # {index: why each attempt so far was not kept}
 
+    @property
+    def texts(self) -> list[str]:
+        return [prompt.text for prompt in self.prompts]
 
-def draw(dataset: Dataset, folders: list[ClassFolder], sampler, table: ClassTable, template: Template) -> dict:
-    """Draw every open batch of FOLDERS; return {"images", "seconds", "images_per_s", "unet_forwards"} of this run."""
-    rows = {row.wnid: row for row in table.rows}
-    pending = {folder.id: sum(map(len, folder.open_batches())) for folder in folders}
-    wanted = sum(folder.count for folder in folders)
-    started, drawn, forwards = time.monotonic(), 0, 0
-    bar = tqdm(total=wanted, initial=wanted - sum(pending.values()), unit="img", desc=dataset.root.name,
-               mininterval=1 if sys.stderr.isatty() else 30)  # fmt: skip
-    studio = Studio(dataset.recipe, sampler, bar)
+    @property
+    def seeds(self) -> list[int]:
+        return [prompt.seed for prompt in self.prompts]
 
-    with bar:
-        for batch, entries in studio.draw(claim_batches(folders, rows, template, dataset.recipe, pending, bar)):
-            if batch is None:  # other processes draw all classes that are left
-                bar.set_postfix_str("waiting for other processes")
-                time.sleep(1)
-                continue
-            batch.folder.commit([entries[index] for index in sorted(entries)])
-            if batch.lock:
-                batch.lock.close()
-            drawn += len(entries)
-            forwards += sampler.forwards_per_image * sum(1 + entry["attempt"] for entry in entries.values())
-            bar.update(len(entries))
-    seconds = time.monotonic() - started
-    return {
-        "images": drawn,
-        "seconds": round(seconds, 2),
-        "images_per_s": round(drawn / seconds, 3),
-        "unet_forwards": forwards,
-    }
-
-
-def claim_batches(
-    folders: list[ClassFolder], rows: dict[str, ClassRow], template: Template, recipe: dict, pending: dict, bar
-) -> Iterator[Batch | None]:
-    """The open batches of FOLDERS, class by class, each class locked; None when all that are left belong to others."""
-    left, refused = deque(folders), 0
-    while left:
-        folder = left.popleft()
-        lock = ExitStack()
-        try:
-            lock.enter_context(folder.lock())
-        except AlreadyOwned:
-            left.append(folder)
-            refused += 1
-            if refused >= len(left):
-                refused = 0
-                yield None
-            continue
-        refused = 0
-        folder.prepare()
-        batches = folder.open_batches()
-        bar.update(pending[folder.id] - sum(map(len, batches)))  # drawn by another process meanwhile
-        prompts = class_prompts(rows[folder.id], template, folder.count, recipe["seed"], recipe["names"])
-        for number, batch in enumerate(batches, 1):
-            chosen: list[Prompt] = []
-            while len(chosen) < len(batch):  # one walk over the class's prompts, skipping those of done batches
-                prompt = next(prompts)
-                if prompt.index in batch:
-                    chosen.append(prompt)
-            yield Batch(folder, chosen, lock if number == len(batches) else None)
-        if not batches:
-            lock.close()
-
-
-class Studio:
-    """Turns batches into files: denoise, decode, judge, encode, write, and again for what was rejected.
-
-    One batch is denoised while the one before is decoded, checked, encoded and written by another thread. On a CPU
-    decoding stays in the main thread: it would take the UNet's cores.
-    """
-
-    def __init__(self, recipe: dict, sampler, bar):
-        self.recipe, self.sampler, self.bar = recipe, sampler, bar
-        on_cpu = sampler.device.type == "cpu"
-        self.decode_beside = sampler.device.type == "cuda"
-        self.encoders = ThreadPoolExecutor(1 if on_cpu else min(8, os.cpu_count() or 1))
-
-    def draw(self, batches: Iterable[Batch | None]) -> Iterator[tuple[Batch | None, dict[int, dict]]]:
-        """(batch, {index: manifest entry}) of BATCHES, in order; a None comes out when all before it are written."""
-        begun: deque[tuple[Batch, Future]] = deque()
-        with ThreadPoolExecutor(1) as hand:
-            for batch in batches:
-                if batch is not None:
-                    begun.append((batch, self.start(batch, hand)))
-                while len(begun) > (1 if batch else 0):
-                    yield self.finish(*begun.popleft())
-                if batch is None:
-                    yield None, {}
-            while begun:
-                yield self.finish(*begun.popleft())
-
-    def start(self, batch: Batch, hand: ThreadPoolExecutor) -> Future:
-        """Denoise BATCH here and have the rest done by HAND. Result: (manifest entries, rejected), see write()."""
-        latents, ready = self.denoise(batch.prompts, 0), self.sampler.ready()
-        if self.decode_beside:
-            return hand.submit(lambda: self.write(batch, batch.prompts, 0, {}, *self.develop(latents, ready)))
-        return hand.submit(self.write, batch, batch.prompts, 0, {}, *self.develop(latents))
-
-    def finish(self, batch: Batch, drawing: Future) -> tuple[Batch, dict[int, dict]]:
-        """BATCH with all its entries: the images rejected at one attempt make up the batch of the next.
+    def again(self, rejected: dict[int, list[str]], seed: int) -> Batch:
+        """The next attempt, of the REJECTED images alone, with new seeds made from the base SEED.
 
         So the composition of every attempt follows from the batch alone.
         """
-        entries, rejected = drawing.result()
-        attempt = 0
-        while rejected:
-            attempt += 1
-            prompts = [prompt for prompt in batch.prompts if prompt.index in rejected]
-            pixels = self.develop(self.denoise(prompts, attempt))
-            more, rejected = self.write(batch, prompts, attempt, rejected, *pixels)
-            entries |= more
-        return batch, entries
+        attempt = self.attempt + 1
+        prompts = [
+            replace(prompt, seed=image_seed(seed, prompt.wnid, prompt.index, attempt))
+            for prompt in self.prompts
+            if prompt.index in rejected
+        ]
+        return replace(self, prompts=prompts, attempt=attempt, rejected=rejected)
 
-    def denoise(self, prompts: list[Prompt], attempt: int):
-        seeds = [self.seed(prompt, attempt) for prompt in prompts]
-        return self.sampler.denoise(seeds, [prompt.text for prompt in prompts], self.show_step)
 
-    def show_step(self, step: int) -> None:
-        self.bar.set_postfix_str(f"step {step}/{len(self.sampler.guided)}", refresh=False)
-        self.bar.update(0)  # draws the bar when it is time to
+# ===== which batches, and what became of them =====
 
-    def develop(self, latents, ready=None):
-        """(uint8 (B, H, W, 3), [what is wrong with it or ""], [safety flag or None])"""
-        with self.sampler.beside(latents, ready):
-            pixels, faults = self.sampler.decode(latents)
-            checked = self.recipe["safety"] != "off"
-            return pixels.numpy(), faults, self.sampler.flagged(pixels) if checked else [None] * len(pixels)
 
-    def write(
-        self, batch: Batch, prompts: list[Prompt], attempt: int, before: dict[int, list[str]], pixels, faults, flags
-    ) -> tuple[dict[int, dict], dict[int, list[str]]]:
-        """({index: manifest entry} of the images written, {index: reasons so far} of those to be drawn again)."""
-        rejected, accepted = {}, []
-        for number, (prompt, fault, flag) in enumerate(zip(prompts, faults, flags, strict=True)):
-            reasons = before.get(prompt.index, [])
-            if not fault and flag and self.recipe["safety"] == "redraw" and attempt + 1 < MAX_ATTEMPTS:
-                fault = "safety"
-            if not fault:
-                accepted.append((number, reasons))
+class ProgressBar(tqdm):
+    """Images done, and the denoising step of those at work. In a log file it prints twice a minute."""
+
+    def __init__(self, total: int, name: str, done: int = 0):
+        every_s = 1 if sys.stderr.isatty() else 30
+        super().__init__(total=total, initial=done, unit="img", desc=name, mininterval=every_s)
+
+    def show_step(self, step: int, steps: int) -> None:
+        self.set_postfix_str(f"step {step}/{steps}", refresh=False)
+        self.update(0)  # draws the bar when it is time to
+
+
+class Session:
+    """What one process does for a dataset: it claims classes, hands out their open batches and commits them."""
+
+    def __init__(self, dataset: Dataset, folders: list[ClassFolder], recipe: Recipe):
+        self.folders, self.recipe = folders, recipe
+        self.pending = {folder.id: sum(map(len, folder.open_batches())) for folder in folders}
+        wanted = sum(folder.count for folder in folders)
+        self.bar = ProgressBar(wanted, dataset.root.name, wanted - sum(self.pending.values()))
+        self.started, self.images, self.draws = time.monotonic(), 0, 0
+
+    def open_batches(self, table: ClassTable, template: Template) -> Iterator[Batch | None]:
+        """The batches to draw, class by class, each class locked. None asks that all before it be finished: those that
+        are left belong to other processes, for which it then waits."""
+        rows = {row.wnid: row for row in table.rows}
+        left, refused = deque(self.folders), 0
+        while left:
+            folder = left.popleft()
+            lock = ExitStack()
+            try:
+                lock.enter_context(folder.lock())
+            except AlreadyOwned:
+                left.append(folder)
+                refused += 1
+                if refused >= len(left):
+                    refused = 0
+                    yield None
+                    self.bar.set_postfix_str("waiting for other processes")
+                    time.sleep(1)
                 continue
-            rejected[prompt.index] = [*reasons, fault]
-            if [reason != "safety" for reason in rejected[prompt.index][-MAX_BROKEN:]] == [True] * MAX_BROKEN:
-                raise UserError(
-                    f"--model: image {prompt.index} of {prompt.wnid} is {fault} with {MAX_BROKEN} seeds in a row; "
-                    f"the model overflows in {self.recipe['dtype']} (try --dtype fp32 or bf16) or its weights are bad"
-                )
+            refused = 0
+            folder.prepare()
+            batches = folder.open_batches()
+            self.bar.update(self.pending[folder.id] - sum(map(len, batches)))  # drawn by another process meanwhile
+            prompts = class_prompts(rows[folder.id], template, folder.count, self.recipe.seed, self.recipe.names)
+            for number, batch in enumerate(batches, 1):
+                chosen: list[Prompt] = []
+                while len(chosen) < len(batch):  # one walk over the class's prompts, skipping those of done batches
+                    prompt = next(prompts)
+                    if prompt.index in batch:
+                        chosen.append(prompt)
+                yield Batch(folder, chosen, lock if number == len(batches) else None)
+            if not batches:
+                lock.close()
 
-        def save(chosen: tuple[int, list[str]]) -> tuple[int, dict]:
-            number, reasons = chosen
-            prompt = prompts[number]
-            data = encode_image(pixels[number], self.recipe["format"], self.recipe["save_size"])
-            atomic_write(batch.folder.path(prompt.index), data)
-            return prompt.index, {
-                "id": prompt.wnid,
-                "index": prompt.index,
-                "prompt": prompt.text,
-                "seed": self.seed(prompt, attempt),
-                "attempt": attempt,
-                "rejected": reasons,
-                "safety": flags[number],
-                "bytes": len(data),
-                "sha256": sha256_bytes(data),
-            }
+    def commit(self, batch: Batch, entries: dict[int, dict]) -> None:
+        """Record the images of BATCH, whose files are written, by their manifest ENTRIES."""
+        batch.folder.commit([entries[index] for index in sorted(entries)])
+        if batch.lock:
+            batch.lock.close()
+        self.images += len(entries)
+        self.draws += sum(1 + entry["attempt"] for entry in entries.values())
+        self.bar.update(len(entries))
 
-        return dict(self.encoders.map(save, accepted)), rejected
+    def summary(self, sampler: Sampler) -> dict[str, Any]:
+        """The line of sessions.jsonl: images, seconds, images/s, UNet forwards, device, images denoised at once."""
+        self.bar.close()
+        seconds = time.monotonic() - self.started
+        return {
+            "images": self.images,
+            "seconds": round(seconds, 2),
+            "images_per_s": round(self.images / seconds, 3),
+            "unet_forwards": sampler.forwards_per_image * self.draws,
+            "device": str(sampler.device),
+            "micro_batch": sampler.denoising.size,  # less than the batch size where memory ran out
+        }
 
-    def seed(self, prompt: Prompt, attempt: int) -> int:
-        return image_seed(self.recipe["seed"], prompt.wnid, prompt.index, attempt)
+
+def overlapped(
+    batches: Iterable[Batch | None],
+    denoise: Callable[[Batch], Any],
+    decode: Callable[[Any], tuple],
+    write: Callable[..., Result],
+    sampler: Sampler,
+) -> Iterator[tuple[Batch, Result]]:
+    """(batch, write(batch, *decode(denoise(batch)))) of BATCHES, in order.
+
+    While one batch is denoised, the one before is decoded and written by another thread. On a CPU decoding stays in
+    the main thread: it would take the UNet's cores. A None in BATCHES finishes all before it.
+    """
+
+    def decode_and_write(batch: Batch, latents, ready) -> Result:
+        with sampler.beside(latents, ready):
+            decoded = decode(latents)
+        return write(batch, *decoded)
+
+    begun: deque[tuple[Batch, Future]] = deque()
+    with ThreadPoolExecutor(1) as hand:
+        for batch in batches:
+            if batch is not None:
+                latents, ready = denoise(batch), sampler.ready()
+                if sampler.device.type == "cuda":
+                    begun.append((batch, hand.submit(decode_and_write, batch, latents, ready)))
+                else:
+                    begun.append((batch, hand.submit(write, batch, *decode(latents))))
+            while len(begun) > (batch is not None):
+                done, result = begun.popleft()
+                yield done, result.result()
+        while begun:
+            done, result = begun.popleft()
+            yield done, result.result()
+
+
+# ===== files =====
+
+
+def encoders(on_cpu: bool) -> ThreadPoolExecutor:
+    """Threads that encode and write images; the encoders of JPEG, PNG and WebP free Python's lock."""
+    return ThreadPoolExecutor(1 if on_cpu else min(8, os.cpu_count() or 1))
+
+
+def write_images(
+    batch: Batch,
+    recipe: Recipe,
+    pool: Executor,
+    pixels: np.ndarray,
+    faults: list[str],
+    flags: list[bool | None],
+) -> tuple[dict[int, dict], dict[int, list[str]]]:
+    """({index: manifest entry} of the images written, {index: reasons so far} of those to be drawn again).
+
+    PIXELS: uint8 (B, H, W, 3); FAULTS: what is wrong with each image, or ""; FLAGS: what the safety checker says.
+    """
+    rejected: dict[int, list[str]] = {}
+    accepted = []
+    for number, (prompt, fault, flag) in enumerate(zip(batch.prompts, faults, flags, strict=True)):
+        reasons = batch.rejected.get(prompt.index, [])
+        if not fault and flag and recipe.safety == "redraw" and batch.attempt + 1 < MAX_ATTEMPTS:
+            fault = "safety"
+        if not fault:
+            accepted.append((number, reasons))
+            continue
+        rejected[prompt.index] = [*reasons, fault]
+        if [reason != "safety" for reason in rejected[prompt.index][-MAX_BROKEN:]] == [True] * MAX_BROKEN:
+            wider = {"fp16": "bf16 or fp32", "bf16": "fp32"}.get(recipe.dtype or "")
+            overflows = f"the model overflows in {recipe.dtype} (try --dtype {wider}) or " if wider else ""
+            raise UserError(
+                f"--model: image {prompt.index} of {prompt.wnid} is {fault} with {MAX_BROKEN} seeds in a row; "
+                f"{overflows}its weights are bad"
+            )
+
+    def save(chosen: tuple[int, list[str]]) -> tuple[int, dict]:
+        number, reasons = chosen
+        prompt = batch.prompts[number]
+        data = encode_image(pixels[number], recipe.format, recipe.save_size)
+        atomic_write(batch.folder.path(prompt.index), data)
+        return prompt.index, {
+            "id": prompt.wnid,
+            "index": prompt.index,
+            "prompt": prompt.text,
+            "seed": prompt.seed,
+            "attempt": batch.attempt,
+            "rejected": reasons,
+            "safety": flags[number],
+            "bytes": len(data),
+            "sha256": sha256_bytes(data),
+        }
+
+    return dict(pool.map(save, accepted)), rejected
 
 
 def encode_image(pixels: np.ndarray, kind: str, save_size: int | None) -> bytes:

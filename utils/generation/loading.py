@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import time
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle CPU threads sleep: a shared machine stays usable
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums on every run, also with two streams
+
+import diffusers
 import torch
+import transformers
 
 from utils.cli import UserError
-from utils.generation.diffusion import Sampler, Sampling, is_out_of_memory
+from utils.generation.diffusion import Sampler, is_out_of_memory, spans
 from utils.generation.pipeline import PipelineFolder
-from utils.machine import memory_format
+from utils.generation.recipe import Recipe
+from utils.machine import memory_format, resolve_dtype
 
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CPU_LATENTS = 6400  # batch x latent area on a CPU: 100 images of 8x8 latents, 1 of 64x64; larger gained nothing
 MOST_IMAGES_A_BATCH = 64  # CUDA: more images gain nothing and lose more to a kill
 FILLED = 0.8  # CUDA: share of its memory that a batch may take; decoding beside the next batch needs some
@@ -19,25 +26,17 @@ HEAD_SIZES = (40, 64, 80, 160, 512)  # of attention: the UNets of SD 1.x (40, 80
 WORTHWHILE = 1.03  # CUDA: a doubled batch must draw this many times faster to be taken
 
 
-def load_sampler(
-    folder: PipelineFolder,
-    sampling: Sampling,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-    compile_unet: bool,
-    safety: bool,
-) -> Sampler:
-    """Load FOLDER for drawing. UserError if its weights do not fit its settings or ATTENTION cannot run here."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums on every run, also with two streams
-    import diffusers
-    import transformers
+def load_sampler(folder: PipelineFolder, recipe: Recipe, device: torch.device) -> Sampler:
+    """Load FOLDER for drawing by RECIPE, settled with the model and DEVICE.
 
+    UserError if its weights do not fit its settings or the recipe's attention cannot run here.
+    """
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    without_checker = {} if safety else {"safety_checker": None, "feature_extractor": None}
+    dtype = resolve_dtype(recipe.dtype or "auto", device)
+    without_checker = {} if recipe.safety != "off" else {"safety_checker": None, "feature_extractor": None}
     try:
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
             folder.path, dtype=dtype, local_files_only=True, requires_safety_checker=False, **without_checker
@@ -49,11 +48,11 @@ def load_sampler(
     pipeline.to(device)
     for part in (pipeline.unet, pipeline.vae):
         part.to(memory_format=memory_format(device, dtype))
-    if attention == "xformers":
+    if recipe.attention == "xformers":
         use_xformers(pipeline, device)
-    if compile_unet:
+    if recipe.compile:
         pipeline.unet.compile(dynamic=False)  # Sampler gives it one batch size
-    return Sampler(pipeline, sampling, device, dtype, compiled=compile_unet)
+    return Sampler(pipeline, recipe, device, dtype, recipe.batch_size or 1, compiled=recipe.compile)
 
 
 # ===== choices by device =====
@@ -100,7 +99,7 @@ def choose_batch_size(sampler: Sampler) -> int:
 
     On a GPU the batch doubles as long as it fits and draws at least WORTHWHILE times faster.
     """
-    area = (sampler.sampling.height // sampler.factor) * (sampler.sampling.width // sampler.factor)
+    area = (sampler.height // sampler.factor) * (sampler.width // sampler.factor)
     if sampler.device.type != "cuda":
         return max(1, min(CPU_LATENTS // area, 100))
     best, best_rate, size = 1, 0.0, 1
@@ -133,5 +132,6 @@ def _seconds_a_step(sampler: Sampler, size: int) -> float:
         sampler.unet.forward(scaled, step, encoder_hidden_states=text, return_dict=False)
         torch.cuda.synchronize(sampler.device)
     seconds = time.perf_counter() - started
-    sampler._decode(latents)
+    for start, end in spans(size, sampler.decoding.size):
+        sampler._decode(latents[start:end])
     return seconds

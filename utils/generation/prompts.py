@@ -1,10 +1,11 @@
 """Prompts: the text and the seed of every image, a pure function of (class table, template, names, base seed).
 
-Look at prompts before paying for images. Prints one prompt a class, its CLIP tokens, and warnings:
+Look at prompts before paying for images. Prints one prompt a class, its CLIP tokens where the model's tokenizer is on
+this machine (nothing is downloaded), and warnings:
 
-    python -m utils.prompts --classes imagenet_100 --prompt "c, d_c"
-    python -m utils.prompts --classes imagenet_1k --prompt "c" --limit 5          # two cranes: see the warnings
-    python -m utils.prompts --classes my_birds.tsv --prompt "a photo of {name}" --json
+    python -m utils.generation.prompts --classes imagenet_100 --prompt "c, d_c"
+    python -m utils.generation.prompts --classes imagenet_1k --prompt "c" --limit 5     # two cranes: see the warnings
+    python -m utils.generation.prompts --classes my_birds.tsv --prompt "a photo of {name}" --json
 
 A warning never stops anything: exit code 0 says that the prompts could be built.
 """
@@ -13,33 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import string
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from pathlib import Path
 
-from utils.classes import CONTROL, PROMPTS_DIR, ClassRow, ClassTable, images_per_class, load_classes, read_list
+from utils.classes import CONTROL, PROMPTS_DIR, ClassRow, ClassTable, load_classes, read_list
 from utils.cli import UserError, make_parser, positive_int, run
-from utils.generation.clip_tokens import CLIP_MAX_TOKENS, ESTIMATE_ERROR, estimate_tokens, kept_part, token_counter
-
-__all__ = [
-    "NAMES",
-    "TEMPLATES",
-    "ClassRow",
-    "ClassTable",
-    "Prompt",
-    "Template",
-    "class_prompts",
-    "image_seed",
-    "images_per_class",
-    "iter_prompts",
-    "load_classes",
-    "parse_template",
-    "prompt_text",
-    "prompt_warnings",
-]
 
 # The paper's prompts under the paper's names: c is the class name, h_c its hypernym, d_c its definition, b a scene.
 # The authors' project page states "name and description" for the released models; the others are recalled from the
@@ -58,6 +43,7 @@ PLACEHOLDERS = {
     "background": "b: a Places365 scene, drawn per image",
 }
 NAMES = ("first", "all")  # which of the two c is in the paper is open; "first" is our default
+CLIP_MAX_TOKENS = 77  # positions of CLIP ViT-L/14's text encoder, start and end tokens included
 SEED_BITS = 63  # fits a signed 64-bit integer, which every random generator takes
 
 
@@ -138,19 +124,6 @@ def class_prompts(
             yield Prompt(wnid, index, scenes[own % len(scenes)].join(around), own)
 
 
-def iter_prompts(
-    table: ClassTable,
-    template: Template,
-    images_per_class: int | Mapping[str, int],
-    seed: int = 0,
-    names: str = "first",
-) -> Iterator[Prompt]:
-    """All prompts of a table, class by class in label order, streamed: memory does not grow with their number."""
-    for row in table.rows:
-        count = images_per_class if isinstance(images_per_class, int) else images_per_class[row.wnid]
-        yield from class_prompts(row, template, count, seed, names)
-
-
 @lru_cache(maxsize=1)
 def backgrounds() -> tuple[str, ...]:
     """The 365 scene categories of Places365, as words."""
@@ -177,7 +150,62 @@ def _values(row: ClassRow, names: str) -> dict[str, str]:
     return {"name": name, "first_name": row.first_name, "hypernym": hypernym, "definition": row.definition}
 
 
-# ===== what may be wrong with them =====
+# ===== CLIP tokens =====
+
+
+class TokenCounter:
+    """Counts the tokens of a text, start and end included, with the tokenizer saved in FOLDER."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import CLIPTokenizer  # a second to import, but it brings no torch
+
+        self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        self.max_tokens = min(int(self._tokenizer.model_max_length), CLIP_MAX_TOKENS)
+
+    def __call__(self, text: str) -> int:
+        return len(self._tokenizer.backend_tokenizer.encode(text).ids)
+
+
+def token_counter(model: str) -> TokenCounter | None:
+    """The counter of MODEL, a folder in diffusers' layout or a Hugging Face name; None if its tokenizer is not here.
+
+    Nothing is downloaded. The files are looked for before transformers is asked: for an absent model it hands out an
+    empty vocabulary without an error.
+    """
+    for files in (("tokenizer.json",), ("vocab.json", "merges.txt")):
+        paths = [_local_file(model, f"tokenizer/{file}") for file in files]
+        if paths[0] and all(paths):
+            return TokenCounter(paths[0].parent)
+    return None
+
+
+def _local_file(model: str, file: str) -> Path | None:
+    """FILE of MODEL in its folder, or in the Hugging Face cache."""
+    if (path := Path(model).expanduser() / file).is_file():
+        return path
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(model, file)
+    except ValueError:  # MODEL is no name that the hub could know
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def kept_part(text: str, count: Callable[[str], int], max_tokens: int = CLIP_MAX_TOKENS) -> str:
+    """The longest run of whole words from the start of TEXT that COUNT holds to fit into MAX_TOKENS."""
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    low, high = 0, len(ends)  # the first `low` words fit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if count(text[: ends[middle - 1]]) <= max_tokens:
+            low = middle
+        else:
+            high = middle - 1
+    return text[: ends[low - 1]] if low else ""
+
+
+# ===== what may be wrong with prompts =====
 
 
 def prompt_warnings(
@@ -189,11 +217,10 @@ def prompt_warnings(
 ) -> list[str]:
     """One line for each trouble: empty columns, classes that share a prompt, prompts that CLIP cuts off.
 
-    COUNT_TOKENS counts the CLIP tokens of a text, start and end included (see token_counter); without it they are
-    estimated, and said to be. A template with {background} is judged with the scene of most tokens.
+    COUNT_TOKENS counts the CLIP tokens of a text, start and end included (see token_counter); without it nothing is
+    said of them. A template with {background} is judged with the scene of most tokens.
     """
-    count = count_tokens or estimate_tokens
-    scene = max(backgrounds(), key=count) if "background" in template.fields else ""
+    scene = max(backgrounds(), key=count_tokens or len) if "background" in template.fields else ""
     texts = {row.wnid: _render(row, template, names, scene) for row in table.rows}
 
     empty = []
@@ -208,14 +235,11 @@ def prompt_warnings(
         sharing.setdefault(" ".join(text.lower().split()), []).append(wnid)
     same = [f"same prompt for {_classes(ids)}: {text!r}" for text, ids in sharing.items() if len(ids) > 1]
 
-    limit = max_tokens if count_tokens else max_tokens - ESTIMATE_ERROR
     cut = []
     for wnid, text in texts.items():
-        if (tokens := count(text)) > limit:
-            lost = text[len(kept_part(text, count, limit)) :].strip()
-            said = f"{tokens} tokens" if count_tokens else f"~{tokens} tokens (estimated to within {ESTIMATE_ERROR})"
-            what = "cut off" if count_tokens else "may be cut off"
-            cut.append(f"{wnid}: {said}, CLIP reads {max_tokens}; {what}: {lost!r}")
+        if count_tokens and (tokens := count_tokens(text)) > max_tokens:
+            lost = text[len(kept_part(text, count_tokens, max_tokens)) :].strip()
+            cut.append(f"{wnid}: {tokens} tokens, CLIP reads {max_tokens}; cut off: {lost!r}")
     return empty + _first(same) + _first(cut)
 
 
@@ -250,24 +274,21 @@ def main(args: argparse.Namespace) -> None:
     table = load_classes(args.classes)
     template = parse_template(args.prompt)
     counter = token_counter(args.model)
-    max_tokens = counter.max_tokens if counter else CLIP_MAX_TOKENS
-    count = counter or estimate_tokens
-    warnings = prompt_warnings(table, template, args.names, counter, max_tokens)
+    warnings = prompt_warnings(table, template, args.names, counter, counter.max_tokens if counter else CLIP_MAX_TOKENS)
 
     rows = []
     for row in table.rows[: args.limit]:
         (prompt,) = class_prompts(row, template, 1, args.seed, args.names)
-        rows.append({"id": prompt.wnid, "prompt": prompt.text, "tokens": count(prompt.text)})
+        rows.append({"id": prompt.wnid, "prompt": prompt.text, "tokens": counter(prompt.text) if counter else None})
     if args.json:
-        tokens = "exact" if counter else "estimated"
         report = {"classes": table.name, "sha256": table.sha256, "template": template.text, "names": args.names}
-        report |= {"tokens": tokens, "prompts": rows, "warnings": warnings}
+        report |= {"tokens": "exact" if counter else "unknown", "prompts": rows, "warnings": warnings}
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return
     for item in rows:
-        print(f"{item['id']}\t{item['prompt']}\t{'' if counter else '~'}{item['tokens']}")
+        print(f"{item['id']}\t{item['prompt']}" + (f"\t{item['tokens']}" if counter else ""))
     if not counter:
-        print(f"note: no tokenizer of {args.model} on this machine; ~ marks estimates", file=sys.stderr)
+        print(f"note: no tokenizer of {args.model} on this machine: tokens are not counted", file=sys.stderr)
     for line in warnings:
         print(f"warning: {line}", file=sys.stderr)
 

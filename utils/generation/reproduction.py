@@ -6,13 +6,14 @@ new files go to a temporary folder; the dataset is only read.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,10 +21,18 @@ from utils.classes import ClassRow, ClassTable
 from utils.cli import UserError
 from utils.dataset import folder as datasets
 from utils.dataset.folder import ClassFolder, Dataset
-from utils.generation.drawing import Batch, Studio
-from utils.generation.prompts import Prompt, Template, class_prompts
+from utils.generation.drawing import Batch, ProgressBar
+from utils.generation.pipeline import find_pipeline
+from utils.generation.prompts import Prompt, Template, class_prompts, parse_template
+from utils.generation.recipe import Recipe
 from utils.images import BadImage, decode_rgb
+from utils.machine import resolve_device, snapshot
 from utils.storage import read_jsonl, sha256_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.generation.diffusion import Sampler
 
 NEAR_DB = 30.0  # a peak signal-to-noise ratio from which two files show the same picture, low bits apart
 EQUAL, NEAR, DIFFERENT, LOST = "byte-equal", "near-equal", "different", "damaged or missing in the dataset"
@@ -37,6 +46,86 @@ class Comparison:
     index: int
     verdict: str  # EQUAL, NEAR, DIFFERENT or LOST
     psnr_db: float  # of the new pixels against the old; infinite if equal, nan where there is no picture to compare
+
+
+def reproduce(
+    record: Path,
+    sample: int,
+    seed: int,
+    model: str | None,
+    revision: str | None,
+    device_name: str,
+    choices: dict[str, Any],
+    draw: Callable[..., Iterator[tuple[Batch, dict[int, dict]]]],
+) -> int:
+    """Draw about SAMPLE images of the dataset of RECORD again with DRAW (generate.py's), and print how they compare.
+
+    The MODEL (None: as recorded) and CHOICES (dtype, attention, batch_size; None: as recorded) may differ from the
+    record, to see what that does; they are then listed with the other differences. Returns the exit code: 0 if all
+    images are byte-equal or near-equal, else 1.
+    """
+    from utils.generation import loading  # imports torch
+
+    dataset = open_record(record)
+    recorded, drawn_with = Recipe.of(dataset), dataset.info["model"]
+    table, template = recorded_classes(dataset), parse_template(recorded.prompt)
+    chosen = choose_batches(dataset, sample, seed)
+    if model:
+        folder = find_pipeline(model, revision)
+    else:
+        folder = find_pipeline(drawn_with["id"], None if Path(drawn_with["id"]).is_dir() else drawn_with["revision"])
+    hashes = folder.hashes(recorded.safety != "off")
+    for name, _, _ in differences(drawn_with["files"], hashes):
+        raise UserError(f"--model {folder.name} is not the model {dataset.root} was drawn with: {name} differs")
+
+    device = resolve_device(device_name)
+    recipe = own_recipe(recorded, device, choices).with_device(device)
+    sampler = loading.load_sampler(folder, recipe, device)
+    images = sum(len(batch) for _, batch in chosen)
+    print(f"{dataset.root}: drawing {images} of its {dataset.images} images again: {len(chosen)} whole batches of "
+          f"{len({folder.id for folder, _ in chosen})} classes")  # fmt: skip
+    with ProgressBar(images, "reproduce") as bar:
+        found = list(redraw(chosen, recipe, sampler, table, template, bar, draw))
+    show_comparisons(found)
+    show_differences(dataset, recorded, recipe)
+    if sampler.denoising.size < (recipe.batch_size or 1):
+        print(f"note: memory ran out here, so at most {sampler.denoising.size} images were denoised at once")
+    return 0 if all(one.verdict in (EQUAL, NEAR) for one in found) else 1
+
+
+def own_recipe(recorded: Recipe, device: torch.device, choices: dict[str, Any]) -> Recipe:
+    """What is done otherwise than RECORDED: as chosen, or because DEVICE cannot do it as recorded."""
+    on_gpu = device.type == "cuda"
+    recipe = replace(
+        recorded,
+        dtype=None if recorded.dtype == "fp16" and not on_gpu else recorded.dtype,
+        attention=None if recorded.attention == "xformers" and not on_gpu else recorded.attention,
+    )
+    return replace(recipe, **{key: value for key, value in choices.items() if value is not None})
+
+
+def show_comparisons(found: list[Comparison]) -> None:
+    """Print a line for each verdict: how many images, the lowest signal-to-noise ratio, the first names."""
+    for verdict in (EQUAL, NEAR, DIFFERENT, LOST):
+        those = [one for one in found if one.verdict == verdict]
+        lowest = min((one.psnr_db for one in those if np.isfinite(one.psnr_db)), default=None)
+        shown = f", PSNR from {lowest:.1f} dB" if lowest is not None else ""
+        names = ", ".join(f"{one.id}_{one.index:06d}" for one in those[:5])
+        print(f"{verdict}: {len(those)}{shown}" + (f" ({names})" if names and verdict != EQUAL else ""))
+
+
+def show_differences(dataset: Dataset, recorded: Recipe, used: Recipe) -> None:
+    """Print in what this machine and the recipe USED differ from the record."""
+    differing = [*differences(dataset.info["environment"], snapshot())]
+    differing += differences(recorded.record(), used.record(), "recipe")
+    print(f"differs here from the record: {len(differing)} facts" if differing else "this machine: as recorded")
+    for name, there, here in differing:
+        print(f"  {name}: recorded {json.dumps(there)}, here {json.dumps(here)}")
+    if others := other_environments(dataset):
+        print(f"note: {others} other environments drew parts of it (sessions.jsonl); which image each drew is not kept")
+    if smaller := smaller_batches(dataset):
+        print(f"note: memory ran out in {smaller} sessions, which denoised batches in parts (micro_batch in "
+              "sessions.jsonl); low bits of their images may differ")  # fmt: skip
 
 
 # ===== the record =====
@@ -105,30 +194,34 @@ def choose_batches(dataset: Dataset, images: int, seed: int) -> list[tuple[Class
 
 
 def redraw(
-    dataset: Dataset, chosen: list[tuple[ClassFolder, range]], sampler, table: ClassTable, template: Template, bar
+    chosen: list[tuple[ClassFolder, range]],
+    recipe: Recipe,
+    sampler: Sampler,
+    table: ClassTable,
+    template: Template,
+    bar: ProgressBar,
+    draw: Callable[..., Iterator[tuple[Batch, dict[int, dict]]]],
 ) -> Iterator[Comparison]:
-    """Draw CHOSEN again, as the first time, rejections included; compare every image."""
+    """DRAW the CHOSEN batches again, as the first time, rejections included; compare every image."""
     rows, old = {row.wnid: row for row in table.rows}, {folder.id: folder for folder, _ in chosen}
-
-    def batches(room: Path) -> Iterator[Batch]:
-        for folder, indices in chosen:
-            new = replace(folder, root=room)
-            new.images.mkdir(parents=True, exist_ok=True)
-            yield Batch(new, prompts_of(rows[folder.id], template, indices, dataset.recipe), None)
-
     with tempfile.TemporaryDirectory(prefix="imagenet-sd-") as room:
-        for batch, entries in Studio(dataset.recipe, sampler, bar).draw(batches(Path(room))):
-            assert batch  # batches() never waits
+        batches = []
+        for folder, indices in chosen:
+            new = replace(folder, root=Path(room))
+            new.images.mkdir(parents=True, exist_ok=True)
+            batches.append(Batch(new, prompts_of(rows[folder.id], template, indices, recipe)))
+        for batch, entries in draw(batches, recipe, sampler, bar):
             recorded = old[batch.folder.id].entries()
             for index in sorted(entries):
-                new = batch.folder.path(index)
-                yield compare(old[batch.folder.id], index, recorded[index], new, entries[index])
-                new.unlink()
+                redrawn = batch.folder.path(index)
+                yield compare(old[batch.folder.id], index, recorded[index], redrawn, entries[index])
+                redrawn.unlink()
                 bar.update(1)
 
 
-def prompts_of(row: ClassRow, template: Template, indices: range, recipe: dict) -> list[Prompt]:
-    prompts = class_prompts(row, template, indices.stop, recipe["seed"], recipe["names"])
+def prompts_of(row: ClassRow, template: Template, indices: range, recipe: Recipe) -> list[Prompt]:
+    """The prompts of the images INDICES of class ROW."""
+    prompts = class_prompts(row, template, indices.stop, recipe.seed, recipe.names)
     return [prompt for prompt in prompts if prompt.index in indices]
 
 

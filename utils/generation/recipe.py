@@ -1,0 +1,150 @@
+"""A dataset's recipe: everything that decides what its images look like, as dataset.json records it. Imports no torch.
+
+A recipe starts as the command line asks for it. What was left open (None) is filled in by the folder's own record
+(`settle`), the model (`with_model`) and the device (`with_device`), in this order.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from utils.cli import UserError
+from utils.dataset.folder import Dataset
+from utils.generation.pipeline import PipelineFolder
+
+if TYPE_CHECKING:
+    import torch
+
+# name on the command line -> (diffusers class, settings beside the model's own scheduler settings)
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pndm": ("PNDMScheduler", {}),  # Liu et al., ICLR 2022: the scheduler SD 1.4 is released with
+    # Song et al., ICLR 2021, eta 0. Its clipping to -1..1 is for pixels: latents reach beyond. It is the default where
+    # the model's own settings, of PNDM, do not mention it.
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),  # Lu et al. 2022
+    "euler": ("EulerDiscreteScheduler", {}),  # Karras et al., NeurIPS 2022, Algorithm 2 without churn
+    "unipc": ("UniPCMultistepScheduler", {}),  # Zhao et al., NeurIPS 2023
+}
+# What an image costs and how it looks. Command-line options replace single values.
+RECIPES: dict[str, dict[str, Any]] = {
+    # The released models: Stable Diffusion 1.4, guidance 2 (project page); 50 steps, PNDM, 512 px: SD 1.4's defaults.
+    "paper": {"scheduler": "pndm", "steps": 50, "guidance_scale": 2.0, "guidance_interval": None},
+    # Not in the paper: a third of the forwards. DPM-Solver++ 2M (Lu et al. 2022) needs about 20 steps; guidance only at
+    # the noise levels where it matters, (0.28, 5.42] as Kynkäänniemi et al. (NeurIPS 2024) found for latent diffusion.
+    "fast": {"scheduler": "dpmpp_2m", "steps": 18, "guidance_scale": 2.0, "guidance_interval": (0.28, 5.42)},
+}
+QUALITY = 95  # of JPEG and WebP; not in paper: our choice
+CHROMA = "420"  # colour at half resolution, as in most of ImageNet's own files: a quarter fewer bytes, faster to decode
+
+
+def _key(kind: str, default: Any = None, auto: bool = False) -> Any:
+    """A key of KIND prompt, sampler, machine or storage; with AUTO, None takes what the folder was made with."""
+    return field(default=default, metadata={"kind": kind, "auto": auto})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The keys in the order in which dataset.json has them; None where the model or the device decides."""
+
+    name: str = _key("sampler", "paper")  # in RECIPES
+    classes: str = _key("prompt", "")  # sha256 of the class table
+    prompt: str = _key("prompt", "c, d_c")  # template
+    names: str = _key("prompt", "first")
+    images_per_class: int | str = _key("prompt", "imagenet")
+    seed: int = _key("prompt", 0)
+    scheduler: str = _key("sampler", "pndm")  # in SCHEDULERS
+    steps: int = _key("sampler", 50)
+    guidance_scale: float = _key("sampler", 2.0)
+    guidance_interval: tuple[float, float] | None = _key("sampler")  # noise levels (low, high]; None guides everywhere
+    height: int | None = _key("sampler", auto=True)  # pixels, as drawn
+    width: int | None = _key("sampler", auto=True)
+    dtype: str | None = _key("machine", auto=True)  # fp16, bf16 or fp32
+    attention: str | None = _key("machine", auto=True)
+    compile: bool = _key("machine", False)
+    batch_size: int | None = _key("machine", auto=True)
+    safety: str | None = _key("storage", auto=True)  # redraw, keep or off
+    format: str = _key("storage", "jpg")
+    quality: int | None = _key("storage", QUALITY)
+    chroma: str | None = _key("storage", CHROMA)
+    save_size: int | None = _key("storage")  # pixels of the shorter side as stored; None: as drawn
+
+    def __post_init__(self) -> None:
+        """UserError if a value has no meaning; JSON's list becomes the interval's tuple."""
+        if self.guidance_scale < 1:
+            raise UserError(f"--guidance-scale {self.guidance_scale:g}: 1 means no guidance, less has no meaning here")
+        if self.steps > 1000:
+            raise UserError(f"--steps {self.steps}: the models are trained with 1000 noise levels; take at most 1000")
+        if self.guidance_interval is not None:
+            object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
+
+    @classmethod
+    def asked(cls, name: str, **options: Any) -> Recipe:
+        """The recipe NAME with OPTIONS in place of its values; None leaves a sampler's value as the recipe has it."""
+        values = RECIPES[name]
+        if unknown := values.keys() - {key.name for key in fields(cls) if key.metadata["kind"] == "sampler"}:
+            raise UserError(f"--recipe {name}: unknown keys {', '.join(sorted(unknown))} in RECIPES")
+        kind = options["format"]
+        stored = {"quality": None if kind == "png" else QUALITY, "chroma": CHROMA if kind == "jpg" else None}
+        given = {key: value for key, value in options.items() if value is not None or key not in values}
+        return cls(**{"name": name, **values, **stored, **given})
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Recipe:
+        """The recipe that DATASET was drawn by."""
+        known = {key.name for key in fields(cls)}
+        return cls(**{name: value for name, value in dataset.recipe.items() if name in known})
+
+    def record(self) -> dict[str, Any]:
+        """As dataset.json has it."""
+        interval = self.guidance_interval
+        return asdict(self) | {"guidance_interval": list(interval) if interval else None}
+
+    def settle(self, existing: Dataset | None) -> Recipe:
+        """With what was left open taken from the EXISTING dataset; UserError with a diff if it has another recipe."""
+        if existing is None:
+            return self
+        recorded = {"chroma": self.chroma} | existing.recipe  # not recorded by the first version, but the same
+        left_open = [key.name for key in fields(self) if key.metadata["auto"] and getattr(self, key.name) is None]
+        taken: dict[str, Any] = {name: recorded.get(name) for name in left_open}
+        settled = replace(self, **taken)
+        refuse_difference(existing, recorded, settled.record(), "recipe")
+        return settled
+
+    def with_model(self, folder: PipelineFolder) -> Recipe:
+        """With size and safety policy settled by what the model is; UserError if they do not go together."""
+        height, width = self.height or folder.native_size, self.width or folder.native_size
+        for side, pixels in (("height", height), ("width", width)):
+            if pixels % folder.pixels_per_latent:
+                raise UserError(f"--{side} {pixels}: this model draws multiples of {folder.pixels_per_latent} pixels")
+        if self.save_size and self.save_size > min(height, width):
+            raise UserError(f"--save-size {self.save_size} is larger than the images; it only makes them smaller")
+        if self.safety in ("redraw", "keep") and not folder.has_safety_checker:
+            raise UserError(f"--safety {self.safety}: {folder.name} has no safety checker; use --safety off")
+        safety = self.safety or ("redraw" if folder.has_safety_checker else "off")
+        return replace(self, height=height, width=width, safety=safety)
+
+    def with_device(self, device: torch.device) -> Recipe:
+        """With number format and attention kernels settled by what DEVICE can do; UserError if it cannot."""
+        from utils.generation import loading  # imports torch
+
+        dtype = loading.resolve_dtype(self.dtype or "auto", device)
+        attention = loading.resolve_attention(self.attention or "auto", device, dtype)
+        return replace(self, dtype=loading.DTYPE_NAMES[dtype], attention=attention)
+
+
+def refuse_difference(existing: Dataset, recorded: dict, wanted: dict, what: str) -> None:
+    """UserError listing every key in which what was RECORDED of a dataset differs from what is WANTED now."""
+    keys = [key for key in (recorded | wanted) if recorded.get(key) != wanted.get(key)]
+    if keys:
+        shown = "; ".join(f"{key} is {_short(recorded.get(key))}, asked {_short(wanted.get(key))}" for key in keys[:12])
+        more = f"; and {len(keys) - 12} more" if len(keys) > 12 else ""
+        raise UserError(
+            f"--out {existing.root} was made with another {what}: {shown}{more}; give the same options or another --out"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text[:14] + "..." if isinstance(value, str) and len(value) == 64 else text
