@@ -16,7 +16,7 @@ import evaluate
 from utils import metrics
 from utils.cli import UserError, run
 from utils.evaluation import transfer_sets
-from utils.report import figures, page, tables
+from utils.report import figures, page, records, tables
 from utils.storage import append_jsonl, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +98,7 @@ def test_the_radar_plot_has_the_papers_axes(two_models):
     for axis in ("IN-Val", "IN-v2", "IN-Sketch", "IN-R", "IN-A", "ImageNet-CoG", "iNaturalist", "8 small sets"):
         assert axis in picture
     assert Image.open(two_models / "radar.png").width >= 600
-    models = page.group_models(page.read_results([two_models.parent / "real/results.jsonl"]))
+    models = page.group_models(records.read_results([two_models.parent / "real/results.jsonl"]))
     axes, values = page.radar_values(models)
     assert len(axes) == 8 and values["real <1K>"]["IN-Val\ntop-5"] == pytest.approx(88.3)
     assert values["real <1K>"]["ImageNet-CoG (2 of 5)\ntop-1"] == pytest.approx(55.0)
@@ -152,7 +152,7 @@ def test_intervals_of_differences():
 
 def test_seeds_become_mean_and_deviation(tmp_path):
     files = [write_run(tmp_path / f"a-seed{seed}", f"a-seed{seed}", shift=seed, seed=seed) for seed in range(3)]
-    (model,) = page.group_models(page.read_results(files))
+    (model,) = page.group_models(records.read_results(files))
     cell = model.cells["IN-Val", "top1"]
     assert (model.name, cell.runs) == ("a", 3)
     assert (cell.value, cell.spread) == (pytest.approx(74.3), pytest.approx(1.0))
@@ -162,7 +162,7 @@ def test_seeds_become_mean_and_deviation(tmp_path):
 def test_a_metric_measured_again_replaces_the_earlier(tmp_path):
     results = write_run(tmp_path / "a", "a")
     append_jsonl(results, {"model": "a", "dataset": "DTD", "group": "small", "metric": "top1", "value": 1.5, "seed": 0})
-    (model,) = page.group_models(page.read_results([results]))
+    (model,) = page.group_models(records.read_results([results]))
     assert model.cells["DTD", "top1"].value == 1.5
 
 
@@ -178,7 +178,7 @@ def test_rows_of_an_earlier_checkpoint_or_protocol_are_no_seeds(tmp_path):
     write_row(results, 20, protocol="paper", seed=3)
     write_row(results, 30)
     write_row(results, 32, seed=1)
-    (model,) = page.group_models(page.read_results([results]))
+    (model,) = page.group_models(records.read_results([results]))
     assert list(model.cells) == [("DTD", "top1")] and model.checkpoints == {"f1"}
     assert (model.cells["DTD", "top1"].value, model.cells["DTD", "top1"].runs) == (31, 2)
 
@@ -189,7 +189,7 @@ def test_one_measurement_given_twice_is_one(tmp_path):
     copy = tmp_path / "copy.jsonl"
     shutil.copy(results, copy)
     write_row(copy, 35, protocol="fast, bicubic")  # the same checkpoint judged in another way
-    (model,) = page.group_models(page.read_results([results, results, copy]))
+    (model,) = page.group_models(records.read_results([results, results, copy]))
     assert (model.cells["DTD", "top1"].value, model.cells["DTD", "top1"].runs) == (35, 1)
 
 
@@ -198,7 +198,7 @@ def test_rows_of_a_repaired_dataset_replace_those_of_the_broken_one(tmp_path):
     write_row(results, 50, key="broken")
     write_row(results, 52, key="broken", seed=1)
     write_row(results, 70, key="whole")
-    (model,) = page.group_models(page.read_results([results]))
+    (model,) = page.group_models(records.read_results([results]))
     assert (model.cells["DTD", "top1"].value, model.cells["DTD", "top1"].runs) == (70, 1)
 
 
@@ -207,7 +207,7 @@ def test_two_models_of_one_name_are_refused(tmp_path):
         (tmp_path / str(number)).mkdir()
         write_row(tmp_path / f"{number}/results.jsonl", 10, checkpoint_sha256=f"f{number}")
     with pytest.raises(UserError, match=r"0/results.jsonl and .*1/results.jsonl hold two different models called a;"):
-        page.read_results([tmp_path / f"{number}/results.jsonl" for number in range(2)])
+        records.read_results([tmp_path / f"{number}/results.jsonl" for number in range(2)])
 
 
 def test_a_look_at_classes_counts_a_sets_images_once(tmp_path):
@@ -259,10 +259,16 @@ def test_models_of_other_classes_in_a_close_look(tmp_path):
     [
         (None, "no file"),
         ("", "holds no result"),
-        ('{"model": "a"}\n', "without dataset, metric, value"),
-        ("3\n", "without dataset"),
+        (
+            '{"model": "a"}\n',
+            r"a line that is no result \(Object missing required field `dataset`\); is it a results.jsonl",
+        ),
+        ("3\n", r"no result \(Expected `object`, got `int`\)"),
         ('{"model": "a", "dataset": "d", "metric": "top1", "value": NaN}\n', "top1 of a on d is nan, no number"),
-        ('{"model": "a", "dataset": "d", "metric": "top1", "value": null}\n', "is None, no number"),
+        (
+            '{"model": "a", "dataset": "d", "metric": "top1", "value": null}\n',
+            r"Expected `float`, got `null` - at `\$.value`",
+        ),
     ],
 )
 def test_bad_results_are_named(tmp_path, content, message):
@@ -321,4 +327,4 @@ def test_a_runs_data_folders_are_read_as_train_py_reads_them(tmp_path):
     (tmp_path / "v:1").mkdir()
     options = {"data": ["data/sd:5e-1", f"{tmp_path}/v:1", "data/real:2"]}
     (tmp_path / "args.json").write_text(json.dumps({"options": options}))
-    assert [str(path) for path in page.data_folders(tmp_path)] == ["data/sd", f"{tmp_path}/v:1", "data/real"]
+    assert [str(path) for path in records.read_training(tmp_path).data] == ["data/sd", f"{tmp_path}/v:1", "data/real"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from PIL import Image, ImageOps
 
 from utils.cli import UserError
 from utils.images import INK, BadImage, Curve, contact_sheet, decode_rgb, draw_curves, list_image_folder
-from utils.storage import atomic_path, read_json, read_jsonl
+from utils.report.records import read_described, read_epochs, read_sidecars
+from utils.storage import atomic_path, read_jsonl
 
 MAX_CLASSES = 20  # classes that a page still shows whole
 SHEET_COLUMNS, SHEET_SIDE = 10, 64  # images a class and source; pixels of each
@@ -28,10 +30,10 @@ def training_curves(models: Mapping[str, tuple[str, Sequence[Path]]]) -> str | N
     panels: dict[str, tuple[str, list[Curve]]] = {"training loss": ("epoch", []), "training top-1 (%)": ("epoch", [])}
     for name, (color, folders) in models.items():
         for folder in folders:
-            epochs = [line for line in read_jsonl(folder / "log.jsonl") if line.get("kind") == "epoch"]
+            epochs = read_epochs(folder)
             for (_, curves), key in zip(panels.values(), ("loss", "top1"), strict=True):
                 if epochs:
-                    curves.append((name, [line["epoch"] for line in epochs], [line[key] for line in epochs], color))
+                    curves.append((name, [one.epoch for one in epochs], [getattr(one, key) for one in epochs], color))
     if not panels["training loss"][1]:
         return None
     drawn = draw_curves(panels, "svg").decode()
@@ -46,34 +48,22 @@ def close_looks(models: Mapping[str, tuple[Sequence[Path], set[str]]]) -> list[d
     """
     looks: dict[str, dict[str, Any]] = {}
     for name, (folders, checkpoints) in models.items():
-        for folder in folders:
-            for path in sorted((folder / "eval").glob("*.json")):
-                found = read_json(path)
-                if not found.get("per_class") or found["checkpoint_sha256"] not in checkpoints:
-                    continue
-                look = looks.setdefault(found["dataset"], {"dataset": found["dataset"], "models": {}, "names": {}})
-                look["names"] |= dict(zip(found["class_ids"], found["class_names"], strict=True))
-                mine = look["models"].setdefault(
-                    name, {"ids": found["class_ids"], "correct": {}, "n": {}, "images": {}, "confusion": None}
-                )
-                for row in found["per_class"]:
-                    class_id, n = row["id"], row["n"]
-                    mine["images"][class_id] = n
-                    mine["n"][class_id] = mine["n"].get(class_id, 0) + n  # over seeds
-                    mine["correct"][class_id] = mine["correct"].get(class_id, 0) + n * row["top1"] / 100
-                if found["class_ids"] == mine["ids"]:
-                    add_confusion(mine, found.get("confusion"))
+        for found in (one for folder in folders for one in read_sidecars(folder)):
+            if found.checkpoint_sha256 not in checkpoints:
+                continue
+            look = looks.setdefault(found.dataset, {"dataset": found.dataset, "models": {}, "names": {}})
+            look["names"] |= dict(zip(found.class_ids, found.class_names, strict=True))
+            mine = look["models"].setdefault(
+                name, {"ids": found.class_ids, "correct": Counter(), "n": Counter(), "images": {}, "confusion": None}
+            )
+            for row in found.per_class:
+                mine["images"][row.id] = row.n
+                mine["n"][row.id] += row.n  # over seeds
+                mine["correct"][row.id] += row.n * (row.top1 or 0) / 100
+            if found.class_ids == mine["ids"] and found.confusion is not None:
+                matrix = np.array(found.confusion, dtype=np.int64)
+                mine["confusion"] = matrix if mine["confusion"] is None else mine["confusion"] + matrix
     return [shown_look(look) for look in looks.values()]
-
-
-def add_confusion(mine: dict[str, Any], matrix: list[list[int]] | None) -> None:
-    if matrix is None:
-        return
-    if mine["confusion"] is None:
-        mine["confusion"] = matrix
-    else:
-        pairs = zip(mine["confusion"], matrix, strict=True)
-        mine["confusion"] = [[a + b for a, b in zip(ours, more, strict=True)] for ours, more in pairs]
 
 
 def shown_look(look: dict[str, Any]) -> dict[str, Any]:
@@ -107,11 +97,15 @@ def shown_look(look: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def shares(matrix: list[list[int]] | None) -> list[list[dict[str, float]]] | None:
+def shares(matrix: np.ndarray | None) -> list[list[dict[str, Any]]] | None:
     """Each cell as count and share of its row (the real class)."""
     if matrix is None:
         return None
-    return [[{"count": count, "share": count / max(1, sum(row))} for count in row] for row in matrix]
+    totals = np.maximum(1, matrix.sum(1, keepdims=True))
+    rows = zip(matrix.tolist(), (matrix / totals).tolist(), strict=True)
+    return [
+        [{"count": count, "share": share} for count, share in zip(counts, parts, strict=True)] for counts, parts in rows
+    ]
 
 
 # ===== pictures =====
@@ -126,8 +120,8 @@ def contact_sheets(shown: Sequence[tuple[str, Path]]) -> list[dict[str, Any]]:
     for source, folder in shown:
         root = folder / "train" if (folder / "train").is_dir() else folder
         ids, samples = list_image_folder(root, "--show-data")
-        described = read_json(folder / "dataset.json") if (folder / "dataset.json").is_file() else {}
-        names = {row["id"]: row.get("name", "") for row in described.get("classes", [])}
+        described = read_described(folder)
+        names = described.names if described else {}
         for label, class_id in enumerate(ids):
             if class_id not in sheets and len(sheets) >= MAX_CLASSES:
                 continue
@@ -158,31 +152,6 @@ def strip(paths: Sequence[str]) -> str:
     sheet = contact_sheet([("", fitted)], SHEET_SIDE, len(fitted), gap=2, paper="#808080")
     Image.fromarray(sheet).save(buffer, "WEBP", quality=85, method=6)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-# ===== how it was made =====
-
-
-def provenance(runs: Sequence[Path], shown: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-    """{"commands": [...], "versions": {...}} as the files beside the results recorded them, in the flow's order."""
-    commands: list[str] = []
-    environment: dict[str, Any] = {}
-    files = [folder / "dataset.json" for _, folder in shown] + [run / "args.json" for run in runs]
-    files += [path for run in runs for path in sorted((run / "eval").glob("*.json"))]
-    for path in files:
-        if path.is_file():
-            recorded = read_json(path)
-            environment = recorded.get("environment") or environment
-            command = recorded.get("command")
-            if command and command not in commands:
-                commands.append(command)
-    packages = environment.get("packages", {})
-    versions = {name: version for name, version in packages.items() if version}
-    for key in ("python", "git_commit", "image_digest", "cpu", "cores", "gpus", "driver"):
-        if environment.get(key):
-            value = environment[key]
-            versions[key.replace("_", " ")] = ", ".join(value) if isinstance(value, list) else value
-    return {"commands": commands, "versions": versions}
 
 
 # ===== radar =====

@@ -6,16 +6,15 @@ Runs that differ by their seed alone (`NAME-seed0`, `NAME-seed1`, ...) are one m
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.cli import UserError, data_and_weight
-from utils.report.figures import COLORS, close_looks, contact_sheets, draw_radar, provenance, training_curves
+from utils.report.figures import COLORS, close_looks, contact_sheets, draw_radar, training_curves
+from utils.report.records import Row, provenance, read_described, read_results, read_training
 from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Cell, Model, as_cell, averages, make_tables
-from utils.storage import atomic_write, read_json, read_jsonl, require_writable, write_page
+from utils.storage import atomic_write, require_writable, write_page
 
 SEED_SUFFIX = re.compile(r"[-_]seed\d+$")
 LEGEND = (
@@ -44,7 +43,7 @@ def write_report(
         "curves": training_curves({model.name: (model.color, model.folders) for model in models}),
         "looks": close_looks({model.name: (model.folders, model.checkpoints) for model in models}),
         "sheets": contact_sheets(show_data),
-        **provenance([folder for model in models for folder in model.folders], show_data),
+        **provenance([one for model in models for one in model.folders], [folder for _, folder in show_data]),
     }
     written = [out / "report.html", out / "report.md"]
     page["radar"] = None
@@ -59,78 +58,21 @@ def write_report(
     return written
 
 
-# ===== reading =====
-
-
-def read_results(paths: Sequence[Path]) -> list[dict]:
-    """The rows of all files that still hold, each with its "folder".
-
-    A model's last checkpoint counts, not an earlier one that was judged in mid-training; of each metric the last way
-    of measuring (protocol, images), never a mix; of rows written twice the newer. UserError if two files hold
-    different checkpoints of one name.
-    """
-    rows: list[dict] = []
-    owners: dict[str, tuple[Path, str | None]] = {}  # model -> its file and checkpoint
-    for path in dict.fromkeys(paths):
-        found = _read_rows(path)
-        checkpoint = {row["model"]: row.get("checkpoint_sha256") for row in found}
-        for model, sha256 in checkpoint.items():
-            other, its = owners.setdefault(model, (path, sha256))
-            if its != sha256:
-                raise UserError(
-                    f"--report: {other} and {path} hold two different models called {model}; judge one again under "
-                    "another name (evaluate.py --checkpoint NAME=...)"
-                )
-        rows += [
-            row | {"folder": path.parent} for row in found if row.get("checkpoint_sha256") == checkpoint[row["model"]]
-        ]
-    way = {_metric_of(row): _way_of(row) for row in rows}
-    newest = {(*_metric_of(row), row.get("seed")): row for row in rows if _way_of(row) == way[_metric_of(row)]}
-    return list(newest.values())
-
-
-def _metric_of(row: dict) -> tuple[str, str, str]:
-    return row["model"], row["dataset"], row["metric"]
-
-
-def _way_of(row: dict) -> tuple[str | None, str | None]:
-    """How a row was measured; evaluate.py's key covers checkpoint, images, labels and protocol."""
-    return row.get("key"), row.get("protocol")
-
-
-def _read_rows(path: Path) -> list[dict]:
-    if not path.is_file():
-        raise UserError(f"--report: no file {path}; give results.jsonl files that evaluate.py wrote")
-    rows = read_jsonl(path)
-    if not rows:
-        raise UserError(f"--report: {path} holds no result; run evaluate.py on its checkpoint first")
-    for row in rows:
-        missing = {"model", "dataset", "metric", "value"} - (row.keys() if isinstance(row, dict) else set())
-        if missing:
-            raise UserError(f"--report: {path} has a line without {', '.join(sorted(missing))}; is it a results.jsonl?")
-        if not isinstance(row["value"], int | float) or not math.isfinite(row["value"]):
-            raise UserError(
-                f"--report: {path}: {row['metric']} of {row['model']} on {row['dataset']} is {row['value']!r}, no "
-                "number; remove the line and run evaluate.py again"
-            )
-    return rows
-
-
-def group_models(rows: Iterable[dict]) -> list[Model]:
+def group_models(rows: Iterable[Row]) -> list[Model]:
     """The models in order of appearance: blue for the first, red for the second, as on the paper's page."""
     models: dict[str, Model] = {}
-    values: dict[tuple[str, str, str], list[dict]] = {}
+    values: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        name = SEED_SUFFIX.sub("", row["model"])
+        name = SEED_SUFFIX.sub("", row.model)
         if name not in models:
             color = COLORS[len(models) % len(COLORS)]
-            models[name] = Model(name, color, published=row.get("source") == "published")
+            models[name] = Model(name, color, published=row.source == "published")
         model = models[name]
-        if row["folder"] not in model.folders and row.get("source") != "published":
-            model.folders.append(row["folder"])
-        if row.get("checkpoint_sha256"):
-            model.checkpoints.add(row["checkpoint_sha256"])
-        values.setdefault((name, row["dataset"], row["metric"]), []).append(row)
+        if Path(row.folder) not in model.folders and row.source != "published":
+            model.folders.append(Path(row.folder))
+        if row.checkpoint_sha256:
+            model.checkpoints.add(row.checkpoint_sha256)
+        values.setdefault((name, row.dataset, row.metric), []).append(row)
     for (name, dataset, metric), measured in values.items():
         models[name].cells[dataset, metric] = as_cell(measured)
     return list(models.values())
@@ -177,19 +119,11 @@ def headline(models: Sequence[Model]) -> list[str]:
 def guidance_of(model: Model) -> float | None:
     """The guidance scale of the dataset that a model was trained on, by the dataset.json of its data folder."""
     for folder in model.folders:
-        for data in data_folders(folder):
-            if (data / "dataset.json").is_file():
-                value = read_json(data / "dataset.json").get("recipe", {}).get("guidance_scale")
-                return float(value) if value is not None else None
+        training = read_training(folder)
+        for data in training.data if training else []:
+            if described := read_described(data):
+                return described.recipe.get("guidance_scale")
     return None
-
-
-def data_folders(run: Path) -> list[Path]:
-    """The folders of train.py's --data options, by the run's args.json."""
-    if not (run / "args.json").is_file():
-        return []
-    options = read_json(run / "args.json").get("options", {})
-    return [data_and_weight(text)[0] for text in options.get("data", [])]
 
 
 # ===== radar =====

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from utils.evaluation import transfer_sets
 from utils.metrics import log_odds_average, mean_and_std
+from utils.report.records import Row
 
 IMAGENET_SETS = ("IN-Val", "IN-v2", "IN-Sketch", "IN-R", "IN-A")  # the paper's five, in its order
 TRANSFER_GROUPS = {"cog": "ImageNet-CoG", "inat": "iNaturalist", "small": "8 small sets"}
@@ -90,25 +91,25 @@ class Model:
     cells: dict[tuple[str, str], Cell] = field(default_factory=dict)  # (dataset, metric)
 
 
-def as_cell(rows: Sequence[dict]) -> Cell:
+def as_cell(rows: Sequence[Row]) -> Cell:
+    """One metric over a model's seeds: mean and deviation, or a single run with its interval."""
     first = rows[0]
-    mean, deviation = mean_and_std(row["value"] for row in rows)
-    cell = Cell(mean, runs=len(rows), n=first.get("n"), num_classes=first.get("num_classes"))
-    cell.group = first.get("group", "folder")
+    mean, deviation = mean_and_std(row.value for row in rows)
+    cell = Cell(mean, runs=len(rows), n=first.n, num_classes=first.num_classes, group=first.group)
     if len(rows) > 1:
         cell.spread = deviation
     else:
-        cell.low, cell.high = first.get("low"), first.get("high")
+        cell.low, cell.high = first.low, first.high
     return cell
 
 
-def make_tables(models: Sequence[Model], rows: Sequence[dict]) -> list[dict]:
+def make_tables(models: Sequence[Model], rows: Sequence[Row]) -> list[dict]:
     """The tables of the report, see as_table: ImageNet sets, transfer groups with averages, other folders."""
     groups: dict[str, list[str]] = {}
     for row in rows:
-        members = groups.setdefault(row.get("group", "folder"), [])
-        if row["dataset"] not in members:
-            members.append(row["dataset"])
+        members = groups.setdefault(row.group, [])
+        if row.dataset not in members:
+            members.append(row.dataset)
     tables = []
     for dataset in groups.get("folder", []):
         columns = [(dataset, "top1", "top-1"), (dataset, "top5", "top-5"), (dataset, "ece", "calibration error")]

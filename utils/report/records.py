@@ -1,0 +1,201 @@
+"""What a report reads, each file against a type: results.jsonl, and args.json, log.jsonl and eval/*.json of its runs.
+
+A file of another type is a UserError that names the file, the field and the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from utils.cli import UserError, data_and_weight
+from utils.storage import read_json, read_jsonl
+
+JUDGE_AGAIN = "delete it and run evaluate.py on its checkpoint again"
+
+
+class Row(msgspec.Struct):
+    """A line of results.jsonl, as evaluate.py writes it: one metric of one model on one dataset, in percent."""
+
+    model: str
+    dataset: str
+    metric: str
+    value: float
+    low: float | None = None  # 95 % interval
+    high: float | None = None
+    n: int | None = None  # images
+    num_classes: int | None = None
+    group: str = "folder"
+    seed: int | None = None
+    source: str = "measured"  # or "published"
+    protocol: str | None = None
+    key: str | None = None  # hash of checkpoint, images, labels and protocol
+    checkpoint_sha256: str | None = None
+    folder: str = ""  # of the file; not in it
+
+    @property
+    def metric_of(self) -> tuple[str, str, str]:
+        """What was measured."""
+        return self.model, self.dataset, self.metric
+
+    @property
+    def way(self) -> tuple[str | None, str | None]:
+        """How it was measured."""
+        return self.key, self.protocol
+
+
+class Training(msgspec.Struct):
+    """What a report needs of a run's args.json."""
+
+    options: dict[str, Any] = {}
+
+    @property
+    def data(self) -> list[Path]:
+        """The folders of train.py's --data options."""
+        return [data_and_weight(text)[0] for text in self.options.get("data", [])]
+
+
+class Described(msgspec.Struct):
+    """What a report needs of a dataset.json."""
+
+    classes: list[dict[str, Any]] = []
+    recipe: dict[str, Any] = {}
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Class id -> name."""
+        return {row["id"]: row.get("name", "") for row in self.classes}
+
+
+class ClassScore(msgspec.Struct):
+    """Top-1 of one class, in percent of its n images."""
+
+    id: str
+    n: int
+    top1: float | None = None  # none without images
+
+
+class Sidecar(msgspec.Struct):
+    """What a report needs of eval/<dataset>.<checkpoint>.json: the close look at one result."""
+
+    dataset: str
+    checkpoint_sha256: str
+    class_ids: list[str] = []
+    class_names: list[str] = []
+    per_class: list[ClassScore] = []
+    confusion: list[list[int]] | None = None  # rows: the right class; columns: the answer
+
+    def __post_init__(self) -> None:
+        k = len(self.class_ids)
+        if len(self.class_names) != k or {score.id for score in self.per_class} - set(self.class_ids):
+            raise ValueError("class_ids, class_names and per_class do not belong together")
+        if self.confusion is not None and [len(row) for row in self.confusion] != [k] * k:
+            raise ValueError("the confusion matrix is not as large as class_ids")
+
+
+class Epoch(msgspec.Struct, tag_field="kind", tag="epoch"):
+    """A line of log.jsonl: means over an epoch of training."""
+
+    epoch: int
+    loss: float
+    top1: float
+
+
+class Made(msgspec.Struct):
+    """How a file was made, as dataset.json, args.json and eval/*.json record it."""
+
+    command: str = ""
+    environment: dict[str, Any] = {}
+
+
+def read_results(paths: Sequence[Path]) -> list[Row]:
+    """The rows of all files that still hold, each with its folder.
+
+    A model's last checkpoint counts, not an earlier one that was judged in mid-training; of each metric the last way
+    of measuring (protocol, images), never a mix; of rows written twice the newer. UserError if two files hold
+    different checkpoints of one name.
+    """
+    rows: list[Row] = []
+    owners: dict[str, tuple[Path, str | None]] = {}  # model -> its file and checkpoint
+    for path in dict.fromkeys(paths):
+        found = _read_rows(path)
+        checkpoint = {row.model: row.checkpoint_sha256 for row in found}
+        for model, sha256 in checkpoint.items():
+            other, its = owners.setdefault(model, (path, sha256))
+            if its != sha256:
+                raise UserError(
+                    f"--report: {other} and {path} hold two different models called {model}; judge one again under "
+                    "another name (evaluate.py --checkpoint NAME=...)"
+                )
+        rows += [row for row in found if row.checkpoint_sha256 == checkpoint[row.model]]
+    way = {row.metric_of: row.way for row in rows}
+    newest = {(*row.metric_of, row.seed): row for row in rows if row.way == way[row.metric_of]}
+    return list(newest.values())
+
+
+def _read_rows(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise UserError(f"--report: no file {path}; give results.jsonl files that evaluate.py wrote")
+    values = read_jsonl(path, Any)
+    if not values:
+        raise UserError(f"--report: {path} holds no result; run evaluate.py on its checkpoint first")
+    rows = []
+    for value in values:
+        try:
+            rows.append(row := msgspec.convert(value, Row))
+        except msgspec.ValidationError as error:
+            raise UserError(
+                f"--report: {path} has a line that is no result ({error}); is it a results.jsonl? If so, remove the "
+                "line and run evaluate.py again"
+            ) from None
+        row.folder = str(path.parent)
+        for number in (row.value, row.low, row.high):
+            if number is not None and not math.isfinite(number):
+                raise UserError(
+                    f"--report: {path}: {row.metric} of {row.model} on {row.dataset} is {number!r}, no number; "
+                    "remove the line and run evaluate.py again"
+                )
+    if torn := sum(bool(line.strip()) for line in path.read_bytes().split(b"\n")) - len(rows):
+        print(f"--report: {path}: {torn} damaged lines are left out; run evaluate.py again", file=sys.stderr)
+    return rows
+
+
+def read_training(run: Path) -> Training | None:
+    """The args.json of a run of train.py; None where there is none."""
+    return read_json(run / "args.json", Training) if (run / "args.json").is_file() else None
+
+
+def read_described(dataset: Path) -> Described | None:
+    """The dataset.json of a generated dataset; None where there is none."""
+    return read_json(dataset / "dataset.json", Described) if (dataset / "dataset.json").is_file() else None
+
+
+def read_sidecars(folder: Path) -> list[Sidecar]:
+    """The close looks beside a results.jsonl; those of linear probes hold no classes and are left out."""
+    found = (read_json(path, Sidecar, JUDGE_AGAIN) for path in sorted((folder / "eval").glob("*.json")))
+    return [sidecar for sidecar in found if sidecar.per_class]
+
+
+def read_epochs(run: Path) -> list[Epoch]:
+    """The epochs of a run's log.jsonl; none where there is no log."""
+    return read_jsonl(run / "log.jsonl", Epoch)
+
+
+def provenance(runs: Sequence[Path], datasets: Sequence[Path]) -> dict[str, Any]:
+    """{"commands": [...], "versions": {...}} as the files beside the results recorded them, in the flow's order."""
+    files = [folder / "dataset.json" for folder in datasets] + [run / "args.json" for run in runs]
+    files += [path for run in runs for path in sorted((run / "eval").glob("*.json"))]
+    made = [read_json(path, Made) for path in files if path.is_file()]
+    environment: dict[str, Any] = next((one.environment for one in reversed(made) if one.environment), {})
+    packages = environment.get("packages", {})
+    versions = {name: version for name, version in packages.items() if version}
+    for key in ("python", "git_commit", "image_digest", "cpu", "cores", "gpus", "driver"):
+        if environment.get(key):
+            value = environment[key]
+            versions[key.replace("_", " ")] = ", ".join(value) if isinstance(value, list) else value
+    return {"commands": list(dict.fromkeys(one.command for one in made if one.command)), "versions": versions}
