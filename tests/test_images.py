@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import io
+import os
+import resource
+import subprocess
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from utils import images
 from utils.cli import UserError
-from utils.images import BadImage, contact_sheet, decode_rgb, draw_curves, image_size, list_image_folder
+from utils.images import (
+    BadImage,
+    contact_sheet,
+    decode_rgb,
+    draw_curves,
+    image_size,
+    list_image_folder,
+    load_eval_image,
+)
 
 
 def picture(side=64):
@@ -142,3 +158,146 @@ def test_curves_name_what_they_draw_and_are_the_same_twice(capfd):
         assert svg.decode().count(f"<!-- {name} -->") == 1
     assert draw_curves(panels, "png")[:8] == b"\x89PNG\r\n\x1a\n"
     assert capfd.readouterr().err == ""
+
+
+def jpeg_claiming(side: int) -> bytes:
+    """A tiny JPEG whose header claims SIDE x SIDE pixels."""
+    data = bytearray(simplejpeg.encode_jpeg(np.zeros((8, 8, 1), np.uint8), colorspace="GRAY"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = side.to_bytes(2, "big") * 2
+    return bytes(data)
+
+
+def png_claiming(side: int) -> bytes:
+    data = bytearray(encoded(picture(), "PNG"))
+    data[16:24] = side.to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("data", [jpeg_claiming(65500), png_claiming(65500)], ids=["jpeg", "png"])
+def test_an_image_that_claims_gigabytes_is_refused_by_name_before_they_are_taken(data, tmp_path):
+    path = tmp_path / "huge.jpg"
+    path.write_bytes(data)
+    assert len(data) < 1000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for truncated in (False, True):
+        with pytest.raises(BadImage, match=r"huge\.jpg: 65500 x 65500 pixels are more .* MAX_IMAGE_PIXELS=4290250000"):
+            decode_rgb(path, truncated=truncated)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
+def test_the_limit_of_pixels_can_be_raised_and_lowered(monkeypatch):
+    data = encoded(picture(64), "PNG")
+    for value, fits in (("4095", False), ("4096", True)):
+        monkeypatch.setenv("MAX_IMAGE_PIXELS", value)
+        images.most_pixels.cache_clear()
+        if fits:
+            assert decode_rgb(data).shape == (64, 64, 3)
+        else:
+            with pytest.raises(BadImage, match="64 x 64 pixels are more than 4,095"):
+                decode_rgb(data)
+    monkeypatch.setenv("MAX_IMAGE_PIXELS", "many")
+    images.most_pixels.cache_clear()
+    with pytest.raises(UserError, match="MAX_IMAGE_PIXELS=many is not a whole number"):
+        decode_rgb(data)
+    monkeypatch.undo()
+    images.most_pixels.cache_clear()
+
+
+def test_an_image_that_resizing_makes_huge_is_refused():
+    strip = encoded(np.zeros((2, 60_000, 3), np.uint8), "PNG")
+    with pytest.raises(BadImage, match="strip: 7680000 x 256 pixels are more than"):
+        load_eval_image(strip, 256, 224, name="strip")
+
+
+@pytest.mark.parametrize("form", ["EPS", "GIF", "PPM", "ICO", "PDF", "TGA", "PCX"])
+def test_other_formats_are_refused_whatever_their_name(form, tmp_path, monkeypatch):
+    """An EPS file makes Pillow start Ghostscript."""
+
+    def no_program(*_, **__):
+        pytest.fail("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", no_program)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encoded(picture(), form))
+    with pytest.raises(BadImage, match=r"a\.jpg: no JPEG, PNG, WEBP, BMP, TIFF image"):
+        decode_rgb(path)
+    with pytest.raises(BadImage, match=r"a\.jpg: no JPEG"):
+        image_size(path.read_bytes(), "a.jpg")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
+def test_only_regular_files_are_images(kind, tmp_path):
+    path = tmp_path / "a.jpg"
+    {"fifo": lambda: os.mkfifo(path), "folder": path.mkdir, "device": lambda: path.symlink_to("/dev/zero")}[kind]()
+    with pytest.raises(BadImage, match=r"a\.jpg: (not a regular file|Is a directory)"):
+        decode_rgb(path)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_are_scaled_as_those_of_colour_are(form):
+    """OpenCV writes 16 bits a channel of both; Pillow alone made the grey ones white."""
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, form)
+    expected = np.repeat((np.arange(65536) // 256).reshape(256, 256, 1), 3, 2)
+    assert np.array_equal(decode_rgb(buffer.getvalue()), expected)
+    buffer = io.BytesIO()
+    Image.fromarray(values.astype(np.float32)).save(buffer, "TIFF")
+    with pytest.raises(BadImage, match="32 bits"):
+        decode_rgb(buffer.getvalue(), name="x")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged TIFF tags
+@settings(max_examples=300, deadline=None)
+@given(form=st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "TIFF"]), data=st.data())
+def test_a_damaged_image_is_a_bad_image_and_nothing_else(form, data):
+    """Bytes flipped, cut out, doubled or zeroed anywhere: decoded, or refused by name; its memory stays small."""
+    whole = bytearray(encoded(picture(), form))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at, length = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(1, 16))
+        piece = whole[at : at + length]
+        new = data.draw(st.sampled_from([b"", bytes(length), b"\xff" * length, piece * 2]) | st.binary(max_size=length))
+        whole[at : at + length] = new
+    for read in (lambda: decode_rgb(bytes(whole), name="x.jpg"), lambda: image_size(bytes(whole), "x.jpg")):
+        try:
+            read()
+        except BadImage as error:
+            assert "x.jpg" in str(error)
+
+
+def test_folders_in_a_class_are_read_in_imagefolders_order(tmp_path, capsys):
+    from torchvision.datasets import ImageFolder
+
+    names = ["b/2.jpg", "b-c/1.jpg", "b/sub/deep/0.PNG", "b/sub.jpg", "b/a.jpg", "b/a-a/x.jpg", "b/a/y.jpg", "a/z.jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    theirs = ImageFolder(str(tmp_path))
+    assert list_image_folder(tmp_path) == (theirs.classes, theirs.samples)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "b" / "sub" / "up").symlink_to(tmp_path / "b")  # never ends if followed
+    for name in ("a/1.gif", "b/2.gif", "b/sub/notes"):
+        (tmp_path / name).write_bytes(b"x")
+    assert list_image_folder(tmp_path) == (theirs.classes, theirs.samples)
+    assert (
+        capsys.readouterr().err
+        == f"--data: 3 files in {tmp_path} are not read as images (2 .gif, 1 without a suffix)\n"
+    )
+
+
+def test_a_folder_one_too_high_is_refused(tmp_path):
+    for name in ("train/n1/a.jpg", "val/n1/b.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no class folder of .* holds images itself, but .*train/n1 does"):
+        list_image_folder(tmp_path)
+
+
+def test_a_class_folder_that_is_not_utf8_is_named(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)  # noqa: PTH102
+    Path(os.fsdecode(folder + b"/a.jpg")).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"caf\\udce9' is not UTF-8"):
+        list_image_folder(tmp_path)

@@ -3,9 +3,11 @@ many images or of numbers (contact sheets, curves)."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from utils.cli import UserError
+from utils.storage import read_regular
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +28,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 JPEG_MAGIC = b"\xff\xd8\xff"
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # by content, whatever the name says
+MOST_BYTES = 512 << 20  # of an image file
+Image.MAX_IMAGE_PIXELS = None  # most_pixels() bounds instead, and can be raised
 INK = "#7d7d7d"  # of drawn figures: grey that reads on white paper and on a dark screen alike
 
 
@@ -43,52 +49,93 @@ def decode_rgb(
 
     With min_height or min_width a JPEG may come out at 1/2, 1/4 or 1/8 size as long as it stays at least that large:
     libjpeg-turbo then skips most of the work. With truncated a JPEG that ends early is decoded as far as it goes, grey
-    below, and named on stderr. Raises BadImage, naming the file.
+    below, and named on stderr. Of 16 bits a channel the upper eight are taken. Raises BadImage, naming the file.
     """
     name = name or (str(source) if not isinstance(source, bytes) else "image")
-    data = None
+    data = source if isinstance(source, bytes) else read_image(source)
+    jpeg = data[:3] == JPEG_MAGIC
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        if data[:3] == JPEG_MAGIC:
-            try:
+        if jpeg:
+            with contextlib.suppress(ValueError):  # CMYK and a few odd JPEGs in the wild: Pillow knows them
+                height, width, *_ = simplejpeg.decode_jpeg_header(data)
+                _refuse_huge(width, height, name)
                 return simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=min_height, min_width=min_width)
-            except ValueError:
-                pass  # CMYK and a few odd JPEGs in the wild: Pillow knows them
-        with Image.open(io.BytesIO(data)) as image:
+        with _open(data, name) as image:
             image.load()  # a truncated file raises here
+            if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+                return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+            if image.mode in ("I", "F"):
+                raise BadImage(f"{name}: grey values of 32 bits have no known range; save it with 8 or 16 bits")
             return np.array(image.convert("RGB"))
-    except OSError as error:
-        if truncated and data is not None and data[:3] == JPEG_MAGIC:
-            try:
+    except (BadImage, UserError):
+        raise
+    except Exception as error:  # a damaged file can fail anywhere in a decoder
+        if truncated and jpeg and isinstance(error, OSError):
+            with contextlib.suppress(ValueError):
                 pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False)
                 print(f"truncated image {name}: read as far as it goes", file=sys.stderr, flush=True)
                 return pixels
-            except ValueError:
-                pass
         raise BadImage(f"{name}: {error}") from None
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(f"{name}: {error}") from None
+
+
+def read_image(path: str | Path) -> bytes:
+    """The bytes of an image file; BadImage for anything but a regular file of at most MOST_BYTES."""
+    try:
+        return read_regular(path, MOST_BYTES)
+    except OSError as error:
+        raise BadImage(f"{path}: {error.strerror}") from None
 
 
 def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
     """(width, height) of an encoded image, by its header alone. Raises BadImage, naming the file."""
     try:
         if data[:3] == JPEG_MAGIC:
-            try:
-                height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            with contextlib.suppress(ValueError):  # as in decode_rgb
+                height, width, *_ = simplejpeg.decode_jpeg_header(data)
                 return width, height
-            except ValueError:
-                pass  # as in decode_rgb
-        with Image.open(io.BytesIO(data)) as image:
+        with _open(data, name) as image:
             return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (BadImage, UserError):
+        raise
+    except Exception as error:  # as in decode_rgb
         raise BadImage(f"{name}: {error}") from None
 
 
-def list_image_folder(root: str | Path, option: str = "--data") -> tuple[list[str], list[tuple[str, int]]]:
-    """([class id, ...] sorted, [(path, label), ...]) of ROOT/<class id>/<image>, as torchvision's ImageFolder sorts.
+def _open(data: bytes, name: str) -> Image.Image:
+    """The header of an image of one of FORMATS: others may start a program (EPS) or read other files."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise BadImage(f"{name}: no {', '.join(FORMATS)} image") from None
+    _refuse_huge(*image.size, name)
+    return image
 
-    Raises UserError if ROOT is missing, holds no class folder, or a class folder holds no image.
+
+def _refuse_huge(width: int, height: int, name: str) -> None:
+    """BadImage before the memory is taken: a file of 631 bytes may claim 65500 x 65500 pixels, 12 GB."""
+    if width * height > most_pixels():
+        remedy = f"remove it, or set MAX_IMAGE_PIXELS={width * height} if it is what you want"
+        raise BadImage(f"{name}: {width} x {height} pixels are more than {most_pixels():,}; {remedy}")
+
+
+@lru_cache
+def most_pixels() -> int:
+    """Pixels of an image that are decoded at most: $MAX_IMAGE_PIXELS, or Pillow's own limit, 178,956,970 (0.5 GB)."""
+    try:
+        return int(os.environ.get("MAX_IMAGE_PIXELS", 178_956_970))
+    except ValueError:
+        raise UserError(f"MAX_IMAGE_PIXELS={os.environ['MAX_IMAGE_PIXELS']} is not a whole number") from None
+
+
+# ===== class folders =====
+
+
+def list_image_folder(root: str | Path, option: str = "--data") -> tuple[list[str], list[tuple[str, int]]]:
+    """([class id, ...] sorted, [(path, label), ...]) of ROOT/<class id>/**/<image>, as torchvision's ImageFolder sorts.
+
+    Files that are not read (other suffixes) are counted on stderr; hidden ones are left out. UserError if ROOT is
+    missing, holds no class folder, none of them holds an image itself (ROOT is then likely a folder too high), or one
+    holds none at all.
     """
     root = Path(root)
     if not root.is_dir():
@@ -96,17 +143,48 @@ def list_image_folder(root: str | Path, option: str = "--data") -> tuple[list[st
     ids = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not ids:
         raise UserError(f"{option}: {root} holds no class folders; expected {root}/<class id>/<images>")
-    samples = []
+    samples, unused, direct = [], Counter[str](), False
     for label, class_id in enumerate(ids):
-        names = sorted(
-            entry.name
-            for entry in os.scandir(root / class_id)
-            if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".")
-        )
-        if not names:
-            raise UserError(f"{option}: class folder {root / class_id} holds no image; remove the folder or fill it")
-        samples += [(f"{root}/{class_id}/{name}", label) for name in names]
+        folder = f"{root}/{class_id}"
+        if not class_id.isprintable():
+            raise UserError(f"{option}: class folder {folder!r} is not UTF-8 or has control characters; rename it")
+        found = _images_below(folder, unused)
+        paths = [f"{at}/{name}" for at in sorted(found) for name in sorted(found[at])]
+        if not paths:
+            raise UserError(f"{option}: class folder {folder} holds no image; remove the folder or fill it")
+        direct = direct or folder in found
+        samples += [(path, label) for path in paths]
+    if not direct:
+        below = Path(samples[0][0]).parent
+        raise UserError(f"{option}: no class folder of {root} holds images itself, but {below} does; name its parent")
+    if unused and os.environ.get("RANK", "0") == "0":
+        kinds = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in unused.most_common(5))
+        print(f"{option}: {sum(unused.values())} files in {root} are not read as images ({kinds})", file=sys.stderr)
     return ids, samples
+
+
+def _images_below(top: str, unused: Counter[str]) -> dict[str, list[str]]:
+    """{folder: names of its images} of TOP and what is below; UNUSED counts the suffixes of other files."""
+    found: dict[str, list[str]] = {}
+    folders, seen = [top], {os.path.realpath(top)}
+    while folders:
+        folder = folders.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    if not entry.is_symlink() or (real := os.path.realpath(entry.path)) not in seen:
+                        seen |= {real} if entry.is_symlink() else set()  # a link to a folder above would never end
+                        folders.append(entry.path)
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    found.setdefault(folder, []).append(entry.name)
+                else:
+                    unused[Path(entry.name).suffix.lower()] += 1
+    return found
+
+
+# ===== the test transform =====
 
 
 def load_eval_image(
@@ -134,7 +212,9 @@ def load_eval_image(
     short, long = min(width, height), max(width, height)
     if short != resize:
         size = (resize, int(resize * long / short))  # truncated, as torchvision's Resize
-        image = image.resize(size if width <= height else size[::-1], filters[interpolation])
+        size = size if width <= height else size[::-1]
+        _refuse_huge(*size, name or ("image" if isinstance(path, bytes) else str(path)))
+        image = image.resize(size, filters[interpolation])
     width, height = image.size
     pad_x, pad_y = max(0, crop - width), max(0, crop - height)  # black borders, as torchvision's CenterCrop
     if pad_x or pad_y:

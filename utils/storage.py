@@ -170,9 +170,8 @@ def read_regular(path: str | Path, most: int) -> bytes:
     OSError, which names PATH, for anything else: a FIFO or device would block for ever or never end, a file of a
     terabyte would take all memory.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
         _refuse_special(status, path)
         if status.st_size > most:
             raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, more than the {most:,} that are read", str(path))
@@ -183,8 +182,6 @@ def read_regular(path: str | Path, most: int) -> bytes:
 
 
 def _refuse_special(status: os.stat_result, path: str | Path) -> None:
-    if stat.S_ISDIR(status.st_mode):
-        raise OSError(errno.EISDIR, "a folder, not a file", str(path))
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 

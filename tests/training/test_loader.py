@@ -372,8 +372,8 @@ def test_damaged_images_are_named_and_replaced_by_the_next_one(folder):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
 def test_odd_image_modes_become_three_channels(tmp_path, mode):
-    grey = Image.fromarray(picture(0)[:, :, 0])
-    image = Image.fromarray(picture(0)).convert(mode) if mode != "I;16" else grey.convert("I").convert("I;16")
+    grey = Image.fromarray(picture(0)[:, :, 0].astype(np.uint16) * 257)  # of 16 bits
+    image = Image.fromarray(picture(0)).convert(mode) if mode != "I;16" else grey
     stream = io.BytesIO()
     image.save(stream, "JPEG" if mode == "CMYK" else "PNG")
     out = [torch.empty(1, 24, 24, 3, dtype=torch.uint8)]
