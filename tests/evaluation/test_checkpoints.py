@@ -14,13 +14,13 @@ from torchvision.models import resnet18, resnet50
 
 from utils.classes import load_classes
 from utils.cli import UserError
-from utils.evaluation import checkpoints
+from utils.evaluation import checkpoints, weights
 from utils.model import build_model, export_state_dict
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def outputs(classifier: checkpoints.Classifier) -> torch.Tensor:
+def outputs(classifier: weights.Classifier) -> torch.Tensor:
     with torch.no_grad():
         return classifier.head(classifier.backbone(IMAGES))
 
@@ -45,8 +45,8 @@ def small() -> nn.Module:
     return randomise(resnet18(num_classes=100))
 
 
-def open_file(path, **kwargs) -> checkpoints.Classifier:
-    return checkpoints.load(checkpoints.locate(str(path)), **kwargs)
+def open_file(path) -> weights.Classifier:
+    return weights.load_classifier(checkpoints.locate(str(path)))
 
 
 def test_the_authors_release(tmp_path):
@@ -60,7 +60,7 @@ def test_the_authors_release(tmp_path):
     assert (classifier.source.label, classifier.arch) == ("imagenet_100_sd", "resnet50")
     assert classifier.class_ids == load_classes("imagenet_100").ids == sorted(classifier.class_ids)
     assert classifier.classes_from.startswith("assumed")
-    assert checkpoints.transform_of(classifier.source) == (256, 224, "bilinear")
+    assert checkpoints.transform_of(classifier.source) == checkpoints.Transform(256, 224, "bilinear")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_our_run_folder(tmp_path, head):
         classifier = open_file(spec)
         assert torch.allclose(outputs(classifier), expect(net), atol=1e-5)
         assert classifier.class_ids == ["b", "a", "c"] and classifier.source.label == "digits_sd"
-        assert checkpoints.transform_of(classifier.source)[:2] == (36, 32)
+        assert checkpoints.transform_of(classifier.source) == checkpoints.Transform(36, 32, "bilinear")
     assert open_file(f"mine={folder}").source.label == "mine"
 
 
@@ -154,8 +154,8 @@ def test_no_classifier(tmp_path, small):
     state = {key: value for key, value in small.state_dict().items() if not key.startswith("fc.")}
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(UserError, match="only transfer datasets"):
-        open_file(tmp_path / "w.pth")
-    classifier = open_file(tmp_path / "w.pth", need_head=False)
+        open_file(tmp_path / "w.pth").require_head()
+    classifier = open_file(tmp_path / "w.pth")
     assert classifier.head is None and classifier.backbone(IMAGES).shape == (2, 512)
 
 
@@ -241,8 +241,8 @@ def test_foreign_keys_and_shapes_are_refused(tmp_path, small):
     }
     run = {"arch": "resnet18", "class_ids": []}
     (tmp_path / "args.json").write_text(json.dumps(run))  # a known architecture: nothing to guess, one clear reason
-    for name, weights in broken.items():
-        torch.save(weights, tmp_path / f"{name}.pth")
+    for name, state_dict in broken.items():
+        torch.save(state_dict, tmp_path / f"{name}.pth")
         with pytest.raises(UserError, match=r"projector|layer1\.0\.conv1"):
             open_file(tmp_path / f"{name}.pth")
 
@@ -289,7 +289,7 @@ def test_torchvision_name_from_the_cache(hub):
     assert torch.equal(outputs(classifier), expect(net))
     assert classifier.source.label == "resnet18.IMAGENET1K_V1"
     assert classifier.class_ids == load_classes("1000").ids
-    assert checkpoints.transform_of(classifier.source) == (256, 224, "bilinear")
+    assert checkpoints.transform_of(classifier.source) == checkpoints.Transform(256, 224, "bilinear")
 
 
 def test_unknown_torchvision_weights():

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from torchvision.datasets import ImageFolder
 import evaluate
 from utils.classes import load_classes
 from utils.cli import run
-from utils.evaluation import checkpoints, imagenet_sets, probes, transfer_sets
+from utils.evaluation import catalog, imagenet_sets, judge, matching, probes, transfer_sets, weights
 from utils.evaluation.jobs import PROBE_METRICS
 from utils.model import build_model, export_state_dict
 from utils.storage import read_jsonl
@@ -113,7 +113,7 @@ def test_finished_pairs_are_not_computed_again(toy, monkeypatch, capsys):
     command = ("--checkpoint", folder, "--test", f"toys={test}", "--device", "cpu")
     assert call(*command) == 0
     before = (folder / "results.jsonl").read_bytes()
-    monkeypatch.setattr(checkpoints, "load", lambda *_, **__: pytest.fail("loaded again"))
+    monkeypatch.setattr(judge, "load_classifier", lambda *_, **__: pytest.fail("loaded again"))
     first = capsys.readouterr().out
     assert call(*command) == 0
     assert (folder / "results.jsonl").read_bytes() == before
@@ -197,8 +197,8 @@ def test_help_and_dry_run_start_without_torch(toy):
 
 @pytest.fixture
 def imagenet_r(tmp_path, monkeypatch):
-    row = dataclasses.replace(imagenet_sets.DATASETS["IN-R"], images=(200, 200))
-    monkeypatch.setitem(imagenet_sets.DATASETS, "IN-R", row)
+    row = dataclasses.replace(catalog.SETS["IN-R"], images=(200, 200))
+    monkeypatch.setitem(catalog.SETS, "IN-R", row)
     wnids = [wnid for (wnid,) in imagenet_sets.read_index("imagenet_r.txt")]
     make_images(tmp_path / "data/imagenet-r", wnids, each=1, suffix="jpg")
     return tmp_path / "data"
@@ -236,13 +236,29 @@ def test_a_wrong_copy_that_was_only_found_does_not_stop_the_others(tmp_path, ima
     assert not (tmp_path / "other").exists()  # asked for: refused before anything is computed
 
 
-def test_features_suffice_for_transfer(toy, shapes, tmp_path):
+def test_features_suffice_for_transfer(toy, shapes, tmp_path, monkeypatch):
     """A foreign network with outputs that nobody can name."""
     folder, _ = toy
     shutil.copy(folder / "toy.pth", tmp_path / "foreign.pth")
     (tmp_path / "args.json").write_text(json.dumps({"arch": "resnet10"}))
+    reads = []
+    read_weights = weights.read_weights
+    monkeypatch.setattr(weights, "read_weights", lambda path: reads.append(path) or read_weights(path))
     command = ("--checkpoint", tmp_path / "foreign.pth", "--data-root", tmp_path, "--device", "cpu")
     assert call(*command, "--datasets", "small") == 0 and len(shapes) == 1
+    assert len(reads) == 1  # once, though nobody can name its outputs
+
+
+def test_every_image_is_asked_for_its_size_once(toy, monkeypatch):
+    """A million files on a network disk: asking once more for the features' key costs minutes."""
+    folder, test = toy
+    asked = Counter()
+    stat_images = matching.stat_images
+    monkeypatch.setattr(
+        matching, "stat_images", lambda samples: asked.update(path for path, _ in samples) or stat_images(samples)
+    )
+    assert call("--checkpoint", folder, "--test", f"toys={test}", "--device", "cpu") == 0
+    assert len(asked) == 28 and set(asked.values()) == {1}
 
 
 def test_the_order_of_the_classes_is_part_of_the_key(tmp_path, toy):
@@ -282,11 +298,11 @@ def shapes(tmp_path, monkeypatch):
     test = make_images(tmp_path / "shapes", ["x", "y", "z"], each=6)
     samples = [(str(path), label) for label, c in enumerate("xyz") for path in sorted((test / c).iterdir())]
     splits = {"trainval": samples[::3], "test": samples[2::3]}
-    loaded = types.SimpleNamespace(splits=splits, num_classes=3, fingerprint="f" * 64)
-    row = types.SimpleNamespace(group="small", layout="shapes/", counts="18", where="Draw it")
-    monkeypatch.setattr(transfer_sets, "DATASETS", {"Shapes": row})
-    monkeypatch.setattr(transfer_sets, "load", lambda name, root: loaded)
-    monkeypatch.setattr(transfer_sets, "found", lambda name, root: (True, str(test)))
+    splits = ([str(label) for label in range(3)], splits["test"], splits["trainval"])
+    loaded = matching.LoadedSet("Shapes", *splits)
+    row = catalog.TestSet("Shapes", "small", lambda *_: loaded, (".",), 3, (6, 6), 6, layout="shapes/", where="Draw it")
+    others = {name: row for name, row in catalog.SETS.items() if not row.probed}
+    monkeypatch.setattr(catalog, "SETS", others | {"Shapes": row})
     calls = []
 
     def run_probe(features, *, protocol, seed, kind, device, memo):
@@ -336,8 +352,8 @@ def test_a_transfer_dataset_end_to_end(toy, tmp_path, monkeypatch, capsys):
             pixels = np.clip(rng.normal(colour, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / f"data/eurosat/2750/{kind}/{kind}_{number}.jpg")
     monkeypatch.setattr(transfer_sets, "EUROSAT_TEST", 10)
-    row = dataclasses.replace(transfer_sets.DATASETS["EuroSAT"], classes=2, trainval=40, test=20)
-    monkeypatch.setitem(transfer_sets.DATASETS, "EuroSAT", row)
+    row = dataclasses.replace(catalog.SETS["EuroSAT"], classes=2, trainval=40, images=(20, 20))
+    monkeypatch.setitem(catalog.SETS, "EuroSAT", row)
     command = ("--checkpoint", folder, "--data-root", tmp_path / "data", "--datasets", "EuroSAT", "--device", "cpu")
     assert call(*command, "--out", tmp_path / "out") == 0
     rows = {row["metric"]: row for row in read_jsonl(tmp_path / "out/results.jsonl")}
@@ -351,10 +367,10 @@ def test_list_datasets(tmp_path, shapes, capsys):
     (tmp_path / "imagenet/val").mkdir(parents=True)
     assert call("--list-datasets", "--data-root", tmp_path) == 0
     text = capsys.readouterr().out
-    for name, row in imagenet_sets.DATASETS.items():
+    for name, row in catalog.SETS.items():
         assert name in text and row.where in text and row.layout in text
     assert f"IN-Val         found at {tmp_path}/imagenet/val" in text
-    assert "50,000 images of 1000 classes" in text and "Shapes" in text and "Draw it" in text
+    assert "50,000 images of 1,000 classes" in text and "Shapes" in text and "Draw it" in text
 
 
 # ===== bad input: one line, exit 2, nothing half-written =====

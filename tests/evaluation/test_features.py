@@ -19,6 +19,7 @@ from torchvision.models import resnet18
 
 from utils.cli import UserError
 from utils.evaluation import features
+from utils.evaluation.matching import fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -135,12 +136,12 @@ def test_key_holds_what_changes_features(images, backbone, tmp_path, monkeypatch
 def test_fingerprint_follows_the_files(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"1")
-    first = features.fingerprint([(str(path), 0)])
-    assert features.fingerprint([(str(path), 7)]) == first  # labels do not change features
+    first = fingerprint([(str(path), 0)])
+    assert fingerprint([(str(path), 7)]) == first  # labels do not change features
     path.write_bytes(b"22")
-    assert features.fingerprint([(str(path), 0)]) != first
+    assert fingerprint([(str(path), 0)]) != first
     with pytest.raises(UserError, match="cannot read"):
-        features.fingerprint([(str(tmp_path / "gone.png"), 0)])
+        fingerprint([(str(tmp_path / "gone.png"), 0)])
 
 
 def test_damaged_cache_is_computed_again(images, backbone, tmp_path):

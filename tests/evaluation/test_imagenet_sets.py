@@ -13,7 +13,8 @@ from PIL import Image
 from utils import metrics
 from utils.classes import load_classes
 from utils.cli import UserError
-from utils.evaluation import imagenet_sets
+from utils.evaluation import catalog, imagenet_sets
+from utils.evaluation.matching import LoadedSet, NoSharedClass, match
 from utils.images import load_eval_image
 
 TIMM = files("timm.data") / "_info"
@@ -31,8 +32,8 @@ def counts(monkeypatch):
     """Switch a row's counts to a miniature's: only tests can."""
 
     def switch(name: str, classes: int, images: int) -> None:
-        row = dataclasses.replace(imagenet_sets.DATASETS[name], classes=classes, images=(images, images))
-        monkeypatch.setitem(imagenet_sets.DATASETS, name, row)
+        row = dataclasses.replace(catalog.SETS[name], classes=classes, images=(images, images))
+        monkeypatch.setitem(catalog.SETS, name, row)
 
     return switch
 
@@ -78,9 +79,9 @@ def test_val_folders(tmp_path, counts):
     counts("IN-Val", 3, 6)
     for wnid in (IDS[5], IDS[0], IDS[900]):
         fill(tmp_path / "imagenet/val" / wnid, ["b.JPEG", "a.JPEG"])
-    loaded = imagenet_sets.load("IN-Val", tmp_path)
+    loaded = catalog.SETS["IN-Val"].load(tmp_path)
     assert loaded.class_ids == [IDS[0], IDS[5], IDS[900]]
-    matched = imagenet_sets.match(loaded, IDS)
+    matched = match(loaded, IDS)
     assert matched.labels.tolist() == [0, 0, 5, 5, 900, 900]
     assert len(matched.columns) == 1000 and matched.single_answer
 
@@ -114,7 +115,7 @@ def test_val_flat_files_with_the_devkit(tmp_path, counts):
     fill(tmp_path / "imagenet/val", [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 6)])
     wnid_of = {1: IDS[7], 2: IDS[3], 3: IDS[11]}
     write_devkit(tmp_path / "imagenet/ILSVRC2012_devkit_t12", [2, 1, 1, 3, 2], wnid_of)
-    matched = imagenet_sets.match(imagenet_sets.load("IN-Val", tmp_path), IDS)
+    matched = match(catalog.SETS["IN-Val"].load(tmp_path), IDS)
     by_file = dict(zip([path[-13:-5] for path, _ in matched.samples], matched.labels.tolist(), strict=True))
     assert by_file == {"00000001": 3, "00000002": 7, "00000003": 7, "00000004": 11, "00000005": 3}
 
@@ -122,34 +123,34 @@ def test_val_flat_files_with_the_devkit(tmp_path, counts):
 def test_val_flat_files_without_devkit_say_what_is_missing(tmp_path):
     fill(tmp_path / "imagenet/val", ["ILSVRC2012_val_00000001.JPEG"])
     with pytest.raises(UserError, match=r"ILSVRC2012_devkit_t12\.tar\.gz"):
-        imagenet_sets.load("IN-Val", tmp_path)
+        catalog.SETS["IN-Val"].load(tmp_path)
 
 
 def test_val_flat_files_with_a_damaged_devkit(tmp_path):
     fill(tmp_path / "imagenet/val", ["ILSVRC2012_val_00000001.JPEG"])
     write_devkit(tmp_path / "imagenet/ILSVRC2012_devkit_t12", [7], {1: IDS[0]})
     with pytest.raises(UserError, match="not the ILSVRC2012 devkit"):
-        imagenet_sets.load("IN-Val", tmp_path)
+        catalog.SETS["IN-Val"].load(tmp_path)
 
 
 def test_incomplete_copy_is_refused(tmp_path, counts):
     counts("IN-Val", 2, 4)
     for wnid in IDS[:2]:
         fill(tmp_path / "imagenet/val" / wnid, ["a.JPEG"])
-    with pytest.raises(UserError, match=r"2 images of 2 classes; a right copy has 4 of 2"):
-        imagenet_sets.load("IN-Val", tmp_path)
+    with pytest.raises(UserError, match=r"2 images of 2 classes; a right copy has 4 images of 2 classes"):
+        catalog.SETS["IN-Val"].load(tmp_path)
 
 
 def test_real_counts_refuse_a_miniature(tmp_path):
     fill(tmp_path / "sketch" / IDS[0], ["a.JPEG"])
-    with pytest.raises(UserError, match=r"50,000 to 50,889 of 1000"):
-        imagenet_sets.load("IN-Sketch", tmp_path)
+    with pytest.raises(UserError, match=r"50,000 to 50,889 images of 1,000 classes"):
+        catalog.SETS["IN-Sketch"].load(tmp_path)
 
 
 def test_strange_folder_is_refused(tmp_path):
     fill(tmp_path / "sketch" / "backup", ["a.JPEG"])
     with pytest.raises(UserError, match="no ImageNet class"):
-        imagenet_sets.load("IN-Sketch", tmp_path)
+        catalog.SETS["IN-Sketch"].load(tmp_path)
 
 
 # ===== IN-v2: the order of its folders =====
@@ -160,18 +161,18 @@ def test_v2_folders_are_numbers(tmp_path, counts):
     root = tmp_path / "imagenetv2-matched-frequency-format-val"
     for number in range(1000):
         fill(root / str(number), ["x.jpeg"])
-    loaded = imagenet_sets.load("IN-v2", tmp_path)
+    loaded = catalog.SETS["IN-v2"].load(tmp_path)
     for path, label in loaded.samples:
         assert int(path.split("/")[-2]) == label
-    assert imagenet_sets.match(loaded, IDS).labels.tolist() == list(range(1000))
+    assert match(loaded, IDS).labels.tolist() == list(range(1000))
     as_text = sorted(str(number) for number in range(1000))
     assert sum(int(name) == label for label, name in enumerate(as_text)) == 12  # what ImageFolder would get right
-    cut = imagenet_sets.match(loaded, IDS_100)
+    cut = match(loaded, IDS_100)
     assert [IDS_100[column] for column in cut.labels] == [IDS[int(path.split("/")[-2])] for path, _ in cut.samples]
     (root / "999" / "x.jpeg").unlink()
     (root / "999").rmdir()
     with pytest.raises(UserError, match="folders 0 to 999"):
-        imagenet_sets.load("IN-v2", tmp_path)
+        catalog.SETS["IN-v2"].load(tmp_path)
 
 
 # ===== IN-R and IN-A: logits cut to the set's classes =====
@@ -179,11 +180,11 @@ def test_v2_folders_are_numbers(tmp_path, counts):
 
 @pytest.fixture
 def subset(tmp_path, counts):
-    def make(letter: str) -> imagenet_sets.LoadedSet:
+    def make(letter: str) -> LoadedSet:
         counts(f"IN-{letter.upper()}", 200, 200)
         for wnid in timm_lines(f"imagenet_{letter}_synsets.txt"):
             fill(tmp_path / f"imagenet-{letter}" / wnid, ["x.jpg"])
-        return imagenet_sets.load(f"IN-{letter.upper()}", tmp_path)
+        return catalog.SETS[f"IN-{letter.upper()}"].load(tmp_path)
 
     return make
 
@@ -191,7 +192,7 @@ def subset(tmp_path, counts):
 @pytest.mark.parametrize("letter", ["r", "a"])
 def test_masked_accuracy_equals_timms_way(subset, letter):
     loaded = subset(letter)
-    matched = imagenet_sets.match(loaded, IDS)
+    matched = match(loaded, IDS)
     logits = np.random.default_rng(0).normal(size=(200, 1000))
     indices = [int(i) for i in timm_lines(f"imagenet_{letter}_indices.txt")]
     # timm: output[:, valid_labels], and the folder's position as target
@@ -203,7 +204,7 @@ def test_masked_accuracy_equals_timms_way(subset, letter):
 
 @pytest.mark.parametrize("letter, shared", [("r", 19), ("a", 15)])
 def test_masked_set_and_a_100_class_model_meet_in_the_shared_classes(subset, letter, shared):
-    matched = imagenet_sets.match(subset(letter), IDS_100)
+    matched = match(subset(letter), IDS_100)
     assert len(matched.class_ids) == len(matched.columns) == len(matched.samples) == shared
     assert [IDS_100[column] for column in matched.columns] == matched.class_ids
     assert [matched.class_ids[label] for label in matched.labels] == [
@@ -216,7 +217,7 @@ def test_subset_with_a_wrong_class_is_refused(tmp_path, subset):
     subset("r")
     (tmp_path / "imagenet-r" / "n01443537").rename(tmp_path / "imagenet-r" / "n01440764")
     with pytest.raises(UserError, match="2 classes differ"):
-        imagenet_sets.load("IN-R", tmp_path)
+        catalog.SETS["IN-R"].load(tmp_path)
 
 
 # ===== ReaL =====
@@ -236,11 +237,11 @@ def test_real_skips_3163_images_and_is_offset_by_one(tmp_path, real_labels, monk
 
     names = [f"ILSVRC2012_val_{i + 1:08d}.JPEG" for i in range(50_000)]
     fill(tmp_path / "imagenet/val", names[:1])
-    val = imagenet_sets.LoadedSet("IN-Val", list(IDS), [(f"val/{name}", 0) for name in names])
+    val = LoadedSet("IN-Val", list(IDS), [(f"val/{name}", 0) for name in names])
     monkeypatch.setattr(imagenet_sets, "read_val", lambda *_: val)
-    loaded = imagenet_sets.load("IN-ReaL", tmp_path)
+    loaded = catalog.SETS["IN-ReaL"].load(tmp_path)
     assert len(loaded.samples) == 46_837 and sum(not labels for labels in real_labels) == 3_163
-    matched = imagenet_sets.match(loaded, IDS)
+    matched = match(loaded, IDS)
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(50_000, 1000)).astype(np.float32)
     some = rng.random(50_000) < 0.7  # random logits alone would be right on 0.2 %
@@ -262,7 +263,7 @@ def test_corrected_labels_are_another_set(tmp_path, real_labels, monkeypatch):
     """The images are the same, but results with the old labels must not count as done."""
     name = "ILSVRC2012_val_00000001.JPEG"
     fill(tmp_path / "imagenet/val", [name])
-    val = imagenet_sets.LoadedSet("IN-Val", list(IDS), [(f"{tmp_path}/imagenet/val/{name}", 0)])
+    val = LoadedSet("IN-Val", list(IDS), [(f"{tmp_path}/imagenet/val/{name}", 0)])
     monkeypatch.setattr(imagenet_sets, "read_val", lambda *_: val)
     folder = tmp_path / "imagenet/val"
     before = imagenet_sets.read_real("IN-ReaL", folder, tmp_path).fingerprint
@@ -273,30 +274,30 @@ def test_corrected_labels_are_another_set(tmp_path, real_labels, monkeypatch):
 
 def test_real_and_100_classes(tmp_path):
     """Images of the model's classes only: a stray label among ReaL's does not bring in an image of another class."""
-    loaded = imagenet_sets.LoadedSet(
+    loaded = LoadedSet(
         "IN-ReaL",
         ["ant", "bee", "cow"],
         [("1", 0), ("2", 1), ("3", 2)],
         sample_answers=[("ant",), ("ant", "bee"), ("cow", "ant")],
     )
-    matched = imagenet_sets.match(loaded, ["ant", "cow"])
+    matched = match(loaded, ["ant", "cow"])
     assert [path for path, _ in matched.samples] == ["1", "3"] and matched.class_ids == ["ant", "cow"]
     assert matched.labels.tolist() == [[True, False], [True, True]]
 
 
 def test_real_is_found_by_its_labels(tmp_path):
     fill(tmp_path / "imagenet/val", [])
-    assert imagenet_sets.found("IN-Val", tmp_path)[0]
-    assert not imagenet_sets.found("IN-ReaL", tmp_path)[0]
+    assert catalog.SETS["IN-Val"].find(tmp_path)
+    assert not catalog.SETS["IN-ReaL"].find(tmp_path)
     (tmp_path / "imagenet/real.json").write_text("[]")
-    assert imagenet_sets.found("IN-ReaL", tmp_path)[0]
+    assert catalog.SETS["IN-ReaL"].find(tmp_path)
 
 
 def test_real_refuses_other_file_names(tmp_path, real_labels, counts):
     counts("IN-ReaL", 1, 1)
     fill(tmp_path / "imagenet/val" / IDS[0], ["kitten.JPEG"])
     with pytest.raises(UserError, match="not named like a validation file"):
-        imagenet_sets.load("IN-ReaL", tmp_path)
+        catalog.SETS["IN-ReaL"].load(tmp_path)
 
 
 # ===== ObjectNet =====
@@ -328,9 +329,9 @@ def objectnet(tmp_path, counts):
 
 def test_objectnet_answers(tmp_path, objectnet):
     _, groups = objectnet
-    loaded = imagenet_sets.load("ObjectNet", tmp_path)
+    loaded = catalog.SETS["ObjectNet"].load(tmp_path)
     assert len(loaded.class_ids) == 113 and "zipper" not in loaded.class_ids
-    matched = imagenet_sets.match(loaded, IDS)
+    matched = match(loaded, IDS)
     assert len(matched.columns) == 1000  # not masked: the authors count a prediction outside the 125 as wrong
     assert matched.labels.shape == (113, 1000) and matched.labels.sum() == 125
     # The authors' way: the predicted index through the id map, or -1
@@ -345,7 +346,7 @@ def test_objectnet_answers(tmp_path, objectnet):
 
 
 def test_objectnet_and_100_classes(tmp_path, objectnet):
-    matched = imagenet_sets.match(imagenet_sets.load("ObjectNet", tmp_path), IDS_100)
+    matched = match(catalog.SETS["ObjectNet"].load(tmp_path), IDS_100)
     assert len(matched.class_ids) == 13 and matched.single_answer
 
 
@@ -357,11 +358,11 @@ def test_objectnet_with_another_mapping_is_refused(tmp_path, objectnet):
     mapping[first] = mapping[first] + "; " + mapping.pop(second)
     path.write_text(json.dumps(mapping))
     with pytest.raises(UserError, match="maps other classes"):
-        imagenet_sets.load("ObjectNet", tmp_path)
+        catalog.SETS["ObjectNet"].load(tmp_path)
 
 
 def test_objectnet_border_is_cut(tmp_path, objectnet):
-    loaded = imagenet_sets.load("ObjectNet", tmp_path)
+    loaded = catalog.SETS["ObjectNet"].load(tmp_path)
     pixels = np.zeros((20, 30, 3), np.uint8)
     pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:] = ([255, 0, 0],) * 4
     Image.fromarray(pixels).save(tmp_path / "red.png")
@@ -375,20 +376,20 @@ def test_objectnet_border_is_cut(tmp_path, objectnet):
 def test_any_folder(tmp_path):
     for class_id in ("cat", "dog"):
         fill(tmp_path / class_id, ["1.png"])
-    loaded = imagenet_sets.load_folder("pets", tmp_path)
-    matched = imagenet_sets.match(loaded, ["dog", "bird", "cat"])  # a model's order need not be sorted
+    loaded = catalog.folder_set(f"pets={tmp_path}").load(tmp_path)
+    matched = match(loaded, ["dog", "bird", "cat"])  # a model's order need not be sorted
     assert matched.labels.tolist() == [2, 0] and matched.class_ids == ["cat", "dog"]
 
 
 def test_no_shared_class_names_both_sides(tmp_path):
     fill(tmp_path / "cat", ["1.png"])
-    with pytest.raises(imagenet_sets.NoSharedClass, match=r"\(cat\).*\(dog\).*--classes"):
-        imagenet_sets.match(imagenet_sets.load_folder("pets", tmp_path), ["dog"])
+    with pytest.raises(NoSharedClass, match=r"\(cat\).*\(dog\).*--classes"):
+        match(catalog.folder_set(f"pets={tmp_path}").load(tmp_path), ["dog"])
 
 
 def test_absent_set_says_where_to_get_it(tmp_path):
-    for name, row in imagenet_sets.DATASETS.items():
-        assert not imagenet_sets.found(name, tmp_path)[0]
+    for name, row in catalog.SETS.items():
+        assert not catalog.SETS[name].find(tmp_path)
         with pytest.raises(UserError, match="--data-root") as error:
-            imagenet_sets.load(name, tmp_path)
+            catalog.SETS[name].load(tmp_path)
         assert row.where in str(error.value)

@@ -12,7 +12,7 @@ from numpy._core.multiarray import _reconstruct, scalar
 from numpy._core.numeric import _frombuffer
 
 from utils.cli import UserError
-from utils.evaluation import pickles
+from utils.evaluation.pickles import read_pickle
 
 
 class Runs:
@@ -38,7 +38,7 @@ def test_malicious_pickles_are_refused_and_have_not_run(tmp_path):
             path = tmp_path / f"{number}.{protocol}.pkl"
             path.write_bytes(pickle.dumps(content, protocol))
             with pytest.raises(UserError, match=rf"{path.name} asks for"):
-                pickles.load(path)
+                read_pickle(path)
     assert not proof.exists()
 
 
@@ -54,7 +54,7 @@ def test_the_helpers_of_numpy_serve_arrays_alone(tmp_path, content, refused):
     path = tmp_path / "a.pkl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=refused):
-        pickles.load(path)
+        read_pickle(path)
 
 
 class Forged:
@@ -89,14 +89,14 @@ def test_bytes_of_the_file_never_become_pointers(tmp_path, content):
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps(content, 4))
     with pytest.raises(UserError, match=r"a\.pkl asks for"):
-        pickles.load(path)
+        read_pickle(path)
 
 
 def test_a_pickle_cannot_change_its_reader(tmp_path):
     path = tmp_path / "a.pkl"
     path.write_bytes(b"\x80\x04c_codecs\nencode\nN}X\x0c\x00\x00\x00__defaults__)s\x86b.")
     with pytest.raises(UserError, match="a change of the reader"):
-        pickles.load(path)
+        read_pickle(path)
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -114,7 +114,7 @@ def test_split_files_load_as_they_were_written(tmp_path, protocol):
     }
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps(content, protocol))
-    loaded = pickles.load(path)
+    loaded = read_pickle(path)
     assert loaded["n00001"]["train"] == ["a.JPEG", "b.JPEG"]
     assert loaded["n00001"]["test"].tolist() == ["c.JPEG", "d.JPEG"]
     assert loaded["counts"].tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -135,7 +135,7 @@ plain = st.recursive(
 def test_plain_objects_survive(tmp_path_factory, content, protocol):
     path = tmp_path_factory.getbasetemp() / "plain.pkl"
     path.write_bytes(pickle.dumps(content, protocol))
-    assert pickles.load(path) == content
+    assert read_pickle(path) == content
 
 
 @given(st.binary(max_size=40))
@@ -143,14 +143,14 @@ def test_noise_is_refused_in_one_line_or_is_plain(tmp_path_factory, noise):
     path = tmp_path_factory.getbasetemp() / "noise.pkl"
     path.write_bytes(noise)
     try:
-        pickles.load(path)
+        read_pickle(path)
     except UserError as error:
         assert "\n" not in str(error) and "noise.pkl" in str(error)
 
 
 def test_a_missing_and_a_torn_file_are_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*gone\.pkl"):
-        pickles.load(tmp_path / "gone.pkl")
+        read_pickle(tmp_path / "gone.pkl")
     (tmp_path / "torn.pkl").write_bytes(pickle.dumps({"a": ["b"] * 100})[:-20])
     with pytest.raises(UserError, match=r"torn\.pkl is no whole pickle"):
-        pickles.load(tmp_path / "torn.pkl")
+        read_pickle(tmp_path / "torn.pkl")

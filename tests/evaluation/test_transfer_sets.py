@@ -12,7 +12,7 @@ import pytest
 from scipy.io import savemat
 
 from utils.cli import UserError
-from utils.evaluation import transfer_sets
+from utils.evaluation import catalog, transfer_sets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -157,34 +157,32 @@ LAYOUTS = {
 
 
 def shrink(monkeypatch, name, trainval, test, classes=2):
-    row = replace(transfer_sets.DATASETS[name], trainval=trainval, test=test, classes=classes)
-    monkeypatch.setitem(transfer_sets.DATASETS, name, row)
+    row = replace(catalog.SETS[name], trainval=trainval, images=(test, test), classes=classes)
+    monkeypatch.setitem(catalog.SETS, name, row)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_official_split_is_read(tmp_path, monkeypatch, layout):
     name, make = LAYOUTS[layout]
-    assert not transfer_sets.found(name, tmp_path)[0]
+    assert not catalog.SETS[name].find(tmp_path)
     trainval, test = make(tmp_path)
-    assert transfer_sets.found(name, tmp_path)[0]
-    with pytest.raises(
-        UserError, match=rf"{name}: .*a right copy has {transfer_sets.DATASETS[name].trainval:,} trainval"
-    ):
-        transfer_sets.load(name, tmp_path)
+    assert catalog.SETS[name].find(tmp_path)
+    with pytest.raises(UserError, match=rf"{name}: .*a right copy has {catalog.SETS[name].trainval:,} trainval"):
+        catalog.SETS[name].load(tmp_path)
     shrink(monkeypatch, name, len(trainval), len(test))
-    loaded = transfer_sets.load(name, tmp_path)
+    loaded = catalog.SETS[name].load(tmp_path)
     assert [(Path(path).name, label) for path, label in loaded.splits["trainval"]] == trainval
     assert [(Path(path).name, label) for path, label in loaded.splits["test"]] == test
     assert all(Path(path).is_file() for samples in loaded.splits.values() for path, _ in samples)
-    assert loaded.num_classes == 2
+    assert len(loaded.class_ids) == 2
 
     before = loaded.fingerprint
     victim = Path(loaded.splits["test"][0][0])
     victim.write_bytes(b"another image")
-    assert transfer_sets.load(name, tmp_path).fingerprint != before
+    assert catalog.SETS[name].load(tmp_path).fingerprint != before
     victim.unlink()
     with pytest.raises(UserError, match=rf"{name}: \d of {len(trainval + test)} images are missing .*{victim.name}"):
-        _ = transfer_sets.load(name, tmp_path).fingerprint
+        _ = catalog.SETS[name].load(tmp_path).fingerprint
 
 
 def make_eurosat(root, per_class):
@@ -196,7 +194,7 @@ def test_eurosats_split_is_the_same_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(transfer_sets, "EUROSAT_TEST", 3)
     shrink(monkeypatch, "EuroSAT", 4, 6)
     make_eurosat(tmp_path, 5)
-    splits = transfer_sets.load("EuroSAT", tmp_path).splits
+    splits = catalog.SETS["EuroSAT"].load(tmp_path).splits
     names = {split: [Path(path).stem for path, _ in samples] for split, samples in splits.items()}
     assert names["trainval"] == EUROSAT_GOLDEN
     assert len(set(names["trainval"] + names["test"])) == 10  # disjoint
@@ -207,40 +205,41 @@ EUROSAT_GOLDEN = ["AnnualCrop_1", "AnnualCrop_2", "Forest_3", "Forest_4"]
 
 
 def test_counts_are_the_suites():
-    counts = {name: (row.classes, row.trainval, row.test) for name, row in transfer_sets.DATASETS.items()}
+    counts = {row.name: (row.classes, row.trainval, row.images[1]) for row in catalog.SETS.values() if row.probed}
+    assert all(low == high for row in catalog.SETS.values() if row.probed for low, high in [row.images])
     assert len(counts) == 15
     assert counts["EuroSAT"] == (10, 18_900, 8_100) and 10 * transfer_sets.EUROSAT_TEST == 8_100
     assert sum(test for _, _, test in counts.values()) == 3_333 + 8_041 + 1_880 + 8_100 + 6_149 + 3_669 + 25_250 + (
         19_850 + 24_426 + 3_030 + 5 * 50_000
     )
-    assert [row.group for row in transfer_sets.DATASETS.values()] == ["small"] * 8 + ["inat"] * 2 + ["cog"] * 5
+    assert [row.group for row in catalog.SETS.values() if row.probed] == ["small"] * 8 + ["inat"] * 2 + ["cog"] * 5
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "/../../etc/passwd", "a/../../b.jpg", ""])
 def test_annotations_do_not_lead_out_of_the_folder(tmp_path, name):
     inat(2018, tmp_path, first=name)
     with pytest.raises(UserError, match="outside of the dataset"):
-        transfer_sets.load("iNat2018", tmp_path)
+        catalog.SETS["iNat2018"].load(tmp_path)
 
 
 def test_a_malicious_split_file_is_refused(tmp_path):
     cog(tmp_path)
     (tmp_path / "cog/cog_concepts_split_file.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(UserError, match=r"asks for (os|posix).system"):
-        transfer_sets.load("CoG-L2", tmp_path)
+        catalog.SETS["CoG-L2"].load(tmp_path)
 
 
 def test_missing_and_broken_annotations_are_named(tmp_path):
     aircraft(tmp_path)
     (tmp_path / "fgvc-aircraft-2013b/data/variants.txt").unlink()
     with pytest.raises(UserError, match=r"Aircraft: cannot read .*variants.txt"):
-        transfer_sets.load("Aircraft", tmp_path)
+        catalog.SETS["Aircraft"].load(tmp_path)
     pets(tmp_path)
     write(tmp_path / "oxford-iiit-pet/annotations/test.txt", "beagle_1\n")
     with pytest.raises(UserError, match=r"annotations/test\.txt is not as published"):
-        transfer_sets.load("Pets", tmp_path)
+        catalog.SETS["Pets"].load(tmp_path)
     with pytest.raises(UserError, match=r"DTD: not found below .*--data-root.*expected dtd/images"):
-        transfer_sets.load("DTD", tmp_path)
+        catalog.SETS["DTD"].load(tmp_path)
 
 
 def test_cogs_file_names_do_not_lead_out_of_the_folder(tmp_path):
@@ -248,7 +247,7 @@ def test_cogs_file_names_do_not_lead_out_of_the_folder(tmp_path):
     files = {name: {"train": ["../../secret.JPEG"], "test": []} for name in ("n0001", "n0002")}
     (tmp_path / "cog/cog_concepts_split_file.pkl").write_bytes(pickle.dumps(files))
     with pytest.raises(UserError, match="outside of the dataset"):
-        transfer_sets.load("CoG-L2", tmp_path)
+        catalog.SETS["CoG-L2"].load(tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0, 50, 130, 200])
@@ -257,7 +256,7 @@ def test_a_torn_mat_file_is_named(tmp_path, kept):
     path = tmp_path / "flowers-102/imagelabels.mat"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"imagelabels\.mat is damaged"):
-        transfer_sets.load("Flowers", tmp_path)
+        catalog.SETS["Flowers"].load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +274,7 @@ def test_an_annotation_that_does_not_fit_is_named(tmp_path, name, make, file):
     text = {"json": b'{"images": [], "annotations": [{"image_id": 9}]}', "pkl": pickle.dumps({"n0001": 3})}
     (tmp_path / file).write_bytes(text.get(file.rpartition(".")[2], b"x unknown\n"))
     with pytest.raises(UserError, match=rf"{Path(file).name} is not as published"):
-        transfer_sets.load(name, tmp_path)
+        catalog.SETS[name].load(tmp_path)
 
 
 def test_labels_outside_of_the_classes_are_refused(tmp_path, monkeypatch):
@@ -283,14 +282,14 @@ def test_labels_outside_of_the_classes_are_refused(tmp_path, monkeypatch):
     write(tmp_path / "oxford-iiit-pet/annotations/trainval.txt", "Abyssinian_100 0 1 1\nbeagle_9 2 2 1\n")
     shrink(monkeypatch, "Pets", 2, 1)
     with pytest.raises(UserError, match=r"Pets: .* 1 labels outside of its 2 classes"):
-        transfer_sets.load("Pets", tmp_path)
+        catalog.SETS["Pets"].load(tmp_path)
 
 
 def test_missing_images_are_counted_and_the_first_three_named(tmp_path, monkeypatch):
     monkeypatch.setattr(transfer_sets, "EUROSAT_TEST", 3)
     shrink(monkeypatch, "EuroSAT", 4, 6)
     make_eurosat(tmp_path, 5)
-    loaded = transfer_sets.load("EuroSAT", tmp_path)
+    loaded = catalog.SETS["EuroSAT"].load(tmp_path)
     paths = [path for samples in loaded.splits.values() for path, _ in samples]
     for path in paths[:5]:
         Path(path).unlink()
@@ -305,7 +304,7 @@ def test_listing_names_every_dataset_and_what_was_found(tmp_path):
         [sys.executable, "evaluate.py", "--list-datasets", "--data-root", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    for name, row in transfer_sets.DATASETS.items():
+    for name, row in catalog.SETS.items():
         assert name in done.stdout and row.where in done.stdout
     assert f"Food101        found at {tmp_path / 'food-101'}" in done.stdout
     assert done.stdout.count("not found") == 21

@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate
 from utils import metrics
 from utils.cli import UserError, run
-from utils.evaluation import transfer_sets
+from utils.evaluation.catalog import SETS as TEST_SETS
 from utils.report import figures, page, records, tables
 from utils.storage import append_jsonl, write_json
 
@@ -107,12 +107,12 @@ def test_the_radar_plot_has_the_papers_axes(two_models):
 def test_a_group_counts_by_the_same_sets_for_every_model():
     """One model judged on the easiest set alone must not look best on the group's axis, nor in its average."""
     many, one = tables.Model("many", "#000", False), tables.Model("one", "#111", False)
-    for name in transfer_sets.DATASETS:
-        many.cells[name, "top1"] = tables.Cell(60.0, n=100, group=transfer_sets.DATASETS[name].group)
+    for name in tables.TRANSFER_SETS:
+        many.cells[name, "top1"] = tables.Cell(60.0, n=100, group=TEST_SETS[name].group)
     one.cells["EuroSAT", "top1"] = tables.Cell(94.0, n=100, group="small")
     _, values = page.radar_values([many, one])
     assert values["many"]["8 small sets\ntop-1"] == pytest.approx(60) and not values["one"]
-    small = [name for name, row in transfer_sets.DATASETS.items() if row.group == "small"]
+    small = [name for name, row in TEST_SETS.items() if row.group == "small"]
     made = tables.group_table("t", "small", small, [many, one])
     assert [str(cell) for cell in made["rows"][0]["cells"][-2:]] == ["60.0", "0.405"]
     assert made["rows"][1]["cells"][-2:] == [None, None]

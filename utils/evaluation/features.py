@@ -14,56 +14,24 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 from utils.cli import UserError
-from utils.images import BadImage, load_eval_image, normalize
+from utils.evaluation.checkpoints import Transform
+from utils.evaluation.matching import Samples, fingerprint
+from utils.images import BadImage, normalize
 from utils.metrics import refuse_nan
 from utils.storage import AlreadyOwned, atomic_path, owner_lock, write_json
-
-if TYPE_CHECKING:
-    import torch
 
 FORMAT = 1  # raise it when the numbers change: old cache entries are then left alone
 BLOCK = 4096  # images a cache block: a killed run loses at most this many
 COMPILE_FROM = 1e7  # pixels (200 images of 224) from which tracing the model on a CPU, some seconds, pays
 CPU_PIXELS = 8 * 224**2  # a forward pass on a CPU: activations of 8 images stay in its caches (measured: 2 to 64)
-Samples = Sequence[tuple[str, int]]
-
-
-@dataclass(frozen=True)
-class Transform:
-    """Short side to `resize`, then the centre `crop`; both in pixels."""
-
-    resize: int
-    crop: int
-    interpolation: str
-    border: int = 0  # cut off every side first (ObjectNet)
-    truncated: bool = False  # read JPEGs that end early as far as they go
-
-    def load(self, path: str) -> torch.Tensor:
-        """Image file -> (crop, crop, 3) uint8 RGB."""
-        pixels = load_eval_image(
-            path, self.resize, self.crop, self.interpolation, border=self.border, truncated=self.truncated
-        )
-        return pixels.permute(1, 2, 0)  # back to the decoder's own order, which is channels_last
-
-
-def fingerprint(samples: Samples) -> str:
-    """Hash of what the images are: folder and file name, size and time of change of each."""
-    digest = hashlib.sha256()
-    for path, _ in samples:
-        try:
-            stat = Path(path).stat()
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror}); restore the dataset's folder") from None
-        place = "/".join(Path(path).parts[-2:])
-        digest.update(f"{place}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 class Extractor:
@@ -75,24 +43,27 @@ class Extractor:
         self.batch_size, self.workers = batch_size, workers
         self._fused: dict[int, torch.nn.Module] = {}  # side in pixels -> the network fused for this CPU
 
-    def __call__(self, samples: Samples, transform: Transform, cache: Path | None, what: str) -> np.ndarray:
+    def __call__(
+        self, samples: Samples, transform: Transform, cache: Path | None, what: str, stamps: np.ndarray | None = None
+    ) -> np.ndarray:
         """(N, D) features in the order of SAMPLES: float32, or float16 where the model computes in 16 bits.
 
-        With a cache the result is a read-only memory map. UserError for an image that cannot be decoded.
+        With a CACHE, a folder, the result is a read-only memory map. STAMPS: sizes and times of the images if they are
+        known already (matching.stat_images). WHAT: for the progress bar. UserError for an image that cannot be decoded.
         """
         if cache is None:
             return np.concatenate(list(self._blocks(samples, transform, what, range(0, len(samples), BLOCK))))
-        key = {
+        facts = {
             "format": FORMAT,
             "checkpoint": self.sha256,
-            "images": fingerprint(samples),
+            "images": fingerprint(samples, stamps),
             "transform": asdict(transform),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-        return self._cached(cache / name, key, samples, transform, what)
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+        return self._cached(cache / name, facts, samples, transform, what)
 
-    def _cached(self, entry: Path, key: dict, samples: Samples, transform: Transform, what: str) -> np.ndarray:
+    def _cached(self, entry: Path, facts: dict, samples: Samples, transform: Transform, what: str) -> np.ndarray:
         complete = entry / "features.npy"
         entry.mkdir(parents=True, exist_ok=True)
         waited = False
@@ -101,21 +72,21 @@ class Extractor:
                 return kept
             try:
                 with owner_lock(entry / "lock"):
-                    self._fill(entry, key, samples, transform, what)
+                    self._fill(entry, facts, samples, transform, what)
             except AlreadyOwned:
                 if not waited:
                     print(f"{what}: another run is computing these features; waiting for it", flush=True)
                 waited = True
                 time.sleep(0.5)
 
-    def _fill(self, entry: Path, key: dict, samples: Samples, transform: Transform, what: str) -> None:
+    def _fill(self, entry: Path, facts: dict, samples: Samples, transform: Transform, what: str) -> None:
         """Compute the blocks that are missing and join them. The caller owns the entry."""
         complete = entry / "features.npy"
         if _read_block(complete, len(samples)) is not None:
             return
         for leftover in entry.glob(".*.tmp"):  # of a killed process
             leftover.unlink()
-        write_json(entry / "key.json", key | {"what": what, "count": len(samples)})
+        write_json(entry / "key.json", facts | {"what": what, "count": len(samples)})
         starts = range(0, len(samples), BLOCK)
         missing = [s for s in starts if _read_block(_block_path(entry, s), min(BLOCK, len(samples) - s)) is None]
         for start, block in zip(missing, self._blocks(samples, transform, what, missing), strict=True):
@@ -134,9 +105,6 @@ class Extractor:
 
     def _blocks(self, samples: Samples, transform: Transform, what: str, starts: Sequence[int]) -> Iterator[np.ndarray]:
         """Features of the blocks that begin at STARTS, one after the other."""
-        import torch
-        from tqdm import tqdm
-
         spans = [samples[start : start + BLOCK] for start in starts]
         total = sum(map(len, spans))
         keep = np.float32 if self.dtype == torch.float32 else np.float16
@@ -165,8 +133,6 @@ class Extractor:
 
     def _prepare(self, images: int, side: int) -> Callable[[torch.Tensor], np.ndarray]:
         """The forward pass: (B, side, side, 3) uint8 -> (B, D) float32 numpy."""
-        import torch
-
         model, sixteen_bit = self.backbone.to(self.device), self.dtype != torch.float32
         at_once = self.batch_size
         if self.device.type == "cpu":
@@ -197,17 +163,15 @@ def optimize_for_cpu(model: torch.nn.Module, side: int) -> torch.nn.Module:
 
     The result is compared with the plain model; where tracing a model would change it, the model stays as it is.
     """
-    import torch
-
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    probe = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
-    probe = probe.to(memory_format=torch.channels_last)
+    images = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+    images = images.to(memory_format=torch.channels_last)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of what the comparison below settles
-        wanted = model(probe)
+        wanted = model(images)
         try:
-            traced = torch.jit.optimize_for_inference(torch.jit.trace(model, probe[:2], check_trace=False))
-            if torch.allclose(traced(probe), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())):
+            traced = torch.jit.optimize_for_inference(torch.jit.trace(model, images[:2], check_trace=False))
+            if torch.allclose(traced(images), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())):
                 return traced
         except (RuntimeError, torch.jit.TracingCheckError):
             pass  # a model with control flow, or an operator that tracing does not know
@@ -221,8 +185,6 @@ def read_ahead(
 
     Threads suffice: decoding and resizing release Python's lock. UserError names an image that cannot be decoded.
     """
-    import torch
-
     ahead = 2 * workers + 2 * max(batches, default=0)  # images in flight: bounds the memory
     queue: deque[Future[torch.Tensor]] = deque()
     upcoming = iter(paths)
@@ -230,7 +192,7 @@ def read_ahead(
     try:
         for count in batches:
             while len(queue) < ahead and (path := next(upcoming, None)) is not None:
-                queue.append(pool.submit(transform.load, path))
+                queue.append(pool.submit(transform.read, path))
             yield torch.stack([queue.popleft().result() for _ in range(count)])
     except BadImage as error:
         raise UserError(

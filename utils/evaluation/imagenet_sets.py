@@ -1,176 +1,26 @@
-"""The ImageNet family of test sets: where each lies, how its folders are read, and which answers count as right.
+"""Readers of the ImageNet family of test sets: how each set's folders are read, and which answers count as right.
 
-A set is one row of DATASETS. Everything is keyed by WordNet id, so that no set's own folder order can shift labels.
-Nothing here imports torch: listing and checking datasets is instant.
+Which set is read by which function stands in catalog.py. Everything is keyed by WordNet id, so that no set's own folder
+order can shift labels. Each reader takes the set's name (for messages), its folder and the folder of all datasets, and
+raises UserError where the folder is not what the set's authors publish.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-
-import numpy as np
 
 from utils.classes import load_classes
 from utils.cli import UserError
+from utils.evaluation.matching import LoadedSet, few
 from utils.evaluation.transfer_sets import read_mat
 from utils.images import IMAGE_SUFFIXES, list_image_folder
 from utils.storage import read_json
 
 INDICES = Path(__file__).resolve().parent / "indices"
-
-
-class NoSharedClass(UserError):
-    """The set and the model have no class in common."""
-
-
-@dataclass(frozen=True)
-class LoadedSet:
-    """A set on disk. `samples` holds (path, index into class_ids)."""
-
-    name: str
-    class_ids: list[str]
-    samples: list[tuple[str, int]]
-    answers: list[tuple[str, ...]] = field(default_factory=list)  # class -> model classes that count; [] = itself
-    sample_answers: list[tuple[str, ...]] = field(default_factory=list)  # the same per image (ReaL); [] = by class
-    masked: bool = False  # compare the set's classes only, as its authors do
-    border: int = 0  # pixels to cut off every side before anything else
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the images and of their right answers: a corrected label file gives other results."""
-        from utils.evaluation.features import fingerprint
-
-        labels = [label for _, label in self.samples]
-        facts = [fingerprint(self.samples), self.class_ids, labels, self.answers, self.sample_answers, self.masked]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """One row: how to get the set, what lies where, and the counts that a right copy has."""
-
-    __test__ = False  # not a pytest class
-
-    where: str
-    layout: str  # below --data-root
-    folders: tuple[str, ...]  # tried in this order below --data-root
-    classes: int
-    images: tuple[int, int]  # lowest and highest count of a right copy
-    read: Callable[[str, Path, Path], LoadedSet]  # (name, folder, data root)
-    beside: str = ""  # what must lie beside the folder
-    note: str = ""
-    group: str = "imagenet"
-
-    @property
-    def counts(self) -> str:
-        low, high = self.images
-        images = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        return f"{images} images of {self.classes} classes" + (f"; {self.note}" if self.note else "")
-
-
-@dataclass(frozen=True)
-class MatchedSet:
-    """A set seen by one model: images of classes it knows, and right answers as columns of its logits."""
-
-    samples: list[tuple[str, int]]  # (path, index into class_ids)
-    class_ids: list[str]
-    columns: np.ndarray  # logits to compare, ascending
-    labels: np.ndarray  # (N,) index into columns, or (N, len(columns)) bool where several answers are right
-    classes_in_set: int
-    images_in_set: int
-    border: int
-
-    @property
-    def single_answer(self) -> bool:
-        return self.labels.ndim == 1
-
-
-def match(loaded: LoadedSet, model_ids: Sequence[str]) -> MatchedSet:
-    """Cut LOADED to the classes the model knows; UserError if it knows none.
-
-    A masked set (ImageNet-R, -A) also cuts the model to the classes of the set: with a 100-class model both become
-    the classes they share.
-    """
-    position = {class_id: column for column, class_id in enumerate(model_ids)}
-    answers = loaded.answers or [(class_id,) for class_id in loaded.class_ids]
-    known = [tuple(position[a] for a in accepted if a in position) for accepted in answers]
-    if loaded.sample_answers:
-        by_sample = [tuple(position[a] for a in accepted if a in position) for accepted in loaded.sample_answers]
-        # An image whose own class the model lacks stays out, even if one of its other labels is known.
-        kept = [
-            (path, label, right)
-            for (path, label), right in zip(loaded.samples, by_sample, strict=True)
-            if right and known[label]
-        ]
-    else:
-        kept = [(path, label, known[label]) for path, label in loaded.samples if known[label]]
-    if not kept:
-        raise NoSharedClass(
-            f"{loaded.name}: no class of the set ({_few(loaded.class_ids)}) is one of the model's {len(model_ids)} "
-            f"({_few(list(model_ids))}); give the model's class ids in order with --classes"
-        )
-    labels_seen = sorted({label for _, label, _ in kept})
-    renumbered = {label: index for index, label in enumerate(labels_seen)}
-    columns = np.arange(len(model_ids))
-    if loaded.masked:
-        columns = np.array(sorted({column for label in labels_seen for column in known[label]}))
-    place = {int(column): index for index, column in enumerate(columns)}
-    if all(len(right) == 1 for _, _, right in kept):
-        labels = np.array([place[right[0]] for _, _, right in kept])
-    else:
-        labels = np.zeros((len(kept), len(columns)), dtype=bool)
-        for row, (_, _, right) in enumerate(kept):
-            labels[row, [place[column] for column in right]] = True
-    return MatchedSet(
-        samples=[(path, renumbered[label]) for path, label, _ in kept],
-        class_ids=[loaded.class_ids[label] for label in labels_seen],
-        columns=columns,
-        labels=labels,
-        classes_in_set=len(loaded.class_ids),
-        images_in_set=len(loaded.samples),
-        border=loaded.border,
-    )
-
-
-def load(name: str, data_root: str | Path) -> LoadedSet:
-    """Read a set of DATASETS and check its counts. UserError if it is absent or is not a right copy."""
-    row, data_root = DATASETS[name], Path(data_root)
-    folder = _folder(row, data_root)
-    if folder is None:
-        raise UserError(f"{name}: not found below {data_root} (--data-root); expected {row.layout}. {row.where}")
-    loaded = row.read(name, folder, data_root)
-    low, high = row.images
-    if len(loaded.class_ids) != row.classes or not low <= len(loaded.samples) <= high:
-        wanted = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        raise UserError(
-            f"{name}: {folder} has {len(loaded.samples):,} images of {len(loaded.class_ids)} classes; a right copy has "
-            f"{wanted} of {row.classes}. Unpack it again. {row.where}"
-        )
-    return loaded
-
-
-def load_folder(name: str, folder: str | Path) -> LoadedSet:
-    """`--test NAME=DIR`: any folder of DIR/<class id>/<images>."""
-    class_ids, samples = list_image_folder(folder, option=f"--test {name}")
-    return LoadedSet(name, class_ids, samples)
-
-
-def found(name: str, data_root: str | Path) -> tuple[bool, str]:
-    """(is it there, where or what is expected). Looks at names only: counting 50,000 files takes a while."""
-    row = DATASETS[name]
-    folder = _folder(row, Path(data_root))
-    return (True, str(folder)) if folder else (False, f"expected {data_root}/{row.layout}")
-
-
-def _folder(row: TestSet, data_root: Path) -> Path | None:
-    folders = (data_root / folder for folder in row.folders)
-    return next((folder for folder in folders if folder.is_dir() and (folder.parent / row.beside).exists()), None)
 
 
 @cache
@@ -186,15 +36,12 @@ def read_index(name: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(line.split()) for line in lines if line.strip() and not line.startswith("#"))
 
 
-# ===== readers, one per layout =====
-
-
 def read_wnid_folders(name: str, folder: Path, data_root: Path) -> LoadedSet:
     """FOLDER/<wnid>/<images>: the wnids must be ImageNet's."""
     class_ids, samples = list_image_folder(folder, option=name)
     strangers = sorted(set(class_ids) - set(imagenet_ids()))
     if strangers:
-        raise UserError(f"{name}: {folder} has folders that are no ImageNet class ({_few(strangers)}); remove them")
+        raise UserError(f"{name}: {folder} has folders that are no ImageNet class ({few(strangers)}); remove them")
     return LoadedSet(name, class_ids, samples)
 
 
@@ -256,7 +103,7 @@ def read_subset(index: str) -> Callable[[str, Path, Path], LoadedSet]:
         loaded = read_wnid_folders(name, folder, data_root)
         wanted = [wnid for (wnid,) in read_index(index)]
         if wrong := set(loaded.class_ids) ^ set(wanted):
-            raise UserError(f"{name}: {folder} is not this set: {len(wrong)} classes differ ({_few(sorted(wrong))})")
+            raise UserError(f"{name}: {folder} is not this set: {len(wrong)} classes differ ({few(sorted(wrong))})")
         return LoadedSet(name, loaded.class_ids, loaded.samples, masked=True)
 
     return read
@@ -318,75 +165,3 @@ def _val_number(file: str) -> int:
         return int(Path(file).stem.rsplit("_", 1)[1])
     except (IndexError, ValueError):
         raise UserError(f"{file} is not named like a validation file (ILSVRC2012_val_00000001.JPEG)") from None
-
-
-def _few(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
-
-
-# Counts: each set's paper or archive. The order is that of the reports and of the radar plot.
-DATASETS: dict[str, TestSet] = {
-    "IN-Val": TestSet(
-        where="Get it from image-net.org (ILSVRC2012_img_val.tar; account needed)",
-        layout="imagenet/val/<wnid>/*.JPEG, or flat files there and imagenet/ILSVRC2012_devkit_t12/",
-        folders=("imagenet/val", "IN-Val"),
-        classes=1000,
-        images=(50_000, 50_000),
-        read=read_val,
-    ),
-    "IN-v2": TestSet(
-        where="Get imagenetv2-matched-frequency.tar.gz: github.com/modestyachts/ImageNetV2",
-        layout="imagenetv2-matched-frequency-format-val/<0..999>/*.jpeg",
-        folders=("imagenetv2-matched-frequency-format-val", "imagenetv2-matched-frequency", "IN-v2"),
-        classes=1000,
-        images=(10_000, 10_000),
-        read=read_v2,
-        note="folders are label numbers",
-    ),
-    "IN-Sketch": TestSet(
-        where="Get ImageNet-Sketch.zip: github.com/HaohanWang/ImageNet-Sketch",
-        layout="sketch/<wnid>/*.JPEG",
-        folders=("sketch", "imagenet-sketch", "IN-Sketch"),
-        classes=1000,
-        images=(50_000, 50_889),  # the paper says 50,000, the archive holds 50,889
-        read=read_wnid_folders,
-    ),
-    "IN-R": TestSet(
-        where="Get imagenet-r.tar: github.com/hendrycks/imagenet-r",
-        layout="imagenet-r/<wnid>/*.jpg",
-        folders=("imagenet-r", "IN-R"),
-        classes=200,
-        images=(30_000, 30_000),
-        read=read_subset("imagenet_r.txt"),
-        note="logits cut to its 200 classes",
-    ),
-    "IN-A": TestSet(
-        where="Get imagenet-a.tar: github.com/hendrycks/natural-adv-examples",
-        layout="imagenet-a/<wnid>/*.jpg",
-        folders=("imagenet-a", "IN-A"),
-        classes=200,
-        images=(7_500, 7_500),
-        read=read_subset("imagenet_a.txt"),
-        note="logits cut to its 200 classes",
-    ),
-    "IN-ReaL": TestSet(
-        where="Get real.json: github.com/google-research/reassessed-imagenet",
-        layout="imagenet/val (as for IN-Val) and imagenet/real.json",
-        folders=("imagenet/val", "IN-Val"),
-        classes=1000,
-        images=(46_837, 46_837),  # 3,163 of the 50,000 have no label
-        read=read_real,
-        beside="real.json",
-        note="several answers are right",
-    ),
-    "ObjectNet": TestSet(
-        where="Get objectnet-1.0.zip: objectnet.dev (test use only, see its licence)",
-        layout="objectnet-1.0/images/<folder>/*.png and objectnet-1.0/mappings/",
-        folders=("objectnet-1.0/images", "ObjectNet/images"),
-        classes=113,
-        images=(18_574, 18_574),  # of its 50,273, those whose class ImageNet has
-        read=read_objectnet,
-        beside="mappings",
-        note="125 ImageNet classes answer for its 113",
-    ),
-}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
 
-if TYPE_CHECKING:
-    import torch
+from utils.metrics import CHUNK_ROWS  # with iNaturalist's 8142 classes the logits of so many rows are 270 MB
 
-CHUNK_ROWS = 8192  # rows classified at a time: with iNaturalist's 8142 classes their logits are 270 MB
 TOLERANCE, ROUND = 1e-4, 25  # of L-BFGS: a smaller gain in so many iterations is the end
 MAX_ROUNDS = 80  # 2000 iterations, as scikit-learn gets in t-ReX's suite
 
@@ -31,16 +31,11 @@ class LinearClassifier:
 
     def loss(self, x: np.ndarray, y: np.ndarray) -> float:
         """Mean cross-entropy of features whose labels Y are all among the classes."""
-        import torch
-        from torch.nn.functional import cross_entropy
-
         labels = torch.from_numpy(np.searchsorted(self.classes, y)).to(self.offset.device).split(CHUNK_ROWS)
         pairs = zip(self._logits(x), labels, strict=True)
         return sum(float(cross_entropy(*pair, reduction="sum")) for pair in pairs) / len(y)
 
     def _logits(self, x: np.ndarray) -> Iterator[torch.Tensor]:
-        import torch
-
         for start in range(0, len(x), CHUNK_ROWS):
             part = torch.from_numpy(x[start : start + CHUNK_ROWS]).to(self.offset.device)
             yield torch.addmm(self.offset, part, self.weights)
@@ -65,8 +60,6 @@ class LogisticSolver:
     """
 
     def __init__(self, x: np.ndarray, y: np.ndarray, device: Any = "cpu") -> None:
-        import torch
-
         if torch.device(device).type == "mps":
             device = "cpu"  # MPS has no float64
         self.classes = np.unique(y)
@@ -92,9 +85,6 @@ class LogisticSolver:
         to compare accuracies, at half the price; but a weak penalty leaves losses so small that it cannot tell them
         apart, and the objective ends up to 1 % above its minimum.
         """
-        import torch
-        from torch.nn.functional import log_softmax
-
         x, one_hot = (self.x, self.one_hot) if exact else self.single
         n, k = one_hot.shape
         penalty = 1.0 / (c * n)  # the objective is divided by C n

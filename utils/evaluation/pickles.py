@@ -13,7 +13,7 @@ import numpy as np
 from utils.cli import UserError
 
 
-def load(path: str | Path) -> Any:
+def read_pickle(path: str | Path) -> Any:
     """The object in PATH. Raises UserError naming the file, and what it asks for, if it holds anything else."""
     try:
         with open(path, "rb") as file:

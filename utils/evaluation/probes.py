@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.nn.functional import log_softmax
+from tqdm import tqdm
 
 from utils import metrics
 from utils.evaluation.logistic import CHUNK_ROWS, LinearClassifier, LogisticSolution, LogisticSolver
@@ -251,10 +254,6 @@ def train_together(
     Features (N, D), weights (S, D, K). Weights start as torch.nn.Linear's, the learning rate follows a cosine epoch by
     epoch, both as in t-ReX's suite. A setting that diverges to NaN predicts class 0: it loses by itself.
     """
-    import torch
-    from torch.nn.functional import log_softmax
-    from tqdm import tqdm
-
     x, y = torch.from_numpy(train[0]), torch.from_numpy(np.asarray(train[1], dtype=np.int64)).to(device)
     if torch.device(device).type == "cuda" and x.numel() * 4 < 0.6 * torch.cuda.mem_get_info(device)[0]:
         x = x.to(device)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +125,19 @@ def descriptor_of(args: argparse.Namespace, out: Path) -> tuple[Callable[[Folder
     """(function: Folder -> (N, D) float32 descriptors, what they are)."""
     if not args.checkpoint:
         return thumbnails, f"grey thumbnails of {THUMBNAIL} x {THUMBNAIL} pixels"
-    from utils.evaluation.features import Extractor, Transform
+    from utils.evaluation.features import Extractor
     from utils.evaluation.jobs import number_format
+    from utils.evaluation.weights import load_classifier
     from utils.machine import resolve_device, resolve_dtype
 
     source = checkpoints.locate(args.checkpoint[0])
-    classifier = checkpoints.load(source, args.classes, need_head=False)
+    classifier = load_classifier(source)
     device = resolve_device(args.device)
-    dtype = resolve_dtype(number_format(args), device)
+    dtype = resolve_dtype(number_format(args.dtype, args.device), device)
     extract = Extractor(classifier.backbone, source.sha256, device, dtype, args.batch_size, args.workers)
-    resize, crop, interpolation = checkpoints.transform_of(source)
-    transform = Transform(resize, crop, args.interpolation or interpolation)
+    transform = checkpoints.transform_of(source)
+    if args.interpolation:
+        transform = replace(transform, interpolation=args.interpolation)
 
     def describe(folder: Folder) -> np.ndarray:
         return extract(folder.samples, transform, out / "features", f"{source.label} on {folder.folder}")

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.evaluation import transfer_sets
+from utils.evaluation.catalog import GROUPS, PAPERS_FIVE, SETS
 from utils.metrics import log_odds_average, mean_and_std
 from utils.report.records import Row
 
-IMAGENET_SETS = ("IN-Val", "IN-v2", "IN-Sketch", "IN-R", "IN-A")  # the paper's five, in its order
-TRANSFER_GROUPS = {"cog": "ImageNet-CoG", "inat": "iNaturalist", "small": "8 small sets"}
-GROUP_SIZES = Counter(row.group for row in transfer_sets.DATASETS.values())  # 8, 2, 5
+IMAGENET_SETS = PAPERS_FIVE
+TRANSFER_GROUPS = {group: GROUPS[group] for group in ("cog", "inat", "small")}  # from the farthest to the nearest task
+TRANSFER_SETS = [row.name for row in SETS.values() if row.probed]
+GROUP_SIZES = Counter(row.group for row in SETS.values())  # of the transfer groups: 8, 2, 5
 
 
 @dataclass
@@ -147,9 +148,9 @@ def all_transfer_table(models: Sequence[Model]) -> dict:
     """The averages over all fifteen transfer sets, as the suite gives them, beside the published ones."""
     body = []
     for model in models:
-        cells = averages([model.cells.get((name, "top1")) for name in transfer_sets.DATASETS])
+        cells = averages([model.cells.get((name, "top1")) for name in TRANSFER_SETS])
         body.append((model, [cells[0] or model.cells.get(("average transfer", "top1")), cells[1]]))
-    return as_table(f"Transfer, all {len(transfer_sets.DATASETS)} sets", ["average", "log-odds average"], body)
+    return as_table(f"Transfer, all {len(TRANSFER_SETS)} sets", ["average", "log-odds average"], body)
 
 
 def averages(cells: Sequence[Cell | None]) -> list[Cell | None]:

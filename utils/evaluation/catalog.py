@@ -1,0 +1,302 @@
+"""The catalogue of test sets: one row each for ImageNet's sets, fifteen transfer datasets, and any folder of classes.
+
+A row says where to get the set, what lies where below --data-root, which function reads it, and the counts of a right
+copy: those of its paper or archive and, for transfer datasets, of t-ReX's suite. A copy that differs is refused: its
+numbers could not be compared. The order is that of reports. To add a set, add a row.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+from utils.cli import UserError
+from utils.evaluation import imagenet_sets, transfer_sets
+from utils.evaluation.matching import LoadedSet
+from utils.images import list_image_folder
+
+# As the paper's tables and its radar plot group the sets. In the last three a linear probe is trained and judged.
+GROUPS = {"imagenet": "ImageNet test sets", "small": "8 small sets", "inat": "iNaturalist", "cog": "ImageNet-CoG"}
+PAPERS_FIVE = ("IN-Val", "IN-v2", "IN-Sketch", "IN-R", "IN-A")  # ImageNet sets of the paper's tables, in their order
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """One row: how to get the set, what lies where, and the counts that a right copy has."""
+
+    __test__ = False  # not a pytest class
+
+    name: str
+    group: str  # one of GROUPS, or "folder"
+    read: Callable[[str, Path, Path], LoadedSet]  # (name, its folder, data root)
+    folders: tuple[str, ...]  # tried in this order below --data-root
+    classes: int = 0  # 0: any number
+    images: tuple[int, int] = (0, 0)  # lowest and highest count of images to judge on; (0, 0): any
+    trainval: int = 0  # images to train the probe on
+    markers: tuple[str, ...] = ("",)  # one of these lies in the folder, or beside it as "../name"
+    layout: str = ""  # below --data-root
+    where: str = ""
+    note: str = ""
+
+    @property
+    def probed(self) -> bool:
+        """Whether a linear probe is trained on the set; else the model's own classifier answers."""
+        return self.group in tuple(GROUPS)[1:]
+
+    @property
+    def probe(self) -> str:
+        """Its kind: the suite's logistic regression on the 8 small sets, SGD on the large ones."""
+        return "logreg" if self.group == "small" else "sgd"
+
+    @property
+    def counts(self) -> str:
+        """The counts of a right copy in words."""
+        low, high = self.images
+        images = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        return _in_words(self.trainval, images, self.classes) + (f"; {self.note}" if self.note else "")
+
+    def find(self, data_root: str | Path) -> Path | None:
+        """The set's folder below DATA_ROOT, or None. Looks at names only: counting 50,000 files takes a while."""
+        places = (Path(data_root) / folder for folder in self.folders)
+        return next((place for place in places if place.is_dir() and self._is_marked(place)), None)
+
+    def _is_marked(self, place: Path) -> bool:
+        return any((place.parent / mark[3:] if mark[:3] == "../" else place / mark).exists() for mark in self.markers)
+
+    def load(self, data_root: str | Path) -> LoadedSet:
+        """Read the set and check its counts. UserError if it is absent or is not a right copy."""
+        folder = self.find(data_root)
+        if folder is None:
+            raise UserError(
+                f"{self.name}: not found below {data_root} (--data-root); expected {self.layout}. {self.where}"
+            )
+        try:
+            loaded = self.read(self.name, folder, Path(data_root))
+        except OSError as error:
+            raise UserError(
+                f"{self.name}: cannot read {error.filename} ({error.strerror}); expected {self.layout}"
+            ) from None
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise UserError(
+                f"{self.name}: the annotations below {folder} are not as published ({error!r}); get it again"
+            ) from None
+        low, high = self.images
+        found = (len(loaded.class_ids), len(loaded.trainval))
+        if high and (found != (self.classes, self.trainval) or not low <= len(loaded.samples) <= high):
+            raise UserError(
+                f"{self.name}: {folder} has {_in_words(len(loaded.trainval), f'{len(loaded.samples):,}', found[0])}; a "
+                f"right copy has {self.counts}. Unpack it again. {self.where}"
+            )
+        if strays := {label for _, label in [*loaded.samples, *loaded.trainval]} - set(range(found[0])):
+            raise UserError(
+                f"{self.name}: the annotations below {folder} have {len(strays)} labels outside of its {found[0]:,} "
+                f"classes; get it again. {self.where}"
+            )
+        return loaded
+
+
+def _in_words(trainval: int, images: str, classes: int) -> str:
+    both = f"{trainval:,} trainval and {images} test images" if trainval else f"{images} images"
+    return f"{both} of {classes:,} classes"
+
+
+def folder_set(spec: str) -> TestSet:
+    """`--test NAME=DIR`: any folder of DIR/<class id>/<images> as a row. UserError if SPEC is none or DIR is absent."""
+    name, _, folder = spec.partition("=")
+    if not name or not folder or "/" in name:
+        raise UserError(f"--test {spec}: expected NAME=DIR, such as digits=data/digits/test")
+    if not Path(folder).is_dir():
+        raise UserError(f"--test {name}: no folder {folder}; expected {folder}/<class id>/<images>")
+
+    def read(name: str, folder: Path, data_root: Path) -> LoadedSet:
+        return LoadedSet(name, *list_image_folder(folder, option=f"--test {name}"))
+
+    return TestSet(name, "folder", read, (str(Path(folder).absolute()),))
+
+
+# ===== the sets of one call =====
+
+
+@dataclass
+class ChosenSet:
+    """A test set of this call; it is read from disk once."""
+
+    row: TestSet
+    data_root: str
+    asked_for: bool  # by name: then a model without its classes is an error
+
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+    @cached_property
+    def loaded(self) -> LoadedSet:
+        """The set, see TestSet.load."""
+        return self.row.load(self.data_root)
+
+
+def choose(names: Sequence[str], folders: Sequence[str], data_root: str) -> list[ChosenSet]:
+    """NAMES of sets or groups (--datasets) and FOLDERS, NAME=DIR (--test); without either, every set that is found.
+
+    UserError for an unknown or doubled name, or where nothing is found.
+    """
+    chosen: list[ChosenSet] = []
+    for spec in folders:
+        row = folder_set(spec)
+        if row.name in SETS or row.name in (other.name for other in chosen):
+            raise UserError(f"--test {spec}: the name {row.name} is taken; choose another")
+        chosen.append(ChosenSet(row, data_root, True))
+    if folders and not names:
+        return chosen
+    if unknown := [name for name in names if name not in (*SETS, *GROUPS, "all")]:
+        allowed = ", ".join((*GROUPS, "all", *SETS))
+        raise UserError(f"--datasets {unknown[0]}: unknown; use {allowed}")
+    for row in SETS.values():
+        if row.name in names:
+            chosen.append(ChosenSet(row, data_root, True))
+        elif (not names or {row.group, "all"} & set(names)) and row.find(data_root):
+            chosen.append(ChosenSet(row, data_root, False))
+    if not chosen:
+        raise UserError(
+            f"--data-root {data_root}: none of the datasets is there; --list-datasets says where to get them, "
+            "--test NAME=DIR judges on any folder"
+        )
+    return chosen
+
+
+def read_all(chosen: Sequence[ChosenSet], look_at_images: bool) -> tuple[list[ChosenSet], int]:
+    """(those that are right copies, how many are not), by their counts and, if wanted, by asking for every image file.
+
+    A wrong copy that was merely found is left out with a line; one that was asked for stops here with UserError.
+    """
+    whole = []
+    for one in chosen:
+        try:
+            _ = one.loaded.fingerprint if look_at_images else one.loaded
+            whole.append(one)
+        except UserError as error:
+            if one.asked_for:
+                raise
+            print(f"left out: {error}", file=sys.stderr, flush=True)
+    return whole, len(chosen) - len(whole)
+
+
+def list_sets(data_root: str) -> None:
+    """Print each set: whether it is found below DATA_ROOT, what belongs where, and where to get it."""
+    for row in SETS.values():
+        folder = row.find(data_root)
+        print(f"{row.name:14} {f'found at {folder}' if folder else 'not found'}")
+        print(f"{'':14} layout   {data_root}/{row.layout}")
+        print(f"{'':14} content  {row.counts}")
+        print(f"{'':14} source   {row.where}\n")
+    print("any folder     --test NAME=DIR with DIR/<class id>/<images>")
+
+
+# ===== the rows =====
+
+
+def _imagenet(name: str, read: Callable, images: int | tuple[int, int], classes: int = 1000, **facts) -> TestSet:
+    images = (images, images) if isinstance(images, int) else images
+    return TestSet(name, "imagenet", read, classes=classes, images=images, **facts)
+
+
+def _transfer(name: str, read: Callable, counts: tuple[int, int, int], group: str = "small", **facts) -> TestSet:
+    """READ: folder -> (trainval, test, classes). COUNTS: (classes, trainval, test)."""
+    classes, trainval, test = counts
+
+    def read_set(name: str, folder: Path, data_root: Path) -> LoadedSet:
+        train, judged, found = read(folder)
+        return LoadedSet(name, [str(label) for label in range(found)], judged, trainval=train)
+
+    return TestSet(name, group, read_set, classes=classes, images=(test, test), trainval=trainval, **facts)
+
+
+def _inat(year: int, counts: tuple[int, int, int]) -> TestSet:
+    return _transfer(
+        f"iNat{year}", partial(transfer_sets.read_inat, year), counts, "inat",
+        folders=(f"inat{year}", f"iNat{year}"), markers=(f"train{year}.json",),
+        layout=f"inat{year}/train_val{year}/... with train{year}.json and val{year}.json",
+        where=f"Get it from github.com/visipedia/inat_comp, {year}",
+    )  # fmt: skip
+
+
+def _cog(level: int, trainval: int) -> TestSet:
+    return _transfer(
+        f"CoG-L{level}", partial(transfer_sets.read_cog, level), (1000, trainval, 50_000), "cog",
+        folders=("cog", "imagenet-cog"), markers=("cog_levels_mapping_file.pkl",),
+        layout="cog/images/<wnid>/*.JPEG with cog_levels_mapping_file.pkl and cog_concepts_split_file.pkl",
+        where="Get the two pickles: europe.naverlabs.com/cog-benchmark; the images: ImageNet-21K (image-net.org)",
+    )  # fmt: skip
+
+
+# fmt: off
+ROWS = [
+    _imagenet("IN-Val", imagenet_sets.read_val, 50_000, folders=("imagenet/val", "IN-Val"),
+              layout="imagenet/val/<wnid>/*.JPEG, or flat files there and imagenet/ILSVRC2012_devkit_t12/",
+              where="Get it from image-net.org (ILSVRC2012_img_val.tar; account needed)"),
+    _imagenet("IN-v2", imagenet_sets.read_v2, 10_000, note="folders are label numbers",
+              folders=("imagenetv2-matched-frequency-format-val", "imagenetv2-matched-frequency", "IN-v2"),
+              layout="imagenetv2-matched-frequency-format-val/<0..999>/*.jpeg",
+              where="Get imagenetv2-matched-frequency.tar.gz: github.com/modestyachts/ImageNetV2"),
+    # IN-Sketch: the paper says 50,000, the archive holds 50,889.
+    _imagenet("IN-Sketch", imagenet_sets.read_wnid_folders, (50_000, 50_889),
+              folders=("sketch", "imagenet-sketch", "IN-Sketch"), layout="sketch/<wnid>/*.JPEG",
+              where="Get ImageNet-Sketch.zip: github.com/HaohanWang/ImageNet-Sketch"),
+    _imagenet("IN-R", imagenet_sets.read_subset("imagenet_r.txt"), 30_000, 200, note="logits cut to its 200 classes",
+              folders=("imagenet-r", "IN-R"), layout="imagenet-r/<wnid>/*.jpg",
+              where="Get imagenet-r.tar: github.com/hendrycks/imagenet-r"),
+    _imagenet("IN-A", imagenet_sets.read_subset("imagenet_a.txt"), 7_500, 200, note="logits cut to its 200 classes",
+              folders=("imagenet-a", "IN-A"), layout="imagenet-a/<wnid>/*.jpg",
+              where="Get imagenet-a.tar: github.com/hendrycks/natural-adv-examples"),
+    # IN-ReaL: 3,163 of the 50,000 have no label.
+    _imagenet("IN-ReaL", imagenet_sets.read_real, 46_837, note="several answers are right",
+              folders=("imagenet/val", "IN-Val"), markers=("../real.json",),
+              layout="imagenet/val (as for IN-Val) and imagenet/real.json",
+              where="Get real.json: github.com/google-research/reassessed-imagenet"),
+    # ObjectNet: of its 50,273 images, those whose class ImageNet has.
+    _imagenet("ObjectNet", imagenet_sets.read_objectnet, 18_574, 113, note="125 ImageNet classes answer for its 113",
+              folders=("objectnet-1.0/images", "ObjectNet/images"), markers=("../mappings",),
+              layout="objectnet-1.0/images/<folder>/*.png and objectnet-1.0/mappings/",
+              where="Get objectnet-1.0.zip: objectnet.dev (test use only, see its licence)"),
+    _transfer("Aircraft", transfer_sets.read_aircraft, (100, 6_667, 3_333),
+              folders=("fgvc-aircraft-2013b/data", "aircraft/data", "aircraft"),
+              markers=("images_variant_trainval.txt",),
+              layout="fgvc-aircraft-2013b/data/images/*.jpg with images_variant_{trainval,test}.txt",
+              where="Get fgvc-aircraft-2013b.tar.gz: robots.ox.ac.uk/~vgg/data/fgvc-aircraft"),
+    _transfer("Cars196", transfer_sets.read_cars, (196, 8_144, 8_041),
+              folders=("stanford_cars", "cars196"), markers=("cars_annos.mat", "devkit"),
+              layout="stanford_cars/car_ims/*.jpg with cars_annos.mat, or cars_train/, cars_test/ and devkit/",
+              where="Get Stanford Cars (its first home is gone; copies: kaggle.com, search 'stanford cars dataset')"),
+    _transfer("DTD", transfer_sets.read_dtd, (47, 3_760, 1_880),
+              folders=("dtd", "dtd/dtd"), markers=("labels/train1.txt",),
+              layout="dtd/images/<class>/*.jpg with labels/{train,val,test}1.txt",
+              where="Get dtd-r1.0.1.tar.gz: robots.ox.ac.uk/~vgg/data/dtd"),
+    _transfer("EuroSAT", transfer_sets.read_eurosat, (10, 18_900, 8_100),
+              folders=("eurosat/2750", "EuroSAT/2750", "eurosat", "EuroSAT"), markers=("AnnualCrop",),
+              layout="eurosat/2750/<class>/*.jpg", where="Get EuroSAT.zip (RGB): github.com/phelber/EuroSAT"),
+    _transfer("Flowers", transfer_sets.read_flowers, (102, 2_040, 6_149),
+              folders=("flowers-102", "flowers"), markers=("setid.mat",),
+              layout="flowers-102/jpg/*.jpg with imagelabels.mat and setid.mat",
+              where="Get 102flowers.tgz, imagelabels.mat, setid.mat: robots.ox.ac.uk/~vgg/data/flowers/102"),
+    _transfer("Pets", transfer_sets.read_pets, (37, 3_680, 3_669),
+              folders=("oxford-iiit-pet", "pets"), markers=("annotations/trainval.txt",),
+              layout="oxford-iiit-pet/images/*.jpg with annotations/{trainval,test}.txt",
+              where="Get images.tar.gz and annotations.tar.gz: robots.ox.ac.uk/~vgg/data/pets"),
+    _transfer("Food101", transfer_sets.read_food, (101, 75_750, 25_250),
+              folders=("food-101", "food101"), markers=("meta/train.txt",),
+              layout="food-101/images/<class>/*.jpg with meta/{train,test}.txt",
+              where="Get food-101.tar.gz: data.vision.ee.ethz.ch/cvl/datasets_extra/food-101"),
+    _transfer("SUN397", transfer_sets.read_sun, (397, 19_850, 19_850), folders=("SUN397",),
+              markers=("Training_01.txt", "Partitions/Training_01.txt", "partitions/Training_01.txt"),
+              layout="SUN397/<letter>/<class>/*.jpg with ClassName.txt, Training_01.txt, Testing_01.txt (or in "
+                     "Partitions/)",
+              where="Get SUN397.tar.gz and Partitions.zip: vision.princeton.edu/projects/2010/SUN"),
+    _inat(2018, (8_142, 437_513, 24_426)),
+    _inat(2019, (1_010, 265_213, 3_030)),
+    _cog(1, 1_118_804), _cog(2, 1_115_788), _cog(3, 1_095_203), _cog(4, 1_107_128), _cog(5, 1_091_654),
+]
+# fmt: on
+SETS = {row.name: row for row in ROWS}

@@ -1,0 +1,93 @@
+"""How right a frozen model is: its features and logits, and from logits or a probe to metrics with their intervals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from utils import metrics
+from utils.evaluation.checkpoints import Source
+from utils.evaluation.features import Extractor
+from utils.evaluation.jobs import Measured
+from utils.evaluation.matching import LoadedSet, MatchedSet
+from utils.evaluation.weights import Classifier, load_classifier
+from utils.machine import resolve_device, resolve_dtype
+
+MAX_CONFUSION = 200  # classes: a larger matrix is too large to read
+
+
+class FrozenModel:
+    """A checkpoint in memory with the machine it runs on: `features` of images, `classifier` for their logits."""
+
+    def __init__(
+        self, source: Source, classes: str | None, device: str, number_format: str, batch_size: int, workers: int
+    ) -> None:
+        """CLASSES, DEVICE: as the options of these names. NUMBER_FORMAT: fp32, fp16, bf16. UserError as both raise."""
+        self.source = source
+        self.classifier: Classifier = load_classifier(source, classes)
+        if self.classifier.classes_from.startswith("assumed"):
+            print(f"{source.label}: outputs {self.classifier.classes_from} (else give --classes)", flush=True)
+        self.device = resolve_device(device)
+        dtype = resolve_dtype(number_format, self.device)
+        self.features = Extractor(self.classifier.backbone, source.sha256, self.device, dtype, batch_size, workers)
+
+
+def metrics_of_logits(logits: np.ndarray, matched: MatchedSet, model: Classifier) -> tuple[Measured, dict, dict]:
+    """(metrics, facts, sidecar) of logits (N, compared classes): counts first, one division at the end.
+
+    top5 only where more than five classes are compared. Raises UserError if a logit is NaN.
+    """
+    ranks = metrics.best_ranks(logits, matched.labels)
+    labels = np.array([label for _, label in matched.samples])
+    n, correct, classes = len(ranks), ranks == 0, len(matched.class_ids)
+    measured = {"top1": _share(int(correct.sum()), n)}
+    if logits.shape[1] > 5:
+        measured["top5"] = _share(int((ranks < 5).sum()), n)
+    mean, low, high = metrics.mean_per_class(correct, labels, classes)
+    measured["mean_per_class"] = mean, (low, high)
+    error, low, high = metrics.ece_with_interval(logits, correct)
+    measured["ece"] = error, (low, high)
+    facts = {
+        "n": n,
+        "num_classes": classes,
+        "compared": logits.shape[1],  # classes the argmax is over
+        "seed": model.source.args.get("seed"),
+    }
+
+    counts, accuracies = metrics.per_class(correct, labels, classes)
+    names = dict(zip(model.class_ids, model.class_names, strict=True))
+    sidecar: dict[str, Any] = {
+        "class_ids": matched.class_ids,
+        "class_names": [names.get(class_id, class_id) for class_id in matched.class_ids],
+        "classes_in_set": matched.classes_in_set,
+        "images_in_set": matched.images_in_set,
+        "per_class": [
+            {"id": class_id, "n": int(count), "top1": round(float(accuracy), 4)}
+            for class_id, count, accuracy in zip(matched.class_ids, counts, accuracies, strict=True)
+        ],
+    }
+    compared = [model.class_ids[column] for column in matched.columns]
+    if matched.single_answer and compared == matched.class_ids and len(compared) <= MAX_CONFUSION:
+        table = metrics.confusion(logits.argmax(1), matched.labels, len(compared))
+        sidecar["confusion"] = table.tolist()
+    return measured, facts, sidecar
+
+
+def metrics_of_probe(
+    result: dict[str, Any], loaded: LoadedSet, seed: int, earlier: list[dict]
+) -> tuple[Measured, dict, dict]:
+    """(metrics, facts, sidecar) of RESULT, what probes.run_probe found with SEED; EARLIER: runs of other seeds."""
+    n = len(loaded.samples)
+    measured = {
+        "top1": (result["top1"], metrics.wilson_interval(round(result["top1"] * n / 100), n)),
+        "mean_per_class": (result["mean_per_class"], None),
+    }
+    run = {"seed": seed, **{key: result[key] for key in ("top1", "chosen", "held_out")}}
+    runs = [*(other for other in earlier if other["seed"] != seed), run]
+    facts = {"n": n, "num_classes": len(loaded.class_ids), "seed": seed}
+    return measured, facts, {"class_ids": [], "class_names": [], "per_class": [], "runs": runs}
+
+
+def _share(correct: int, n: int) -> tuple[float, tuple[float, float]]:
+    return 100 * correct / n, metrics.wilson_interval(correct, n)
