@@ -80,11 +80,11 @@ def main(args: argparse.Namespace) -> int:
             "git_commit": environment["git_commit"],
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        write_json(RESULTS, [*(read_json(RESULTS) if RESULTS.exists() else []), measured])
+        write_json(RESULTS, [*(read_json(RESULTS, list) if RESULTS.exists() else []), measured])
         print(as_line(measured), flush=True)
     if RESULTS.exists():
-        atomic_write(PAGE, as_page(read_json(RESULTS)).encode())
-        print("\n".join(as_table(newest_of(read_json(RESULTS)))))
+        atomic_write(PAGE, as_page(read_json(RESULTS, list)).encode())
+        print("\n".join(as_table(newest_of(read_json(RESULTS, list)))))
         print(f"wrote {PAGE.relative_to(ROOT)}")
     if failed:
         raise UserError(f"these rows failed, see their output above: {', '.join(failed)}")

@@ -112,7 +112,7 @@ def read_subset(index: str) -> Callable[[str, Path, Path], LoadedSet]:
 def read_real(name: str, folder: Path, data_root: Path) -> LoadedSet:
     """ReaL: IN-Val's images with new labels, several per image. Entry i is file i + 1; those without label drop out."""
     path, ids = folder.parent / "real.json", imagenet_ids()
-    labels = read_json(path)
+    labels = read_json(path, list[list[int]])
     val = read_val(name, folder, data_root)
     samples, answers = [], []
     for file, label in val.samples:
