@@ -250,7 +250,7 @@ class Plain:
         self.pipeline.set_progress_bar_config(disable=True)
         self.steps = steps
         rows, template = load_classes("digits").rows, parse_template(TEMPLATE)
-        self.prompts = [prompt for row in rows for prompt in class_prompts(row, template, 1)]
+        self.prompts = [prompt for row in rows for prompt in class_prompts(row, template, [0])]
 
     def images_per_s(self, images: int) -> float:
         with tempfile.TemporaryDirectory() as work:

@@ -356,7 +356,8 @@ def test_black_and_broken_images_are_drawn_again_and_counted(tmp_path, tiny, mon
     assert [entry["attempt"] for entry in entries(out, ZERO)] == [0, 1, 0, 0, 0, 0, 0, 0, 0]
 
 
-def test_a_model_that_only_draws_black_is_an_error(tmp_path, tiny, monkeypatch, capsys):
+@pytest.mark.parametrize(("dtype", "remedy"), [("fp32", "the widest format"), ("bf16", "(try --dtype fp32)")])
+def test_a_model_that_only_draws_black_is_an_error(tmp_path, tiny, monkeypatch, capsys, dtype, remedy):
     plain = diffusion.Sampler._decode
 
     def black(self, latents):
@@ -364,8 +365,9 @@ def test_a_model_that_only_draws_black_is_an_error(tmp_path, tiny, monkeypatch, 
         return pixels, ["black"] * len(latents)
 
     monkeypatch.setattr(diffusion.Sampler, "_decode", black)
-    assert call(tmp_path / "out", tiny) == 2
-    assert "is black with 3 seeds in a row" in capsys.readouterr().err
+    assert call(tmp_path / "out", tiny, "--dtype", dtype) == 2
+    assert "is black with 3 seeds in a row" in (error := capsys.readouterr().err)
+    assert remedy in error and f"--dtype {dtype}" not in error
     assert not list((tmp_path / "out" / "train").rglob("*.jpg"))
 
 

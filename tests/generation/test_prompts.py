@@ -36,7 +36,9 @@ BARE = ClassRow("jay", "jay")
 def table_prompts(table, template, counts, seed=0, names="first"):
     """All prompts of a table, class by class in label order."""
     for row in table.rows:
-        yield from class_prompts(row, template, counts if isinstance(counts, int) else counts[row.wnid], seed, names)
+        yield from class_prompts(
+            row, template, range(counts if isinstance(counts, int) else counts[row.wnid]), seed, names
+        )
 
 
 # ===== the lists never change =====
@@ -90,7 +92,7 @@ def test_golden_seeds_and_backgrounds():
     assert image_seed(0, "n01440764", 0) == 6330537071284250568
     assert image_seed(0, "n01440764", 0, attempt=1) == 4096621656493576969
     assert image_seed(-1, "jay", 12345) == 2354289068155496976
-    listed = list(class_prompts(load_classes("1k").rows[0], parse_template("c, h_c inside b"), 2))
+    listed = list(class_prompts(load_classes("1k").rows[0], parse_template("c, h_c inside b"), range(2)))
     assert [prompt.text for prompt in listed] == [
         "tench, cyprinid inside hospital",
         "tench, cyprinid inside outdoor diner",
@@ -107,7 +109,7 @@ counts = images_per_class(table, "imagenet")
 start = time.process_time()
 digest, number = sha256(), 0
 template = parse_template(sys.argv[1])
-for prompt in (prompt for row in table.rows for prompt in class_prompts(row, template, counts[row.wnid])):
+for prompt in (prompt for row in table.rows for prompt in class_prompts(row, template, range(counts[row.wnid]))):
     digest.update(f"{prompt.wnid}\\t{prompt.index}\\t{prompt.text}\\t{prompt.seed}\\n".encode())
     number += 1
     if number == 20_000:
@@ -155,7 +157,7 @@ def test_templates(template, first, all_names):
 
 def test_the_papers_names_stand_for_free_texts():
     for name, pattern in TEMPLATES.items():
-        ours, free = (list(class_prompts(TENCH, parse_template(text), 5)) for text in (name, pattern))
+        ours, free = (list(class_prompts(TENCH, parse_template(text), range(5))) for text in (name, pattern))
         assert ours == free
 
 
@@ -205,7 +207,7 @@ def test_unknown_names_option():
     with pytest.raises(UserError, match="--names 'some': choose one of first, all"):
         prompt_text(TENCH, parse_template("c"), 0, "some")
     with pytest.raises(UserError, match="--names 'some'"):
-        next(class_prompts(TENCH, parse_template("c"), 1, names="some"))
+        next(class_prompts(TENCH, parse_template("c"), range(1), names="some"))
 
 
 # ===== seeds =====
@@ -226,24 +228,24 @@ def test_seeds_differ_by_class_index_attempt_and_base_seed_only():
         for attempt in (0, 1)
     }
     assert len(seeds) == 2 * 3 * 3 * 2
-    lists = [list(class_prompts(TENCH, parse_template(template), 4, seed=7)) for template in TEMPLATES]
+    lists = [list(class_prompts(TENCH, parse_template(template), range(4), seed=7)) for template in TEMPLATES]
     assert len({tuple(prompt.seed for prompt in listed) for listed in lists}) == 1
 
 
 def test_a_longer_list_begins_with_the_shorter():
     template = parse_template("c, h_c inside b")
-    assert list(class_prompts(TENCH, template, 5)) == list(class_prompts(TENCH, template, 9))[:5]
+    assert list(class_prompts(TENCH, template, range(5))) == list(class_prompts(TENCH, template, range(9)))[:5]
 
 
 def test_prompt_text_agrees_with_the_list():
     for template in map(parse_template, TEMPLATES):
-        for prompt in class_prompts(TENCH, template, 50, seed=3, names="all"):
+        for prompt in class_prompts(TENCH, template, range(50), seed=3, names="all"):
             assert prompt.seed == image_seed(3, TENCH.wnid, prompt.index)
             assert prompt.text == prompt_text(TENCH, template, prompt.seed, "all")
 
 
 def test_backgrounds_are_drawn_evenly():
-    listed = class_prompts(TENCH, parse_template("{name}|{background}"), 36_500)
+    listed = class_prompts(TENCH, parse_template("{name}|{background}"), range(36_500))
     drawn = Counter(prompt.text.split("|")[1] for prompt in listed)
     assert len(drawn) == 365
     assert sum((count - 100) ** 2 / 100 for count in drawn.values()) < 480  # chi-square, 364 degrees: p about 1e-4

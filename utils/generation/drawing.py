@@ -116,14 +116,9 @@ class Session:
             folder.prepare()
             batches = folder.open_batches()
             self.bar.update(self.pending[folder.id] - sum(map(len, batches)))  # drawn by another process meanwhile
-            prompts = class_prompts(rows[folder.id], template, folder.count, self.recipe.seed, self.recipe.names)
             for number, batch in enumerate(batches, 1):
-                chosen: list[Prompt] = []
-                while len(chosen) < len(batch):  # one walk over the class's prompts, skipping those of done batches
-                    prompt = next(prompts)
-                    if prompt.index in batch:
-                        chosen.append(prompt)
-                yield Batch(folder, chosen, lock if number == len(batches) else None)
+                prompts = class_prompts(rows[folder.id], template, batch, self.recipe.seed, self.recipe.names)
+                yield Batch(folder, list(prompts), lock if number == len(batches) else None)
             if not batches:
                 lock.close()
 
@@ -216,11 +211,11 @@ def write_images(
             continue
         rejected[prompt.index] = [*reasons, fault]
         if [reason != "safety" for reason in rejected[prompt.index][-MAX_BROKEN:]] == [True] * MAX_BROKEN:
-            wider = {"fp16": "bf16 or fp32", "bf16": "fp32"}.get(recipe.dtype or "")
-            overflows = f"the model overflows in {recipe.dtype} (try --dtype {wider}) or " if wider else ""
+            wider = {"fp16": "try --dtype bf16 or fp32", "bf16": "try --dtype fp32"}
             raise UserError(
-                f"--model: image {prompt.index} of {prompt.wnid} is {fault} with {MAX_BROKEN} seeds in a row; "
-                f"{overflows}its weights are bad"
+                f"--model: image {prompt.index} of {prompt.wnid} is {fault} with {MAX_BROKEN} seeds in a row; the "
+                f"model overflows in {recipe.dtype} ({wider.get(recipe.dtype or '', 'the widest format there is')}) "
+                "or its weights are bad"
             )
 
     def save(chosen: tuple[int, list[str]]) -> tuple[int, dict]:

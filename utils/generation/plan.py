@@ -64,7 +64,7 @@ def show_plan(
     sizes = [sum(counts[row.wnid] for row in in_chunk(list(table.rows), (i, 8))) for i in range(8)]
     print(f"chunks: --chunk 0/8 ... 7/8, for example, draw {min(sizes):,} to {max(sizes):,} images each")
     for row in rows[:3]:
-        (first,) = class_prompts(row, template, 1, recipe.seed, recipe.names)
+        (first,) = class_prompts(row, template, [0], recipe.seed, recipe.names)
         print(f"prompt: {first.wnid}_{0:06d}, seed {first.seed}: {first.text}")
     for warning in prompt_warnings(table, template, recipe.names):
         print(f"warning: {warning}", file=sys.stderr)

@@ -17,9 +17,9 @@ import json
 import re
 import string
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
 
@@ -64,8 +64,9 @@ class Template:
     text: str  # the name in the paper, or the text as the user wrote it
     parts: tuple[tuple[str, str | None], ...]
 
-    @property
+    @cached_property
     def fields(self) -> set[str]:
+        """The placeholders it has."""
         return {field for _, field in self.parts if field}
 
 
@@ -103,28 +104,24 @@ def image_seed(seed: int, wnid: str, index: int, attempt: int = 0) -> int:
 
 def prompt_text(row: ClassRow, template: Template, image_seed: int, names: str = "first") -> str:
     """The prompt of one image of class ROW. IMAGE_SEED, that of attempt 0, draws the background (seed mod 365)."""
-    scenes = backgrounds() if "background" in template.fields else ("",)
-    return _render(row, template, names, scenes[image_seed % len(scenes)])
+    return _render(row, template, names, _scene(template, image_seed))
 
 
 def class_prompts(
-    row: ClassRow, template: Template, count: int, seed: int = 0, names: str = "first"
+    row: ClassRow, template: Template, indices: Iterable[int], seed: int = 0, names: str = "first"
 ) -> Iterator[Prompt]:
-    """The first COUNT prompts of one class, in order."""
-    wnid = row.wnid
-    if "background" not in template.fields:
-        text = _render(row, template, names, "")
-        for index in range(count):
-            yield Prompt(wnid, index, text, image_seed(seed, wnid, index))
-    else:
-        scenes = backgrounds()
-        around = _render(row, template, names, "\0").split("\0")  # the text around the scene; tables hold no "\0"
-        for index in range(count):
-            own = image_seed(seed, wnid, index)
-            yield Prompt(wnid, index, scenes[own % len(scenes)].join(around), own)
+    """The prompts of the images INDICES of one class, as (text, seed of the initial latents at attempt 0)."""
+    around = _render(row, template, names, "\0").split("\0")  # the text around the scene; tables hold no "\0"
+    for index in indices:
+        own = image_seed(seed, row.wnid, index)
+        yield Prompt(row.wnid, index, _scene(template, own).join(around), own)
 
 
-@lru_cache(maxsize=1)
+def _scene(template: Template, image_seed: int) -> str:
+    return backgrounds()[image_seed % len(backgrounds())] if "background" in template.fields else ""
+
+
+@cache
 def backgrounds() -> tuple[str, ...]:
     """The 365 scene categories of Places365, as words."""
     return tuple(scene for _, scene in read_list(PROMPTS_DIR / "backgrounds.txt"))
@@ -278,7 +275,7 @@ def main(args: argparse.Namespace) -> None:
 
     rows = []
     for row in table.rows[: args.limit]:
-        (prompt,) = class_prompts(row, template, 1, args.seed, args.names)
+        (prompt,) = class_prompts(row, template, [0], args.seed, args.names)
         rows.append({"id": prompt.wnid, "prompt": prompt.text, "tokens": counter(prompt.text) if counter else None})
     if args.json:
         report = {"classes": table.name, "sha256": table.sha256, "template": template.text, "names": args.names}

@@ -23,7 +23,7 @@ from utils.dataset import folder as datasets
 from utils.dataset.folder import ClassFolder, Dataset
 from utils.generation.drawing import Batch, ProgressBar
 from utils.generation.pipeline import find_pipeline
-from utils.generation.prompts import Prompt, Template, class_prompts, parse_template
+from utils.generation.prompts import Template, class_prompts, parse_template
 from utils.generation.recipe import Recipe
 from utils.images import BadImage, decode_rgb
 from utils.machine import resolve_device, snapshot
@@ -95,13 +95,11 @@ def reproduce(
 
 def own_recipe(recorded: Recipe, device: torch.device, choices: dict[str, Any]) -> Recipe:
     """What is done otherwise than RECORDED: as chosen, or because DEVICE cannot do it as recorded."""
-    on_gpu = device.type == "cuda"
-    recipe = replace(
-        recorded,
-        dtype=None if recorded.dtype == "fp16" and not on_gpu else recorded.dtype,
-        attention=None if recorded.attention == "xformers" and not on_gpu else recorded.attention,
-    )
-    return replace(recipe, **{key: value for key, value in choices.items() if value is not None})
+    given = {key: value for key, value in choices.items() if value is not None}
+    for key, of_a_gpu in (("dtype", "fp16"), ("attention", "xformers")):
+        if device.type != "cuda" and getattr(recorded, key) == of_a_gpu:
+            given.setdefault(key, None)
+    return replace(recorded, **given)
 
 
 def show_comparisons(found: list[Comparison]) -> None:
@@ -121,9 +119,12 @@ def show_differences(dataset: Dataset, recorded: Recipe, used: Recipe) -> None:
     print(f"differs here from the record: {len(differing)} facts" if differing else "this machine: as recorded")
     for name, there, here in differing:
         print(f"  {name}: recorded {json.dumps(there)}, here {json.dumps(here)}")
-    if others := other_environments(dataset):
-        print(f"note: {others} other environments drew parts of it (sessions.jsonl); which image each drew is not kept")
-    if smaller := smaller_batches(dataset):
+    sessions = read_jsonl(dataset.root / "sessions.jsonl")
+    if others := {repr(line.get("environment")) for line in sessions} - {repr("as in dataset.json")}:
+        print(f"note: {len(others)} other environments drew parts of it (sessions.jsonl); "
+              "which image each drew is not kept")  # fmt: skip
+    whole = recorded.batch_size or 1
+    if smaller := sum((line.get("micro_batch") or whole) < whole for line in sessions):
         print(f"note: memory ran out in {smaller} sessions, which denoised batches in parts (micro_batch in "
               "sessions.jsonl); low bits of their images may differ")  # fmt: skip
 
@@ -158,18 +159,6 @@ def differences(recorded: Any, here: Any, name: str = "") -> Iterator[tuple[str,
             yield from differences(recorded.get(key), here.get(key), f"{name}.{key}" if name else key)
     elif recorded != here:
         yield name, recorded, here
-
-
-def other_environments(dataset: Dataset) -> int:
-    """How many different environments, besides the one in dataset.json, took part in drawing it."""
-    found = {repr(line.get("environment")) for line in read_jsonl(dataset.root / "sessions.jsonl")}
-    return len(found - {repr("as in dataset.json")})
-
-
-def smaller_batches(dataset: Dataset) -> int:
-    """How many finished processes denoised fewer images at once than a batch has, because memory ran out."""
-    sessions, size = read_jsonl(dataset.root / "sessions.jsonl"), dataset.recipe["batch_size"]
-    return sum((line.get("micro_batch") or size) < size for line in sessions)
 
 
 # ===== the sample =====
@@ -209,7 +198,8 @@ def redraw(
         for folder, indices in chosen:
             new = replace(folder, root=Path(room))
             new.images.mkdir(parents=True, exist_ok=True)
-            batches.append(Batch(new, prompts_of(rows[folder.id], template, indices, recipe)))
+            prompts = class_prompts(rows[folder.id], template, indices, recipe.seed, recipe.names)
+            batches.append(Batch(new, list(prompts)))
         for batch, entries in draw(batches, recipe, sampler, bar):
             recorded = old[batch.folder.id].entries()
             for index in sorted(entries):
@@ -217,12 +207,6 @@ def redraw(
                 yield compare(old[batch.folder.id], index, recorded[index], redrawn, entries[index])
                 redrawn.unlink()
                 bar.update(1)
-
-
-def prompts_of(row: ClassRow, template: Template, indices: range, recipe: Recipe) -> list[Prompt]:
-    """The prompts of the images INDICES of class ROW."""
-    prompts = class_prompts(row, template, indices.stop, recipe.seed, recipe.names)
-    return [prompt for prompt in prompts if prompt.index in indices]
 
 
 def compare(folder: ClassFolder, index: int, recorded: dict, new: Path, entry: dict) -> Comparison:
