@@ -16,7 +16,7 @@ import evaluate
 import generate
 import train
 from utils.launch import command as launch
-from utils.launch.site import TABLES, site_options
+from utils.launch.site import site_options
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "prompts/README.md"])
@@ -224,7 +224,7 @@ def test_the_site_file_of_the_cluster_page_is_understood(tmp_path):
     )
     site = tmp_path / "site.toml"
     site.write_text(textwrap.dedent(block))
-    options = {script: site_options(site, script, launch.get_args_parser()) for script in TABLES}
+    options = {name: site_options(site, [name], launch.get_args_parser()) for name in ("generate", "train", "evaluate")}
     assert "--partition=gpu" in options["evaluate"] and len(options["evaluate"]) == 8
     assert "--array-parallelism=64" in options["generate"] and "--nodes=2" in options["train"]
     for script, chosen in options.items():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from utils.cli import UserError, run
-from utils.launch import command, processes, slurm, slurm_checks
+from utils.launch import checks, command, processes, slurm, submission
 from utils.launch.site import site_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +49,7 @@ def cluster(programs, monkeypatch):
     programs("scontrol", "\n".join(nodes.format(number) for number in (1, 2)))
     for name in ("sbatch", "srun", "squeue"):
         programs(name)
-    monkeypatch.setattr(slurm_checks, "LOCAL_FOLDERS", ("/dev/shm",))  # pytest's own folders lie in /tmp
+    monkeypatch.setattr(checks, "LOCAL_FOLDERS", ("/dev/shm",))  # pytest's own folders lie in /tmp
 
 
 def refusal(capsys, *arguments: object) -> str:
@@ -100,7 +104,7 @@ def test_an_unknown_partition_lists_those_there_are(cluster, programs, tmp_path,
     [("30:30", 30.5), ("1:00:00", 60), ("2-00:00:00", 2880), ("1-12:30:00", 2190), ("infinite", None)],
 )
 def test_slurms_time_limits_are_read(limit, minutes):
-    assert slurm_checks.minutes(limit) == (float("inf") if minutes is None else minutes)
+    assert checks.minutes(limit) == (float("inf") if minutes is None else minutes)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,7 @@ def test_slurms_time_limits_are_read(limit, minutes):
     [
         ("partiton = 'gpu'", "partiton is not an option; the known ones are"),
         ("[train]\nnode = 2", "[train] node is not an option"),
-        ("[deploy]\nnodes = 2", "[deploy] is no table of it; use [generate], [train], [evaluate]"),
+        ("[deploy]\nnodes = 2", "[deploy] is no table of it; use [evaluate], [generate], [train]"),
         ("train = 3", "train is a script's name; write it as a table"),
         ("partition = ", "not valid TOML"),
         ("setup = 'module load cuda'", "setup takes a list"),
@@ -120,7 +124,7 @@ def test_a_wrong_site_file_names_its_fault(tmp_path, text, message):
     site = tmp_path / "site.toml"
     site.write_text(text)
     with pytest.raises(UserError) as refused:
-        site_options(site, "train", command.get_args_parser())
+        site_options(site, ["train"], command.get_args_parser())
     assert message in str(refused.value) and str(site) in str(refused.value)
 
 
@@ -128,10 +132,10 @@ def test_a_site_file_serves_each_script_its_own_and_the_command_line_wins(tmp_pa
     site = tmp_path / "site.toml"
     site.write_text("partition = 'gpu'\nsetup = ['a', 'b']\n[train]\nnodes = 2\n[generate]\nchunks = 9\n")
     parser = command.get_args_parser()
-    assert site_options(site, "train", parser) == ["--partition=gpu", "--setup=a", "--setup=b", "--nodes=2"]
-    assert site_options(site, "generate", parser)[-1] == "--chunks=9"
+    assert site_options(site, ["train"], parser) == ["--partition=gpu", "--setup=a", "--setup=b", "--nodes=2"]
+    assert site_options(site, ["generate"], parser)[-1] == "--chunks=9"
     with pytest.raises(UserError, match="no such file"):
-        site_options(tmp_path / "none.toml", "train", parser)
+        site_options(tmp_path / "none.toml", ["train"], parser)
 
 
 @pytest.mark.parametrize(
@@ -202,12 +206,14 @@ def stage_of(launcher: str, *words: str) -> command.Stage:
 
 def test_a_job_without_chunks_has_a_process_a_gpu(monkeypatch):
     monkeypatch.chdir(ROOT)
-    tasks = command.tasks_of(stage_of("slurm", "--gpus-per-node", "4", *DIGITS, "out"))
+    tasks = submission.tasks_of(stage_of("slurm", "--gpus-per-node", "4", *DIGITS, "out"))
     assert [(task.processes, task.chunks, task.of) for task in tasks] == [(4, (0, 1, 2, 3), 4)]
     for alone in (["--chunk", "1/8"], ["--chunk=1/8"], ["--preview"], ["--reproduce", "x/dataset.json"]):
-        (task,) = command.tasks_of(stage_of("slurm", "--gpus-per-node", "4", *DIGITS, "out", *alone))
+        (task,) = submission.tasks_of(stage_of("slurm", "--gpus-per-node", "4", *DIGITS, "out", *alone))
         assert task.chunks is None, alone
-    (task,) = command.tasks_of(stage_of("slurm", "--gpus-per-node", "4", "--chunks", "1", *DIGITS, "out", "--verify"))
+    (task,) = submission.tasks_of(
+        stage_of("slurm", "--gpus-per-node", "4", "--chunks", "1", *DIGITS, "out", "--verify")
+    )
     assert task.chunks is None
 
 
@@ -258,3 +264,73 @@ def test_every_gpu_is_used_once_before_any_is_used_twice(monkeypatch):
     assert team.devices == ["2", "3", "2", "3"] and team.parallel == 4
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert slurm.Task(("generate.py",), processes=4, chunks=(0, 1, 2, 3), of=8)._team(0, 1).devices == []
+
+
+# ===== scripts are known by what they declare =====
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("generate", [], ("chunks", 4, (0, 1, 2, 3), 4, False)),
+        ("generate", ["--preview"], ("chunks", 4, None, 1, False)),
+        ("train", ["--data", "models"], ("ranks", 4, None, 1, True)),
+        ("evaluate", ["--checkpoint", "runs/x"], ("single", 1, None, 1, False)),
+    ],
+)
+def test_a_copy_of_a_script_under_another_name_behaves_like_the_original(
+    tmp_path, monkeypatch, name, options, expected
+):
+    monkeypatch.chdir(ROOT)
+    copy = tmp_path / "my_own.py"
+    copy.write_bytes((ROOT / f"{name}.py").read_bytes())
+    site = tmp_path / "site.toml"
+    site.write_text(f"qos = 'all'\n[{name}]\nqos = 'long'\n")
+    for script in (ROOT / f"{name}.py", copy):
+        stage = stage_of("slurm", "--gpus-per-node", "4", "--site", str(site), str(script), *options)
+        (task,) = submission.tasks_of(stage)
+        assert (stage.mode, task.processes, task.chunks, task.of, task.ranks) == expected
+        assert stage.args.qos == "long"
+    site.write_text(f"[{name}]\nqos = 'long'\n[my_own]\nqos = 'mine'\n")  # a copy may have a table of its own too
+    assert stage_of("slurm", "--site", str(site), str(copy), *options).args.qos == "mine"
+
+
+@pytest.mark.parametrize("launcher", ["inline", "local"])
+def test_a_copy_of_evaluate_runs_once(tmp_path, launcher):
+    copy = tmp_path / "judge.py"
+    copy.write_bytes((ROOT / "evaluate.py").read_bytes())
+    command = [sys.executable, "-m", "utils.launch", "--launcher", launcher]
+    command += ["--processes", "2"] * (launcher == "local") + [str(copy), "--list-datasets"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("CoG-L3") == 1, done.stdout + done.stderr
+
+
+def test_a_script_that_does_not_say_how_it_runs_is_refused(tmp_path):
+    script = tmp_path / "plain.py"
+    script.write_text("def get_args_parser(): pass")
+    with pytest.raises(UserError, match=r'does not say how it runs; add LAUNCH = Launch\("plain", "ranks"\)'):
+        stage_of("local", str(script))
+
+
+# ===== jobs that are queued while the project is updated =====
+
+
+@pytest.mark.parametrize("module", ["utils.slurm", "utils.launch.slurm"])
+def test_a_job_queued_under_the_old_module_path_still_runs(tmp_path, module):
+    """A Task as protocol 0 wrote it when its class was utils.slurm.Task: state by name, nothing of today's code."""
+    out = tmp_path / "out.txt"
+    state = {
+        "command": ("-c", f"import sys; open({str(out)!r}, 'a').write(' '.join(sys.argv[1:]) + chr(10))"),
+        "processes": 1, "chunks": (3, 4), "of": 9, "ranks": False,
+    }  # fmt: skip
+    old = f"ccopyreg\n_reconstructor\n(c{module}\nTask\nc__builtin__\nobject\nNtR".encode()
+    old += pickle.dumps(state, protocol=0)[:-1] + b"b."
+    (tmp_path / "task.pkl").write_bytes(old)
+    program = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))()"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    env |= {"SUBMITIT_FOLDER": str(tmp_path), "SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "77"}
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "task.pkl")], cwd=ROOT, env=env, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert out.read_text() == "--chunk 3/9\n--chunk 4/9\n"
+    assert json.loads((tmp_path / "77-node0.exit.json").read_text())["code"] == 0

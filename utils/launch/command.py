@@ -16,55 +16,40 @@ again continues, whatever ended it. docs/cluster.md tells the rest.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
+import runpy
 import shlex
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int
-from utils.launch.processes import (
-    Process,
-    Team,
-    chunk_processes,
-    free_port,
-    rank_processes,
-    report,
-    share,
-    visible_gpus,
-)
-from utils.storage import write_json
+from utils.cli import Launch, UserError, make_parser, non_negative_int, positive_float, positive_int
+from utils.launch.processes import Process, Team, chunk_processes, local_ranks, report, share, visible_gpus
+from utils.launch.site import site_options
 
 THEN = "--then"
-SINGLE_PROCESS = ("evaluate.py",)
-WHOLE = ("preview", "pack", "reproduce")  # of generate.py: not in chunks
+OWN_SBATCH_KEYS = {"array", "output", "error", "signal", "requeue", "open-mode", "dependency", "wrap", "job-name"}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One checked command: ARGS are the launcher's options for it, OUTPUTS the folders it writes."""
+    """One checked command: ARGS are the launcher's options for it, MODE how its script runs (cli.Launch.runs_as)."""
 
     name: str
     args: argparse.Namespace
     command: tuple[str, ...]
-    mode: str  # "chunks", "ranks" or "single"
-    outputs: tuple[Path, ...]
+    mode: str
+    outputs: tuple[Path, ...]  # folders that it writes
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    """The launcher's options; the script and its own options end up in `command`, unread."""
     parser = make_parser(__doc__)
     parser.prog = "python -m utils.launch"
     parser.add_argument("--launcher", choices=("inline", "local", "slurm"), default="inline", help="where to run")
     parser.add_argument("--site", type=Path, metavar="FILE.toml", help="a cluster's options (docs/cluster.md)")
-    parser.add_argument("--wait", action="store_true", help="slurm: stay until the jobs end, exit as they do")
     parser.add_argument("--watch", type=Path, metavar="FOLDER", help="wait for jobs queued earlier (their log folder)")
-    parser.add_argument("--dry-run", action="store_true", help="slurm: check all, print the jobs, queue nothing")
-
     parser.add_argument("--chunks", type=positive_int, help="generate.py: chunks of classes (slurm: an array)")
     parser.add_argument(
         *("--processes", "--tasks-per-node"), type=positive_int, help="processes at once on a node (one a GPU, else 1)"
@@ -72,6 +57,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=positive_int, default=1, help="train.py: nodes of the DDP job")
 
     slurm = parser.add_argument_group("slurm")
+    slurm.add_argument("--wait", action="store_true", help="stay until the jobs end, exit as they do")
+    slurm.add_argument("--dry-run", action="store_true", help="check all, print the jobs, queue nothing")
     slurm.add_argument("--partition", help="partition, or several with commas")
     slurm.add_argument("--account", help="account that is charged")
     slurm.add_argument("--qos", help="quality of service")
@@ -85,35 +72,27 @@ def get_args_parser() -> argparse.ArgumentParser:
     slurm.add_argument("--after", action="append", default=[], metavar="JOBID", help="start when that job succeeded")
     slurm.add_argument("--max-requeues", type=non_negative_int, default=20, help="time-outs until a job is given up")
     slurm.add_argument(
-        "--signal-delay-s",
-        type=positive_int,
-        default=90,
+        *("--signal-delay-s",), type=positive_int, default=90,
         help="seconds before the time limit at which jobs save and requeue",
-    )
+    )  # fmt: skip
     slurm.add_argument("--log-dir", type=Path, help="logs, on a shared disk (runs/launch/TIME-SCRIPT)")
     slurm.add_argument("--container-image", help="run in this image through pyxis/enroot")
     slurm.add_argument("--container-mounts", action="append", default=[], metavar="HOST:INSIDE", help="further mounts")
     slurm.add_argument("--apptainer", metavar="IMAGE.sif", help="run in this image through Apptainer")
+    slurm.add_argument("--setup", action="append", default=[], metavar="LINE", help="shell line the job begins with")
     slurm.add_argument(
-        "--setup", action="append", default=[], metavar="LINE", help="shell line that the job begins with"
-    )
-    slurm.add_argument(
-        "--sbatch",
-        action="append",
-        default=[],
-        type=key_value,
-        metavar="KEY=VALUE",
+        *("--sbatch",), action="append", default=[], type=key_value, metavar="KEY=VALUE",
         help="any further option of sbatch",
-    )
+    )  # fmt: skip
 
     parser.add_argument("command", nargs=argparse.REMAINDER, help="script.py and its options [--then ...]")
     return parser
 
 
 def key_value(text: str) -> tuple[str, str]:
-    from utils.launch.slurm import OWN_SBATCH_KEYS
-
+    """An option of sbatch as (key, value), the key with dashes as sbatch spells it; the launcher's own are refused."""
     key, equals, value = text.lstrip("-").partition("=")
+    key = key.replace("_", "-")
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, e.g. reservation=course")
     if key in OWN_SBATCH_KEYS:
@@ -122,21 +101,20 @@ def key_value(text: str) -> tuple[str, str]:
 
 
 def main(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Run what ARGV asks for (ARGS is the same, parsed); the exit code."""
     if args.watch:
-        from utils.launch.slurm_watch import watch
+        from utils.launch.watch import watch
 
         return watch(args.watch)
 
     # ===== checking every command before the first one starts =====
-    if not args.command:
-        raise UserError(
-            "no script given; e.g. python -m utils.launch --launcher local generate.py --classes 100 --out x"
-        )
     stages = read_stages(argv[: len(argv) - len(args.command)], args.command)
     launcher = stages[0].args.launcher
 
     # ===== running them =====
     if launcher == "slurm":
+        from utils.launch.submission import run_on_slurm  # submitit costs start-up time
+
         return run_on_slurm(stages)
     if launcher == "inline" and len(stages) == 1:
         sys.stdout.flush()
@@ -167,35 +145,34 @@ def read_stages(options: Sequence[str], command: Sequence[str]) -> list[Stage]:
 
 
 def read_stage(options: Sequence[str], piece: Sequence[str], first: bool) -> Stage:
+    """One command of a pipeline: PIECE is [launcher options ...] script.py [its options ...]."""
     parser = get_args_parser()
     args = parser.parse_args([*options, *piece])
     if not args.command:
-        raise UserError(f"no script after {THEN}" if not first else "no script given")
+        example = "e.g. python -m utils.launch --launcher local generate.py --classes 100 --out x"
+        raise UserError(f"no script given; {example}" if first else f"no script after {THEN}")
     own_options = piece[: len(piece) - len(args.command)]
     script = args.command[0]
+    how, script_parser = load_script(script)
     if args.site:
-        from utils.launch.site import site_options
-
-        args = parser.parse_args([*site_options(args.site, Path(script).stem, parser), *options, *piece])
+        tables = (how.table, Path(script).stem)
+        args = parser.parse_args([*site_options(args.site, tables, parser), *options, *piece])
     refuse_unused(parser, args, [*options, *own_options])
-    target = load_parser(script)
-    target_args = target.parse_args(args.command[1:])
-    if "--chunk" in target._option_string_actions:
-        mode = "chunks"
-    else:
-        mode = "single" if Path(script).name in SINGLE_PROCESS else "ranks"
+    script_args = script_parser.parse_args(args.command[1:])
+
+    mode, several = how.runs_as, (args.chunks or 1) > 1
     if mode != "chunks" and args.chunks:
-        if first or "--chunks" in own_options:
+        if "--chunks" in names_of([*options, *own_options] if first else own_options):
             raise UserError(f"--chunks {args.chunks}: {script} has no --chunk; give --nodes and --processes instead")
         args.chunks = None
     if mode != "ranks" and args.nodes > 1:
         raise UserError(f"--nodes {args.nodes}: {script} is no DDP job; give --chunks and --array-parallelism instead")
     if mode == "chunks":
-        own_chunk = any(word.partition("=")[0] == "--chunk" for word in args.command)
-        whole = [name for name in WHOLE if getattr(target_args, name, None)]
-        if (args.chunks or 1) > 1 and own_chunk:
+        own_chunk = "--chunk" in names_of(args.command)
+        whole = [name for name in how.whole if getattr(script_args, name)]
+        if several and own_chunk:
             raise UserError("--chunk is given by the launcher; leave it out, or leave --chunks out")
-        if (args.chunks or 1) > 1 and whole:
+        if several and whole:
             raise UserError(f"--chunks {args.chunks}: --{whole[0]} takes all classes together; leave --chunks out")
         if own_chunk or whole:
             args.chunks = 1
@@ -203,9 +180,13 @@ def read_stage(options: Sequence[str], piece: Sequence[str], first: bool) -> Sta
         raise UserError("--container-image and --apptainer: give one of them")
     if args.launcher == "slurm":
         args.processes = 1 if mode == "single" else args.processes or max(1, args.gpus_per_node)
-    out = getattr(target_args, "out", None)
-    outputs = (Path(out),) if out else ()
-    return Stage(Path(script).stem, args, tuple(args.command), mode, outputs)
+    out = getattr(script_args, "out", None)
+    return Stage(Path(script).stem, args, tuple(args.command), mode, (Path(out),) if out else ())
+
+
+def names_of(words: Iterable[str]) -> list[str]:
+    """The options among WORDS, "--chunks=4" as "--chunks"."""
+    return [word.partition("=")[0] for word in words if word.startswith("--")]
 
 
 def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, words: Sequence[str]) -> None:
@@ -216,8 +197,7 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, wor
     if args.launcher == "slurm":
         return
     (slurm,) = (group for group in parser._action_groups if group.title == "slurm")
-    own = [option for action in slurm._group_actions for option in action.option_strings]
-    users = dict.fromkeys([*own, "--wait", "--dry-run"], "slurm")  # option -> launchers that would use it
+    users = {option: "slurm" for action in slurm._group_actions for option in action.option_strings}
     if args.nodes > 1:
         users["--nodes"] = "slurm"
     if args.launcher == "inline":
@@ -226,7 +206,7 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, wor
             users["--chunks"] = "local or slurm"
         if (args.processes or 1) > 1:
             users |= dict.fromkeys(["--processes", "--tasks-per-node"], "local or slurm")
-    for option in (word.partition("=")[0] for word in words):
+    for option in names_of(words):
         if option in users:
             raise UserError(
                 f"{option}: --launcher {args.launcher} does not use it; "
@@ -234,22 +214,21 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, wor
             )
 
 
-def load_parser(script: str) -> argparse.ArgumentParser:
-    """The script's own parser: importing it does no work, by the rule of this project's scripts."""
+def load_script(script: str) -> tuple[Launch, argparse.ArgumentParser]:
+    """How the script wants to be run, and its own parser: importing it does no work, by this project's rule."""
     path = Path(script)
     if path.suffix != ".py" or not path.exists():
         raise UserError(f"{script}: no such script; launcher options go before it, its own options after it")
     sys.path.insert(0, str(path.resolve().parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_args_parser"):
+    module = runpy.run_path(script, run_name=path.stem)
+    if "get_args_parser" not in module:
         raise UserError(f"{script} has no get_args_parser(), so its options cannot be checked beforehand")
-    parser = module.get_args_parser()
+    how = module.get("LAUNCH")
+    if not isinstance(how, Launch):
+        raise UserError(f'{script} does not say how it runs; add LAUNCH = Launch("{path.stem}", "ranks") of utils.cli')
+    parser = module["get_args_parser"]()
     parser.prog = path.name
-    return parser
+    return how, parser
 
 
 # ===== on this machine =====
@@ -258,15 +237,16 @@ def load_parser(script: str) -> argparse.ArgumentParser:
 def run_here(stage: Stage, launcher: str) -> int:
     """Run one command in processes of this machine; its exit code, 128 + n if signal n stopped it."""
     command = (sys.executable, *stage.command)
-    gpus = visible_gpus() if launcher == "local" and stage.mode != "single" else []
-    count = 1 if launcher == "inline" or stage.mode == "single" else stage.args.processes or max(1, len(gpus))
-    chunks = (stage.args.chunks or count) if launcher == "local" else 1
+    alone = launcher == "inline" or stage.mode == "single"
+    gpus = [] if alone else visible_gpus()
+    count = 1 if alone else stage.args.processes or max(1, len(gpus))
+    chunks = 1 if alone or stage.mode != "chunks" else stage.args.chunks or count
     if stage.mode == "chunks":
         count = min(count, chunks)
-    if stage.mode == "chunks" and chunks > 1:
+    if chunks > 1:
         team = Team(chunk_processes(command, range(chunks), chunks), count, devices=share(gpus, count))
     elif stage.mode == "ranks" and count > 1:
-        team = Team(rank_processes(command, count, 0, 1, "127.0.0.1", free_port()), count, together=True)
+        team = Team(local_ranks(command, count), count, together=True)
     else:
         team = Team([Process(stage.name, command)], 1)
     if count > 1:
@@ -277,69 +257,3 @@ def run_here(stage: Stage, launcher: str) -> int:
         print("launch: stopped; the same command continues", file=sys.stderr)
         return 128 + team.stopped_by
     return report(outcomes)
-
-
-# ===== on SLURM =====
-
-
-def run_on_slurm(stages: Sequence[Stage]) -> int:
-    from utils.launch import slurm, slurm_checks, slurm_watch
-
-    first = stages[0].args
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    folder = (first.log_dir or Path("runs/launch") / f"{stamp}-{stages[0].name}").resolve()
-    for stage in stages:
-        slurm_checks.check_cluster(stage.args, slurm.sbatch_flags(stage.args), folder, stage.outputs)
-    record: list[dict[str, Any]] = [
-        {"name": stage.name, "elements": slurm.describe(stage.command, tasks_of(stage))} for stage in stages
-    ]
-    if first.dry_run:
-        for stage, entry in zip(stages, record, strict=True):
-            print(f"{stage.name}: {len(entry['elements'])} jobs, sbatch {shlex.join(slurm.sbatch_flags(stage.args))}")
-            for element in entry["elements"][:3]:
-                print("  " + "\n  ".join(element["commands"]))
-        return 0
-
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs: list[str] = []
-    try:
-        for stage, entry in zip(stages, record, strict=True):
-            after = stage.args.after if not jobs else [jobs[-1]]
-            jobs.append(slurm.submit(stage.args, tasks_of(stage), folder, stage.name, after))
-            entry["job"] = jobs[-1]
-            count = len(entry["elements"])
-            size = f", {count} elements, {stage.args.array_parallelism} at once" if count > 1 else ""
-            print(
-                f"launch: {stage.name}: job {jobs[-1]}{size}{', after ' + ' '.join(after) if after else ''}", flush=True
-            )
-    except BaseException:
-        if jobs:  # half a pipeline is of no use to anyone
-            subprocess.run(["scancel", *jobs])
-        raise
-    write_json(folder / slurm_watch.RECORD, {"cwd": str(Path.cwd()), "stages": record})
-    first_log = slurm_watch.log_file(folder, jobs[0] if len(tasks_of(stages[0])) == 1 else f"{jobs[0]}_0")
-    print(f"launch: queue   squeue --jobs {','.join(jobs)}")
-    print(f"launch: log     tail -F {shlex.quote(str(first_log))}")
-    print(f"launch: wait    python -m utils.launch --watch {shlex.quote(str(folder))}")
-    print(f"launch: cancel  scancel {' '.join(jobs)}", flush=True)
-    if not first.wait:
-        return 0
-    try:
-        return slurm_watch.watch(folder)
-    except KeyboardInterrupt:
-        print("launch: no longer waiting; the jobs go on (see `wait` and `cancel` above)", file=sys.stderr)
-        return 130
-
-
-def tasks_of(stage: Stage) -> list:
-    """The SLURM jobs (array elements) of a command: `processes` chunks each, or one DDP job, or one process.
-
-    Without --chunks a job has a chunk a process, as on this machine.
-    """
-    from utils.launch.slurm import Task
-
-    count, at_once = stage.args.chunks or stage.args.processes, stage.args.processes
-    if stage.mode == "chunks" and count > 1:
-        groups = [tuple(range(start, min(start + at_once, count))) for start in range(0, count, at_once)]
-        return [Task(stage.command, at_once, chunks=group, of=count) for group in groups]
-    return [Task(stage.command, at_once, ranks=stage.mode == "ranks")]

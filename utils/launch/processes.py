@@ -21,9 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
+from utils.machine import gpus
+
 # Between the first stop signal and SIGKILL: a checkpoint takes seconds, SLURM's own KillWait is 30 s by default.
 GRACE_S = 60
-TAIL_LINES = 20
+TAIL_LINES = 10
 PROGRESS_S = 10  # between two states of one process's progress bar
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -47,6 +49,7 @@ class Outcome:
     tail: tuple[str, ...] = ()
 
 
+@dataclass
 class Team:
     """Runs PROCESSES, at most PARALLEL at once, each on one of DEVICES (entries of CUDA_VISIBLE_DEVICES) if given.
 
@@ -54,16 +57,13 @@ class Team:
     go on, and the failure is reported at the end. A stop signal is handed on to all, and nothing more is started.
     """
 
-    def __init__(
-        self, processes: Sequence[Process], parallel: int, together: bool = False, devices: Sequence[str] = ()
-    ) -> None:
-        self.processes = list(processes)
-        self.parallel = parallel
-        self.together = together
-        self.devices = list(devices)
-        self.stopped_by: int | None = None
-        self._kill_at = float("inf")
-        self._running: dict[int, _Child] = {}
+    processes: Sequence[Process]
+    parallel: int
+    together: bool = False
+    devices: Sequence[str] = ()
+    stopped_by: int | None = field(default=None, init=False)
+    _kill_at: float = field(default=float("inf"), init=False)
+    _running: dict[int, _Child] = field(default_factory=dict, init=False)
 
     def run(self) -> list[Outcome]:
         """Run all to their end. Signal handlers are set for that time, so this is called from the main thread."""
@@ -78,9 +78,8 @@ class Team:
         outcomes = [Outcome(process, None) for process in self.processes]
         idle_devices = deque(self.devices)
         waiting = deque(range(len(self.processes)))
-        ending = False
-        while self._running or (waiting and not ending and self.stopped_by is None):
-            while waiting and len(self._running) < self.parallel and not ending and self.stopped_by is None:
+        while self._running or (waiting and self._kill_at == float("inf")):
+            while waiting and len(self._running) < self.parallel and self._kill_at == float("inf"):
                 index = waiting.popleft()
                 device = idle_devices.popleft() if idle_devices else None
                 self._running[index] = _Child(self.processes[index], device, alone=len(self.processes) == 1)
@@ -89,11 +88,9 @@ class Team:
             for index, child in list(self._running.items()):
                 if (code := child.finished()) is not None:
                     del self._running[index]
-                    if child.device is not None:
-                        idle_devices.append(child.device)
+                    idle_devices += [] if child.device is None else [child.device]
                     outcomes[index] = Outcome(child.process, code, tuple(child.tail))
-                    if code and self.together and not ending:
-                        ending = True
+                    if code and self.together and self._kill_at == float("inf"):
                         self._send(signal.SIGTERM)
             if time.monotonic() > self._kill_at:
                 self._send(signal.SIGKILL)
@@ -133,6 +130,7 @@ class _Child:
             self._reader.start()
 
     def finished(self) -> int | None:
+        """Its exit code as a shell reports it, once it has ended and its last lines are printed."""
         code = self.popen.poll()
         if code is None:
             return None
@@ -183,7 +181,7 @@ def report(outcomes: Sequence[Outcome]) -> int:
         if outcome.code == 128 + signal.SIGKILL:
             ending += " (killed; out of memory? give more with --mem-gb)"
         print(f"launch: {outcome.process.label} {ending}", file=sys.stderr)
-        for line in outcome.tail[-10:]:
+        for line in outcome.tail:
             print(f"launch:   | {line}", file=sys.stderr)
         print(f"launch:   run it again alone: {again}", file=sys.stderr, flush=True)
     codes = [outcome.code for outcome in failed if outcome.code]
@@ -200,21 +198,10 @@ def chunk_processes(command: Sequence[str], chunks: Sequence[int], of: int) -> l
 
 def rank_processes(command: Sequence[str], count: int, node: int, nodes: int, address: str, port: int) -> list[Process]:
     """COMMAND COUNT times as the ranks of NODE of NODES, with the variables that torchrun sets."""
-    return [
-        Process(
-            f"rank {node * count + local}",
-            tuple(command),
-            {
-                "RANK": str(node * count + local),
-                "WORLD_SIZE": str(nodes * count),
-                "LOCAL_RANK": str(local),
-                "LOCAL_WORLD_SIZE": str(count),
-                "MASTER_ADDR": address,
-                "MASTER_PORT": str(port),
-            },
-        )
-        for local in range(count)
-    ]
+    shared = {"WORLD_SIZE": nodes * count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": address, "MASTER_PORT": port}
+    ranks = [{"RANK": node * count + local, "LOCAL_RANK": local, **shared} for local in range(count)]
+    variables = [{name: str(value) for name, value in rank.items()} for rank in ranks]
+    return [Process(f"rank {env['RANK']}", tuple(command), env) for env in variables]
 
 
 def visible_gpus() -> list[str]:
@@ -222,17 +209,16 @@ def visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [entry for entry in visible.split(",") if entry and entry != "-1"]
-    from utils.machine import gpus
-
     return [str(index) for index in range(len(gpus()["gpus"]))]
 
 
-def share(gpus: Sequence[str], count: int) -> list[str]:
+def share(devices: Sequence[str], count: int) -> list[str]:
     """The GPU of each of COUNT processes: every GPU once before any is used twice."""
-    return [gpus[place % len(gpus)] for place in range(count)] if gpus else []
+    return [devices[place % len(devices)] for place in range(count)] if devices else []
 
 
-def free_port() -> int:
+def local_ranks(command: Sequence[str], count: int) -> list[Process]:
+    """COMMAND as COUNT ranks on this machine alone, which meet at a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return rank_processes(command, count, 0, 1, "127.0.0.1", probe.getsockname()[1])

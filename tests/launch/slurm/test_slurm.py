@@ -24,6 +24,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(150)]
 DRAW = """
 import argparse, fcntl, os, sys, time
 from pathlib import Path
+from utils.cli import Launch
+
+LAUNCH = Launch("draw", "chunks")
 
 def get_args_parser():
     parser = argparse.ArgumentParser()
@@ -60,6 +63,9 @@ if __name__ == "__main__":
 RANKS = """
 import argparse, json, os
 from pathlib import Path
+from utils.cli import Launch
+
+LAUNCH = Launch("ranks", "ranks")
 
 def get_args_parser():
     parser = argparse.ArgumentParser()

@@ -25,7 +25,9 @@ def check_cluster(args: Namespace, flags: Sequence[str], folder: Path, outputs: 
         known = ", ".join(sorted(set(partitions)))
         raise UserError(f"--partition {', '.join(unknown)}: unknown; this cluster has {known}")
     check_time_limit(args)
-    nodes = cluster_nodes()
+    nodes = [
+        fields(line) for line in ask("scontrol", "--oneliner", "show", "nodes").splitlines() if "NodeName=" in line
+    ]
     if not all(node["NodeHostName"] == socket.gethostname() for node in nodes):
         for option, path in [("--log-dir", folder), *(("--out", output) for output in outputs)]:
             require_shared(option, path)
@@ -67,9 +69,9 @@ def minutes(limit: str) -> float:
     return int(days or 0) * 1440 + int(hours) * 60 + int(minute) + int(second) / 60
 
 
-def cluster_nodes() -> list[dict[str, str]]:
-    lines = ask("scontrol", "--oneliner", "show", "nodes").splitlines()
-    return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines if "NodeName=" in line]
+def fields(line: str) -> dict[str, str]:
+    """The NAME=VALUE words of a line of `scontrol --oneliner show`."""
+    return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
 def require_shared(option: str, path: Path) -> None:

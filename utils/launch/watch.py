@@ -1,0 +1,131 @@
+"""Following submitted jobs from the queue and the log folder, and saying at the end what a person needs to know."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.cli import UserError
+from utils.launch.checks import fields
+from utils.storage import read_json
+
+RECORD = "launch.json"
+LOG_LINES = 10
+# Between a job's leaving the queue and the last file of its node being seen here (network file systems cache names).
+SETTLE_S = 10
+ORDINARY_WAITS = ("None", "Priority", "Resources", "Dependency", "JobArrayTaskLimit", "BeginTime")
+POLL_S = (1, 15)  # first and longest pause between two questions to the queue
+
+
+def watch(folder: Path) -> int:
+    """Wait until every job recorded in FOLDER has left the queue; report. 0, or the first failure's exit code."""
+    if not (folder / RECORD).exists():
+        raise UserError(f"--watch {folder}: no {RECORD} there; give the folder that the launcher printed (--log-dir)")
+    elements = [element for stage in read_json(folder / RECORD)["stages"] for element in _elements(stage)]
+    shown, pause = "", float(POLL_S[0])
+    while True:
+        queue = queued_states()
+        summary = _summary(folder, elements, queue)
+        if summary != shown:
+            print(f"launch: {summary}", flush=True)
+            shown, pause = summary, float(POLL_S[0])
+        if not any(element["job"] in queue for element in elements):
+            break
+        time.sleep(pause)
+        pause = min(pause * 1.3, POLL_S[1])
+    deadline = time.monotonic() + SETTLE_S
+    while any(exit_code(folder, e["job"]) is None for e in elements) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return _report(folder, elements)
+
+
+def _elements(stage: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry a job or array element: {"job": "7_2", "name", "label", "commands": [shell lines]}."""
+    several = len(stage["elements"]) > 1
+    return [
+        {"job": f"{stage['job']}_{index}" if several else stage["job"], "name": stage["name"], **element}
+        for index, element in enumerate(stage["elements"])
+    ]
+
+
+def queued_states() -> dict[str, str]:
+    """{"7" or "7_2": state} of this user's jobs in the queue; a controller that is restarting is asked again.
+
+    A waiting job's reason is part of its state where a person may have to act on it.
+    """
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r"]
+    for attempt in range(20):
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except FileNotFoundError:
+            raise UserError("--watch: no `squeue` on PATH; run this on a login node of the cluster") from None
+        except subprocess.TimeoutExpired:
+            continue
+        if result.returncode == 0:
+            rows = [line.split("|", 2) for line in result.stdout.splitlines() if line.strip()]
+            to_act_on = lambda state, reason: state == "PENDING" and reason not in ORDINARY_WAITS  # noqa: E731
+            return {job: f"{state} ({reason})" if to_act_on(state, reason) else state for job, state, reason in rows}
+        if attempt == 0:
+            print("launch: the queue does not answer, asking again", file=sys.stderr, flush=True)
+        time.sleep(3)
+    raise UserError("squeue has not answered for a minute; the jobs go on, watch them later with the same command")
+
+
+def exit_code(folder: Path, job: str) -> int | None:
+    """What the Task of JOB left at its end: a failure of any of its nodes, else node 0's success, else None."""
+    codes = {path.name: read_json(path)["code"] for path in sorted(folder.glob(f"{job}-node*.exit.json"))}
+    return next(filter(None, codes.values()), codes.get(f"{job}-node0.exit.json"))
+
+
+def log_file(folder: Path, job: str) -> Path:
+    """The output of JOB's first node, by submitit's name for it."""
+    return folder / f"{job}_0_log.out"
+
+
+def _summary(folder: Path, elements: Sequence[dict[str, Any]], queue: dict[str, str]) -> str:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for element in elements:
+        state = queue.get(element["job"])
+        if state is None:
+            code = exit_code(folder, element["job"])
+            state = "ended" if code is None else "failed" if code else "done"
+        counts[element["name"]][state.replace("PENDING", "waiting").replace("RUNNING", "running")] += 1
+    return "; ".join(f"{name}: " + ", ".join(f"{n} {s}" for s, n in sorted(v.items())) for name, v in counts.items())
+
+
+def _report(folder: Path, elements: Sequence[dict[str, Any]]) -> int:
+    failures = []
+    for element in elements:
+        code = exit_code(folder, element["job"])
+        if code == 0:
+            continue
+        failures.append(code or 1)
+        how = f"failed with exit code {code}" if code else f"did not finish ({_last_state(element['job'])})"
+        title = " ".join(filter(None, (element["name"], element["label"], f"(job {element['job']})")))
+        log = log_file(folder, element["job"])
+        if log.exists():
+            last = [line.split("\r")[-1] for line in log.read_text(errors="replace").splitlines()[-LOG_LINES:]]
+            lines = [f"launch: the last lines of {log}:", *(f"  | {line}" for line in last)]
+        else:
+            lines = [f"launch: no {log.name} in {folder}: it never ran, or its node cannot see that folder"]
+        lines += [f"launch: run it again alone: {command}" for command in element["commands"]]
+        print(f"\nlaunch: {title} {how}", *lines, sep="\n", file=sys.stderr)
+    if not failures:
+        print(f"launch: all {len(elements)} jobs done", flush=True)
+        return 0
+    count = f"{len(failures)} of {len(elements)}"
+    print(f"\nlaunch: {count} jobs failed; the whole command again continues", file=sys.stderr)
+    return failures[0]
+
+
+def _last_state(job: str) -> str:
+    """What SLURM remembers of a job that left the queue (for minutes), e.g. `CANCELLED DependencyNeverSatisfied`."""
+    result = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
+    known = fields(result.stdout)
+    words = (known.get("JobState"), known.get("Reason", "").replace("None", ""))
+    return " ".join(filter(None, words)) or "SLURM no longer knows it"
