@@ -63,6 +63,7 @@ class Listed(torch.utils.data.Dataset):
 
 
 def plain_loop(model: torch.nn.Module, samples: list[tuple[str, int]]) -> np.ndarray:
+    """The peer's features (N, D): a DataLoader with a worker a core."""
     loader = torch.utils.data.DataLoader(Listed(samples), batch_size=64, num_workers=torch.get_num_threads())
     with torch.no_grad():
         return torch.cat([model(batch) for batch in loader]).numpy()
@@ -83,6 +84,7 @@ def make_backbone(samples: list[tuple[str, int]]) -> torch.nn.Module:
 
 
 def features_vs_plain() -> dict:
+    """The row of the benchmark, see bench.py."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -140,7 +140,7 @@ def suite(splits: dict[str, probes.Split]) -> tuple[float, float]:
         solutions[c] = solver.fit(c, solutions[nearest] if nearest else None)
         return probes.top1_of(solutions[c].classifier, (x[held], y[held]))
 
-    chosen, _ = probes.search_suite_c(judge, seed=0)
+    chosen, _ = probes.search_tpe({"C": probes.C_RANGE}, judge, seed=0)
     visited = sorted(solutions)
     strata = np.linspace(0, len(visited), 2 * TIMED + 1)[1::2].astype(int)
     seconds = [timed_fit((x[part], y[part]), {"C": visited[trial]})[0] for trial in strata]
@@ -149,6 +149,7 @@ def suite(splits: dict[str, probes.Split]) -> tuple[float, float]:
 
 
 def timed_fit(train: probes.Split, setting: probes.Setting) -> tuple[float, probes.Predictor]:
+    """(seconds of one fit of scikit-learn's, the classifier)."""
     started = time.perf_counter()
     predict = probes.fit_sklearn(train, setting, seed=0, device="cpu")
     seconds = time.perf_counter() - started
@@ -157,6 +158,7 @@ def timed_fit(train: probes.Split, setting: probes.Setting) -> tuple[float, prob
 
 
 def probe_vs_suite() -> dict[str, Any]:
+    """The row of the benchmark, see bench.py."""
     rng = np.random.default_rng(0)
     sets = {
         "digits, 80 poses": digits_in_poses(rng),

@@ -64,7 +64,7 @@ def run_probe(
         metrics.refuse_nan(np.asarray(values), f"the {split} features")
     train, test = features["trainval"], features["test"]
     search = {
-        ("logreg", "paper"): search_suite_logreg,
+        ("logreg", "paper"): search_suite,
         ("logreg", "fast"): search_path,
         ("sgd", "paper"): search_suite_sgd,
         ("sgd", "fast"): search_stages,
@@ -129,20 +129,22 @@ def top1_of(predict: Predictor, split: Split) -> float:
 # ===== logistic regression =====
 
 
-def search_suite_logreg(train: Split, held: Split, trials: Trials, seed: int, device: Any) -> tuple[Setting, float]:
+def search_suite(train: Split, held: Split, trials: Trials, seed: int, device: Any) -> tuple[Setting, float]:
+    """The suite's search over C, every trial a fit of scikit-learn's: (setting, its held-out accuracy in percent)."""
+
     def judge(setting: Setting) -> float:
         return trials(setting, lambda: top1_of(fit_sklearn(train, setting, seed, device), held))
 
-    return search_suite_c(judge, seed)
+    return search_tpe({"C": C_RANGE}, judge, seed)
 
 
-def search_suite_c(judge: Callable[[Setting], float], seed: int) -> tuple[Setting, float]:
-    """The suite's choice of C and its accuracy, where JUDGE tells the held-out accuracy at one."""
-    return _tpe({"C": C_RANGE}, judge, seed)
+def search_tpe(
+    ranges: dict[str, tuple[float, float]], judge: Callable[[Setting], float], seed: int
+) -> tuple[Setting, float]:
+    """The best of TRIALS settings that Optuna's TPE proposes and what JUDGE, in percent, says of it.
 
-
-def _tpe(ranges: dict[str, tuple[float, float]], judge: Callable[[Setting], float], seed: int) -> tuple[Setting, float]:
-    """Log-uniform over RANGES; jointly where there are several, as the suite has it."""
+    Log-uniform over RANGES; jointly where there are several, as the suite has it.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -160,6 +162,7 @@ def _tpe(ranges: dict[str, tuple[float, float]], judge: Callable[[Setting], floa
 
 
 def fit_sklearn(train: Split, setting: Setting, seed: int, device: Any) -> Predictor:
+    """scikit-learn's logistic regression, as the suite fits it (on the CPU whatever the DEVICE)."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -209,6 +212,7 @@ def search_path(train: Split, held: Split, trials: Trials, seed: int, device: An
 
 
 def fit_logreg(train: Split, setting: Setting, seed: int, device: Any) -> LinearClassifier:
+    """Our exact solution of the same problem; it has no SEED, since it has one minimum."""
     return LogisticSolver(*train, device).solve(setting["C"]).classifier
 
 
@@ -216,10 +220,12 @@ def fit_logreg(train: Split, setting: Setting, seed: int, device: Any) -> Linear
 
 
 def search_suite_sgd(train: Split, held: Split, trials: Trials, seed: int, device: Any) -> tuple[Setting, float]:
+    """The suite's joint search over learning rate and weight decay, every trial 100 epochs."""
+
     def judge(setting: Setting) -> float:
         return trials(setting, lambda: top1_of(fit_sgd(train, setting, seed, device), held))
 
-    return _tpe({"lr": LR_RANGE, "weight_decay": WEIGHT_DECAY_RANGE}, judge, seed)
+    return search_tpe({"lr": LR_RANGE, "weight_decay": WEIGHT_DECAY_RANGE}, judge, seed)
 
 
 def search_stages(train: Split, held: Split, trials: Trials, seed: int, device: Any) -> tuple[Setting, float]:
@@ -243,6 +249,7 @@ def search_stages(train: Split, held: Split, trials: Trials, seed: int, device: 
 
 
 def fit_sgd(train: Split, setting: Setting, seed: int, device: Any) -> LinearClassifier:
+    """One linear classifier by the suite's 100 epochs."""
     return train_together(train, [setting], seed, device, EPOCHS)[0]
 
 

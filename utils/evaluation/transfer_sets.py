@@ -64,29 +64,19 @@ def read_cars(folder: Path) -> tuple[Samples, Samples, int]:
     """Two layouts are in use: one cars_annos.mat for all images, or a devkit with two folders of images."""
     if (folder / "cars_annos.mat").exists():
         rows = read_mat(folder / "cars_annos.mat", "annotations")
-        trainval, test = (
-            [
-                (_inside(folder, str(row["relative_im_path"])), int(row["class"]) - 1)
-                for row in rows
-                if row["test"] == part
-            ]
-            for part in (0, 1)
-        )
+        parts = [[(folder, row["relative_im_path"], row["class"]) for row in rows if row["test"] == k] for k in (0, 1)]
     else:
-        trainval, test = (
-            [
-                (_inside(folder / images, str(row["fname"])), int(row["class"]) - 1)
-                for row in read_mat(next(path for path in places if path.exists() or path == places[-1]), "annotations")
-            ]
-            for images, places in (
-                ("cars_train", [folder / "devkit/cars_train_annos.mat"]),
-                (
-                    "cars_test",
-                    [folder / "cars_test_annos_withlabels.mat", folder / "devkit/cars_test_annos_withlabels.mat"],
-                ),
-            )
-        )
-    return trainval, test, len({label for _, label in trainval + test})
+        test = folder / "cars_test_annos_withlabels.mat"
+        lists = {"cars_train": folder / "devkit/cars_train_annos.mat"}
+        lists["cars_test"] = test if test.exists() else folder / "devkit" / test.name
+        parts = [
+            [(folder / images, row["fname"], row["class"]) for row in read_mat(path, "annotations")]
+            for images, path in lists.items()
+        ]
+    trainval, test_half = (
+        [(_inside(place, str(name)), int(label) - 1) for place, name, label in part] for part in parts
+    )
+    return trainval, test_half, len({label for _, label in trainval + test_half})
 
 
 def read_mat(path: Path, key: str) -> Any:
