@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,7 @@ from utils.classes import (
     images_per_class,
     load_classes,
     read_classes,
+    safe_id,
 )
 from utils.cli import UserError
 from utils.storage import sha256_file
@@ -377,3 +379,28 @@ def test_derived_ids_are_safe_and_stable(name, other):
 def test_long_names_get_short_ids():
     first, second = id_from_name("very " * 30 + "long"), id_from_name("very " * 30 + "short")
     assert first != second and len(first) <= 64
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
+def test_only_a_regular_file_is_a_table(tmp_path, kind):
+    """A FIFO blocked for ever, /dev/zero took all memory."""
+    path = tmp_path / "birds.tsv"
+    {"fifo": lambda: os.mkfifo(path), "folder": path.mkdir, "device": lambda: path.symlink_to("/dev/zero")}[kind]()
+    with pytest.raises(UserError, match=r"cannot read .*birds\.tsv \("):
+        load_classes(path)
+
+
+def test_a_cell_that_no_prompt_could_use_is_refused_at_the_door(tmp_path):
+    path = tmp_path / "birds.tsv"
+    path.write_text("name\tdefinition\nrobin\t" + "x" * 4000 + "\n")
+    assert len(load_classes(path).rows[0].definition) == 4000
+    path.write_text("name\tdefinition\nrobin\t" + "x" * 65_537 + "\n")
+    with pytest.raises(UserError, match=r"birds\.tsv, line 2, column definition: 65,537 characters; at most 4,000"):
+        load_classes(path)
+
+
+@pytest.mark.parametrize("text", ["/etc", "../x", "a/b", "a\nb", "", ".", "a" * 65, None, 5, ["n1"], "a\0"])
+def test_an_id_from_elsewhere_is_never_a_path(text):
+    with pytest.raises(UserError, match=r"^dataset\.json, classes: .* cannot be a folder name"):
+        safe_id(text, "dataset.json, classes")
+    assert safe_id("n01440764", "x") == "n01440764"

@@ -71,6 +71,16 @@ def test_wilson_known_values():
 
 
 @given(st.integers(1, 10**6), st.data())
+def test_wilson_is_the_published_formula(n, data):
+    """Wilson, JASA 1927, equation (4), with z = 1.95996..."""
+    correct = data.draw(st.integers(0, n))
+    p, z = correct / n, 1.959963984540054
+    centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    wanted = (100 * (centre - half) / (1 + z**2 / n), 100 * (centre + half) / (1 + z**2 / n))
+    assert metrics.wilson_interval(correct, n) == pytest.approx(wanted, abs=1e-9)
+
+
+@given(st.integers(1, 10**6), st.data())
 def test_wilson_holds_its_estimate(n, data):
     correct = data.draw(st.integers(0, n))
     low, high = metrics.wilson_interval(correct, n)

@@ -8,6 +8,7 @@ names file, line and column.
 
 from __future__ import annotations
 
+import csv
 import difflib
 import re
 import unicodedata
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from utils.cli import UserError
-from utils.storage import sha256_bytes
+from utils.cli import UserError, shortened
+from utils.storage import read_regular, sha256_bytes
 
 PROMPTS_DIR = Path(__file__).resolve().parent.parent / "prompts"
 SHIPPED = {
@@ -33,6 +34,8 @@ COLUMNS = ("wnid", "name", "hypernym", "definition")
 HEADER = {"id": "wnid"} | {column: column for column in COLUMNS}  # word in a file's header -> column
 MOST_IMAGES = 1300  # of a class of ImageNet-1K; 895 of the 1000 have as many
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a folder name on any file system
+LONGEST_CELL = 4000  # characters of a cell; a prompt of several fits into a line of the manifest
+MOST_TABLE = 64 << 20  # bytes of a table or list
 
 
 @dataclass(frozen=True)
@@ -156,10 +159,16 @@ def _read_row(path: Path, number: int, cells: Mapping[str, str]) -> ClassRow:
         if cells.get(column) and not all(split_names(cells[column])):
             raise bad_cell(path, number, column, f"{cells[column]!r} has an empty name between its commas")
     wnid = cells["wnid"] if "wnid" in cells else id_from_name(split_names(name)[0])
-    if not SAFE_ID.fullmatch(wnid):
-        message = f"{wnid!r} cannot be a folder name; use 1-64 of A-Z a-z 0-9 . _ - and start with a letter or digit"
-        raise bad_cell(path, number, "id", message)
+    safe_id(wnid, f"{path}, line {number}, column id")
     return ClassRow(wnid, name, cells.get("hypernym", ""), cells.get("definition", ""))
+
+
+def safe_id(text: str, where: str) -> str:
+    """TEXT if it can be the folder of a class, else a UserError that opens with WHERE: a table's line, a file's key."""
+    if not (isinstance(text, str) and SAFE_ID.fullmatch(text)):
+        rule = "use 1-64 of A-Z a-z 0-9 . _ - and start with a letter or digit"
+        raise UserError(f"{where}: {shortened(text, 80)!r} cannot be a folder name; {rule}")
+    return text
 
 
 def id_from_name(name: str) -> str:
@@ -240,7 +249,7 @@ def read_lines(path: Path) -> list[str]:
     Lines end at \\n only: str.splitlines also cuts at form feeds and the like, which here are errors.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path, MOST_TABLE)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -315,11 +324,11 @@ def _read_cells(path: Path, number: int, line: str, header: Sequence[str]) -> di
 
 
 def _unquote(path: Path, number: int, column: str | int, cell: str) -> str:
-    """Undo the quotes that spreadsheets put around a cell with a comma or a quote in it."""
-    cell = cell.strip()
-    if not cell.startswith('"'):
-        return cell
-    if len(cell) < 2 or not cell.endswith('"') or '"' in cell[1:-1].replace('""', ""):
+    """Undo the quotes that spreadsheets put around a cell with a comma or a quote in it: csv's `excel-tab`."""
+    if len(cell) > LONGEST_CELL:
+        raise bad_cell(path, number, column, f"{len(cell):,} characters; at most {LONGEST_CELL:,} are read")
+    try:
+        return "".join(next(csv.reader([cell.strip()], "excel-tab", strict=True), [])).strip()
+    except csv.Error:
         message = "unbalanced quotes; write a quote that opens a cell twice, and no tab or line break inside"
-        raise bad_cell(path, number, column, message)
-    return cell[1:-1].replace('""', '"').strip()
+        raise bad_cell(path, number, column, message) from None
