@@ -7,6 +7,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,19 @@ from PIL import Image, ImageOps
 
 from utils.cli import UserError
 from utils.images import INK, BadImage, Curve, contact_sheet, decode_rgb, draw_curves, list_image_folder
-from utils.report.records import read_described, read_epochs, read_sidecars
+from utils.report.records import Sidecar, read_described, read_epochs
 from utils.storage import atomic_path, read_jsonl
 
 MAX_CLASSES = 20  # classes that a page still shows whole
 SHEET_COLUMNS, SHEET_SIDE = 10, 64  # images a class and source; pixels of each
-# The paper's page draws the model of real images in blue and that of synthetic ones in red. Both stay apart from each
-# other for colour-blind readers; further models follow matplotlib's order.
-COLORS = ("#2166ac", "#d6303a", "#e08214", "#1b9e77", "#7b3294", "#8c6d31")
+# The paper's page draws the model of real images in blue and that of synthetic ones in red, whatever their order. Each
+# pair of shades can be told apart by colour-blind readers.
+COLORS = {
+    "real": ("#2166ac", "#67a9cf", "#053061"),
+    "synthetic": ("#d6303a", "#f4a582", "#7f0d1a"),
+    "mixed": ("#7b3294", "#b58bc9"),
+    "": ("#e08214", "#1b9e77", "#8c6d31", "#555555"),  # not known, such as a model of torchvision
+}
 
 
 def training_curves(models: Mapping[str, tuple[str, Sequence[Path]]]) -> str | None:
@@ -40,22 +46,29 @@ def training_curves(models: Mapping[str, tuple[str, Sequence[Path]]]) -> str | N
     return drawn[drawn.index("<svg") :]
 
 
-def close_looks(models: Mapping[str, tuple[Sequence[Path], set[str]]]) -> list[dict[str, Any]]:
-    """Per-class accuracy and confusion of each dataset, from eval/*.json; counts are summed over a model's seeds.
+def close_looks(models: Mapping[str, Sequence[Sidecar]]) -> list[dict[str, Any]]:
+    """Per-class accuracy and confusion of each dataset; counts are summed over a model's seeds.
 
-    MODELS: name -> (folders of its results, sha256 of its checkpoints); a folder may hold other models' files too.
-    With more than MAX_CLASSES classes the worst ones of the first model are shown, without the matrix.
+    MODELS: name -> the sidecars of its runs. With more than MAX_CLASSES classes the worst
+    ones of the first model are shown, without the matrix.
     """
     looks: dict[str, dict[str, Any]] = {}
-    for name, (folders, checkpoints) in models.items():
-        for found in (one for folder in folders for one in read_sidecars(folder)):
-            if found.checkpoint_sha256 not in checkpoints:
-                continue
+    for name, sidecars in models.items():
+        for found in sidecars:
             look = looks.setdefault(found.dataset, {"dataset": found.dataset, "models": {}, "names": {}})
             look["names"] |= dict(zip(found.class_ids, found.class_names, strict=True))
             mine = look["models"].setdefault(
-                name, {"ids": found.class_ids, "correct": Counter(), "n": Counter(), "images": {}, "confusion": None}
+                name,
+                {
+                    "ids": found.class_ids,
+                    "correct": Counter(),
+                    "n": Counter(),
+                    "images": {},
+                    "runs": 0,
+                    "confusion": None,
+                },
             )
+            mine["runs"] += 1
             for row in found.per_class:
                 mine["images"][row.id] = row.n
                 mine["n"][row.id] += row.n  # over seeds
@@ -67,7 +80,7 @@ def close_looks(models: Mapping[str, tuple[Sequence[Path], set[str]]]) -> list[d
 
 
 def shown_look(look: dict[str, Any]) -> dict[str, Any]:
-    """{dataset, models: [{name, confusion}], classes: [{id, name, n, top1: [percent a model]}], labels, cut}"""
+    """{dataset, models: [{name, runs, confusion}], classes: [{id, name, n, top1: [percent a model]}], labels, cut}"""
     models = look["models"]
     first = next(iter(models.values()))
     ids = [class_id for class_id in first["n"] if first["n"][class_id]]
@@ -91,7 +104,11 @@ def shown_look(look: dict[str, Any]) -> dict[str, Any]:
             for class_id in ids
         ],
         "models": [
-            {"name": name, "confusion": None if cut or mine["ids"] != first["ids"] else shares(mine["confusion"])}
+            {
+                "name": name,
+                "runs": mine["runs"],
+                "confusion": None if cut or mine["ids"] != first["ids"] else shares(mine["confusion"]),
+            }
             for name, mine in models.items()
         ],
     }
@@ -157,49 +174,57 @@ def strip(paths: Sequence[str]) -> str:
 # ===== radar =====
 
 
-def draw_radar(
-    axes: Sequence[str], models: Mapping[str, Mapping[str, float]], svg: Path, png: Path, colors: Mapping[str, str]
-) -> None:
+@dataclass(frozen=True)
+class RadarLine:
+    """A model's polygon. VALUES: axis -> percent; one that lacks axes is not filled, and its corners are joined."""
+
+    label: str
+    color: str
+    values: Mapping[str, float]
+    dashed: bool = False
+
+
+def draw_radar(axes: Sequence[str], lines: Sequence[RadarLine], svg: Path, png: Path) -> None:
     """Write the plot as SVG (transparent, for screens of any colour) and PNG (white, for print).
 
-    AXES: names, clockwise from the top; at least three. MODELS: model -> {axis: percent}; a polygon skips an axis
-    that its model lacks. COLORS: model -> colour.
+    AXES: names, clockwise from the top; at least three.
     """
-    import matplotlib
+    import matplotlib  # here: half a second, which only reports with a radar plot should wait for
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.projections.polar import PolarAxes
 
     angles = [2 * math.pi * position / len(axes) for position in range(len(axes))]
-    # A fixed salt: the same bytes for the same numbers.
-    with matplotlib.rc_context(
-        {"svg.hashsalt": "radar", "svg.fonttype": "path", "font.size": 11, "text.parse_math": False}
-    ):
-        figure, plot = pyplot.subplots(figsize=(7, 6.4), subplot_kw={"polar": True}, layout="constrained")
+    # A fixed salt: the same bytes for the same numbers. A name may hold a $.
+    look: Any = {"svg.hashsalt": "radar", "svg.fonttype": "path", "font.size": 11, "text.parse_math": False}
+    with matplotlib.rc_context(look):
+        figure, plot = pyplot.subplots(figsize=(7, 6.4), subplot_kw={"polar": True})
         assert isinstance(plot, PolarAxes)
         plot.set_theta_offset(math.pi / 2)
         plot.set_theta_direction(-1)
         plot.set_xticks(angles, axes)
+        plot.tick_params(axis="x", pad=14)
         plot.set_ylim(0, 100)
         plot.set_yticks([20, 40, 60, 80, 100], ["20", "40", "60", "80", "100"])
         plot.tick_params(colors=INK)
         plot.grid(color=INK, alpha=0.35, linewidth=0.7)
         plot.spines["polar"].set_color(INK)
-        for name, values in models.items():
-            known = [(angle, values[axis]) for angle, axis in zip(angles, axes, strict=True) if axis in values]
-            if not known:
-                continue
-            closed = [*known, known[0]]
-            color = colors[name]
-            plot.plot(*zip(*closed, strict=True), color=color, linewidth=2, marker="o", markersize=4, label=name)
+        handles = []
+        for line in lines:
+            known = [
+                (angle, line.values[axis]) for angle, axis in zip(angles, axes, strict=True) if axis in line.values
+            ]
+            corners = list(zip(*known, known[0], strict=True))
+            style: Any = {"color": line.color, "linestyle": "--" if line.dashed else "-", "linewidth": 2}
+            handles += plot.plot(*corners, marker="o", markersize=4 if len(known) > 1 else 8, **style)
             if len(known) == len(axes):
-                plot.fill(*zip(*closed, strict=True), color=color, alpha=0.12)
-        legend = plot.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2, frameon=False)
-        for text in legend.get_texts():
-            text.set_color(INK)
+                plot.fill(*corners, color=line.color, alpha=0.12)
+        legend: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 2, "frameon": False}
+        plot.legend(handles, [line.label for line in lines], labelcolor=INK, **legend)
+        whole: Any = {"bbox_inches": "tight", "pad_inches": 0.15}  # however long the labels are
         with atomic_path(svg) as temporary:
-            figure.savefig(temporary, format="svg", transparent=True, metadata={"Date": None})
+            figure.savefig(temporary, format="svg", transparent=True, metadata={"Date": None}, **whole)
         with atomic_path(png) as temporary:
-            figure.savefig(temporary, format="png", dpi=150, facecolor="white")
+            figure.savefig(temporary, format="png", dpi=150, facecolor="white", **whole)
         pyplot.close(figure)

@@ -7,20 +7,25 @@ Runs that differ by their seed alone (`NAME-seed0`, `NAME-seed1`, ...) are one m
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.report.figures import COLORS, close_looks, contact_sheets, draw_radar, training_curves
-from utils.report.records import Row, provenance, read_described, read_results, read_training
+from utils.report.figures import COLORS, RadarLine, close_looks, contact_sheets, draw_radar, training_curves
+from utils.report.records import Row, Sidecar, provenance, read_results, read_sidecars, read_training
 from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Cell, Model, as_cell, averages, make_tables
+from utils.report.verdicts import headline
 from utils.storage import atomic_write, require_writable, write_page
 
 SEED_SUFFIX = re.compile(r"[-_]seed\d+$")
 LEGEND = (
     "Percent; ± is the standard deviation over seeds, (a to b) a 95 % interval, a signed number the difference to the "
-    "first row on the same images; an empty cell was not measured."
+    "first row on the same images; an empty cell was not measured. The interval of a single run speaks of its images, "
+    "not of other seeds."
 )
+NOTHING_RECORDED = "Nothing was run for this report: its numbers are published ones, or their runs' records are gone."
+FEWEST_AXES = 3  # of a radar plot: two would be a line
 
 
 def write_report(
@@ -36,22 +41,22 @@ def write_report(
     require_writable(out, "--out")
     page: dict[str, Any] = {
         "title": title or "Can synthetic images replace real ones?",
-        "models": models,
         "headline": headline(models),
         "tables": make_tables(models, rows),
         "legend": LEGEND,
-        "curves": training_curves({model.name: (model.color, model.folders) for model in models}),
-        "looks": close_looks({model.name: (model.folders, model.checkpoints) for model in models}),
+        "nothing_recorded": NOTHING_RECORDED,
+        "curves": training_curves({model.name: (model.color, model.runs) for model in models}),
+        "looks": close_looks({model.name: model.sidecars for model in models}),
         "sheets": contact_sheets(show_data),
         **provenance([one for model in models for one in model.folders], [folder for _, folder in show_data]),
     }
     written = [out / "report.html", out / "report.md"]
-    page["radar"] = None
-    axes, polygons = radar_values(models)
-    if axes:
-        colors = {model.name: model.color for model in models}
-        draw_radar(axes, polygons, out / "radar.svg", out / "radar.png", colors)
-        page["radar"] = (out / "radar.svg").read_text(encoding="utf-8")
+    axes, values = radar_values(models)
+    page |= {"radar": None, "radar_note": radar_note(axes, models)}
+    if len(axes) >= FEWEST_AXES:
+        draw_radar(axes, radar_lines(axes, values, models), out / "radar.svg", out / "radar.png")
+        drawn = (out / "radar.svg").read_text(encoding="utf-8")
+        page["radar"] = drawn[drawn.index("<svg") :]
         written += [out / "radar.svg", out / "radar.png"]
     write_page(out / "report.html", "report/report.html.j2", **page)
     atomic_write(out / "report.md", render_markdown(page).encode())
@@ -59,78 +64,58 @@ def write_report(
 
 
 def group_models(rows: Iterable[Row]) -> list[Model]:
-    """The models in order of appearance: blue for the first, red for the second, as on the paper's page."""
+    """The models in order of appearance, each with what its runs recorded; blue if trained on real images, else red."""
     models: dict[str, Model] = {}
     values: dict[tuple[str, str, str], list[Row]] = {}
+    sidecars: dict[str, list[Sidecar]] = {}  # of a folder, read once
     for row in rows:
         name = SEED_SUFFIX.sub("", row.model)
-        if name not in models:
-            color = COLORS[len(models) % len(COLORS)]
-            models[name] = Model(name, color, published=row.source == "published")
-        model = models[name]
-        if Path(row.folder) not in model.folders and row.source != "published":
-            model.folders.append(Path(row.folder))
-        if row.checkpoint_sha256:
-            model.checkpoints.add(row.checkpoint_sha256)
+        model = models.setdefault(name, Model(name, published=row.source == "published", kind=row.trained_on))
         values.setdefault((name, row.dataset, row.metric), []).append(row)
+        if row.checkpoint_sha256 and row.checkpoint_sha256 not in model.checkpoints:
+            model.checkpoints.add(row.checkpoint_sha256)
+            beside = sidecars.setdefault(
+                row.folder, read_sidecars(Path(row.folder)) if row.folder not in sidecars else []
+            )
+            model.sidecars += [one for one in beside if one.checkpoint_sha256 == row.checkpoint_sha256]
+        if Path(row.folder) not in model.folders and not model.published:
+            model.folders.append(Path(row.folder))
+        run = run_of(row)
+        if run and run not in model.runs:
+            model.runs.append(run)
+            model.trainings += [training] if (training := read_training(run)) else []
     for (name, dataset, metric), measured in values.items():
-        models[name].cells[dataset, metric] = as_cell(measured)
+        models[name].cells[dataset, metric] = as_cell(measured, models[name].sidecars)
+    used: Counter[str] = Counter()
+    for model in models.values():
+        describe_training(model)
+        model.color = COLORS[model.kind][used[model.kind] % len(COLORS[model.kind])]
+        used[model.kind] += 1
     return list(models.values())
 
 
-# ===== in words =====
+def run_of(row: Row) -> Path | None:
+    """The folder of the run of train.py that made the checkpoint: beside it or, where runs were moved, its results'."""
+    beside = Path(row.checkpoint).parent if row.checkpoint and Path(row.checkpoint).is_file() else Path(row.folder)
+    return beside if row.source != "published" and (beside / "args.json").is_file() else None
 
 
-def headline(models: Sequence[Model]) -> list[str]:
-    """What the numbers say of runs of train.py on one set of images; nothing for other kinds of report."""
-    folders = {dataset for model in models for dataset, metric in model.cells if metric == "top1"}
-    if len(folders) != 1:
-        return []
-    (dataset,) = folders
-    trained = [model for model in models if any((folder / "args.json").is_file() for folder in model.folders)]
-    scored = [(model, model.cells[dataset, "top1"]) for model in trained if (dataset, "top1") in model.cells]
-    if len(scored) < 2 or len({cell.size for _, cell in scored}) > 1:
-        return []
-    reference, best = scored[0], max(scored[1:], key=lambda pair: pair[1].value)
-    gap = reference[1].value - best[1].value
-    relation = f"{abs(gap):.1f} points {'below' if gap > 0 else 'above'}" if abs(gap) >= 0.05 else "the same as"
-    said = [
-        f"Trained on “{best[0].name}”, the classifier recognises {best[1]} % of {best[1].n:,} real images it never "
-        f"saw: {relation} its twin trained on “{reference[0].name}” ({reference[1]} %)."
-    ]
-    by_guidance = {}
-    for model, cell in scored:
-        if (guidance := guidance_of(model)) is not None:
-            by_guidance[guidance] = cell
-    if len(by_guidance) == 2:
-        low, high = sorted(by_guidance)
-        margin = by_guidance[low].value - by_guidance[high].value
-        spread = max(by_guidance[low].spread or 0, by_guidance[high].spread or 0)
-        if margin > spread:
-            verdict = "less guidance drew more varied images and gave better training data, as the paper found"
-        elif margin < -spread:
-            verdict = "here more guidance gave better training data, unlike in the paper"
-        else:
-            verdict = "the difference is within the spread over seeds"
-        said.append(f"Guidance {low:g} against {high:g}: {margin:+.1f} points; {verdict}.")
-    return said
-
-
-def guidance_of(model: Model) -> float | None:
-    """The guidance scale of the dataset that a model was trained on, by the dataset.json of its data folder."""
-    for folder in model.folders:
-        training = read_training(folder)
-        for data in training.data if training else []:
-            if described := read_described(data):
-                return described.recipe.get("guidance_scale")
-    return None
+def describe_training(model: Model) -> None:
+    """Set what all of the model's runs agree on: the kind and number of its training images, its optimizer steps."""
+    for name, found in (
+        ("kind", {training.kind for training in model.trainings}),
+        ("images", {training.plan.images for training in model.trainings}),
+        ("steps", {training.steps for training in model.trainings}),
+    ):
+        if len(found) == 1:
+            setattr(model, name, found.pop())
 
 
 # ===== radar =====
 
 
 def radar_values(models: Sequence[Model]) -> tuple[list[str], dict[str, dict[str, float]]]:
-    """(the paper's axes that some model knows, {model: {axis: percent}}); no axes below three: no polygon then.
+    """(the paper's axes that some model knows, {model: {axis: percent}}).
 
     A transfer group is the mean top-1 of the same sets for every model: one that lacks a set has no value there.
     """
@@ -147,8 +132,43 @@ def radar_values(models: Sequence[Model]) -> tuple[list[str], dict[str, dict[str
         for model in models:
             if mean := averages([model.cells.get((name, "top1")) for name in measured])[0]:
                 values[model.name][axes[-1]] = mean.value
-    known = [axis for axis in axes if any(axis in its for its in values.values())]
-    return known if len(known) >= 3 else [], values
+    return [axis for axis in axes if any(axis in its for its in values.values())], values
+
+
+def radar_lines(axes: Sequence[str], values: dict[str, dict[str, float]], models: Sequence[Model]) -> list[RadarLine]:
+    """The polygons: each says what sets it apart, an axis it lacks or how many classes it chose between."""
+    lines = []
+    classes = {model.name: classes_of(model) for model in models}
+    for model in models:
+        known, k = values[model.name], classes[model.name]
+        if not known:
+            continue
+        others = k and len({*classes.values()} - {0}) > 1
+        marks = [f"{k:,} classes"] * bool(others)
+        marks += [f"{len(known)} of {len(axes)} axes"] * (len(known) < len(axes))
+        label = f"{model.name} ({', '.join(marks)})" if marks else model.name
+        lines.append(RadarLine(label, model.color, known, dashed=bool(others and k < max(classes.values()))))
+    return lines
+
+
+def classes_of(model: Model) -> int:
+    """The classes that the model chose between on the ImageNet sets; 0 where it was not judged on them."""
+    cells = [model.cells.get((name, "top5")) for name in IMAGENET_SETS]
+    return max((cell.num_classes or 0 for cell in cells if cell), default=0)
+
+
+def radar_note(axes: Sequence[str], models: Sequence[Model]) -> str:
+    """What to bear in mind when looking at the plot, or why there is none."""
+    if len(axes) < FEWEST_AXES:
+        known = ", ".join(axis.replace("\n", " ") for axis in axes) or "none"
+        return (
+            f"No radar plot: it needs {FEWEST_AXES} of its {len(IMAGENET_SETS) + len(TRANSFER_GROUPS)} axes (top-5 on "
+            f"{', '.join(IMAGENET_SETS)}; mean top-1 on {', '.join(TRANSFER_GROUPS.values())}); known here: {known}."
+        )
+    note = "Top-5 on ImageNet's test sets, mean top-1 on the groups of transfer datasets, in percent."
+    if len({*map(classes_of, models)} - {0}) > 1:
+        note += " Models of fewer classes (dashed) answer an easier question: compare them among themselves only."
+    return note
 
 
 # ===== rendering =====
@@ -157,15 +177,16 @@ def radar_values(models: Sequence[Model]) -> tuple[list[str], dict[str, dict[str
 def render_markdown(page: dict) -> str:
     """The same tables for a terminal or a repository; pictures stay in the HTML file and in radar.png."""
     lines = [f"# {page['title']}", "", *(f"{sentence}\n" for sentence in page["headline"])]
+    lines += ["![radar plot](radar.png)", ""] * bool(page["radar"]) + [page["radar_note"], ""]
     for made in page["tables"]:
         lines += [f"## {made['title']}", ""]
-        lines += [markdown_row(["model", *made["columns"]]), markdown_row(["---"] * (len(made["columns"]) + 1))]
+        heads = ["model", *made["facts"], *made["columns"]]
+        lines += [markdown_row(heads), markdown_row(["---"] * len(heads))]
         for row in made["rows"]:
             cells = map(markdown_cell, row["cells"], row["differences"], row["sizes"])
-            lines.append(markdown_row([row["model"].name, *cells]))
-        lines += ["", f"{made['note']}. " * bool(made["note"]) + LEGEND, ""]
-    if page["radar"]:
-        lines += ["![radar plot](radar.png)", ""]
+            lines.append(markdown_row([row["model"].name, *row["facts"], *cells]))
+        lines += ["", *[f"{made['note']}.", ""] * bool(made["note"])]
+    lines += [LEGEND, ""]
     for look in page["looks"]:
         lines += [f"## Per class: {look['dataset']}", ""]
         names = [model["name"] for model in look["models"]]
@@ -178,7 +199,7 @@ def render_markdown(page: dict) -> str:
             )
         lines.append("")
     lines += ["## How this was made", "", *(f"    {command}" for command in page["commands"]), ""]
-    lines += [f"- {name}: {value}" for name, value in page["versions"].items()]
+    lines += [f"- {name}: {value}" for name, value in page["versions"].items()] or [NOTHING_RECORDED]
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ A file of another type is a UserError that names the file, the field and the rem
 
 from __future__ import annotations
 
+import base64
 import math
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from utils.cli import UserError, data_and_weight
 from utils.storage import read_json, read_jsonl
@@ -35,7 +37,9 @@ class Row(msgspec.Struct):
     source: str = "measured"  # or "published"
     protocol: str | None = None
     key: str | None = None  # hash of checkpoint, images, labels and protocol
+    checkpoint: str | None = None
     checkpoint_sha256: str | None = None
+    trained_on: str = ""  # of published rows: "real" or "synthetic"
     folder: str = ""  # of the file; not in it
 
     @property
@@ -49,15 +53,49 @@ class Row(msgspec.Struct):
         return self.key, self.protocol
 
 
+class Source(msgspec.Struct):
+    """A folder that a run was trained on."""
+
+    path: str
+    synthetic: bool
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """How much a run was trained."""
+
+    images: int | None = None
+    steps_per_epoch: int | None = None
+    epochs: int | None = None
+
+
 class Training(msgspec.Struct):
     """What a report needs of a run's args.json."""
 
     options: dict[str, Any] = {}
+    plan: Plan = Plan()
+    sources: list[Source] = []  # runs of earlier versions did not record them
 
     @property
-    def data(self) -> list[Path]:
+    def paths(self) -> list[Path]:
         """The folders of train.py's --data options."""
         return [data_and_weight(text)[0] for text in self.options.get("data", [])]
+
+    def data(self) -> list[Source]:
+        """What the run was trained on; of an earlier version's run only the folders that are still there."""
+        found = [Source(str(path), dataset_root(path) is not None) for path in self.paths if path.is_dir()]
+        return self.sources or found
+
+    @property
+    def kind(self) -> str:
+        """ "real", "synthetic", "mixed", or "" where it is not known."""
+        kinds = {one.synthetic for one in self.data()}
+        return {(False,): "real", (True,): "synthetic", (False, True): "mixed"}.get(tuple(sorted(kinds)), "")
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the whole run."""
+        plan = self.plan
+        return plan.epochs * plan.steps_per_epoch if plan.epochs and plan.steps_per_epoch else None
 
 
 class Described(msgspec.Struct):
@@ -70,6 +108,20 @@ class Described(msgspec.Struct):
     def names(self) -> dict[str, str]:
         """Class id -> name."""
         return {row["id"]: row.get("name", "") for row in self.classes}
+
+
+class ClassQuality(msgspec.Struct):
+    """How varied one class is, see dataset_quality.py."""
+
+    id: str
+    diversity: float | None = None
+
+
+class Quality(msgspec.Struct):
+    """What a report needs of a dataset_report.json."""
+
+    descriptor: str
+    classes: list[ClassQuality] = []
 
 
 class ClassScore(msgspec.Struct):
@@ -89,6 +141,8 @@ class Sidecar(msgspec.Struct):
     class_names: list[str] = []
     per_class: list[ClassScore] = []
     confusion: list[list[int]] | None = None  # rows: the right class; columns: the answer
+    images: str = ""  # fingerprint of the images judged, in their order
+    correct: str = ""  # one bit an image, base64 of numpy's packbits
 
     def __post_init__(self) -> None:
         k = len(self.class_ids)
@@ -96,6 +150,12 @@ class Sidecar(msgspec.Struct):
             raise ValueError("class_ids, class_names and per_class do not belong together")
         if self.confusion is not None and [len(row) for row in self.confusion] != [k] * k:
             raise ValueError("the confusion matrix is not as large as class_ids")
+
+    def outcomes(self) -> np.ndarray | None:
+        """(n,) bools, whether each image was recognised; None where that was not recorded."""
+        n = sum(score.n for score in self.per_class)
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(self.correct), np.uint8))[:n].astype(bool)
+        return bits if n and len(bits) == n else None
 
 
 class Epoch(msgspec.Struct, tag_field="kind", tag="epoch"):
@@ -165,6 +225,12 @@ def _read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def dataset_root(data: Path) -> Path | None:
+    """The generated dataset at DATA, which may also name its folder of images or shards; None for other images."""
+    roots = (data, data.parent) if data.name in ("train", "shards") else (data,)
+    return next((root for root in roots if (root / "dataset.json").is_file()), None)
+
+
 def read_training(run: Path) -> Training | None:
     """The args.json of a run of train.py; None where there is none."""
     return read_json(run / "args.json", Training) if (run / "args.json").is_file() else None
@@ -173,6 +239,12 @@ def read_training(run: Path) -> Training | None:
 def read_described(dataset: Path) -> Described | None:
     """The dataset.json of a generated dataset; None where there is none."""
     return read_json(dataset / "dataset.json", Described) if (dataset / "dataset.json").is_file() else None
+
+
+def read_quality(dataset: Path) -> Quality | None:
+    """The dataset_report.json in a dataset's folder; None where there is none."""
+    path = dataset / "dataset_report.json"
+    return read_json(path, Quality, "run evaluate.py --dataset-report again") if path.is_file() else None
 
 
 def read_sidecars(folder: Path) -> list[Sidecar]:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from utils.evaluation.catalog import GROUPS, PAPERS_FIVE, SETS
 from utils.metrics import log_odds_average, mean_and_std
-from utils.report.records import Row
+from utils.report.records import Row, Sidecar, Training
 
 IMAGENET_SETS = PAPERS_FIVE
 TRANSFER_GROUPS = {group: GROUPS[group] for group in ("cog", "inat", "small")}  # from the farthest to the nearest task
@@ -32,6 +34,8 @@ class Cell:
     num_classes: int | None = None
     group: str = "folder"
     digits: int = 1
+    judged: str = ""  # fingerprint of the images of a single run
+    outcomes: np.ndarray | None = None  # (n,) bools: whether each of them was recognised
 
     def __str__(self) -> str:
         if self.spread is not None:
@@ -53,31 +57,65 @@ class Cell:
         """ "-2.5 (-3.9 to -1.1)": the difference with its 95 % interval, or "" where other images were judged."""
         if self.size and other.size and self.size != other.size:
             return ""
-        difference = f"{self.value - other.value:+.{self.digits}f}"
-        bounds = difference_interval(self, other)
-        return f"{difference} ({bounds[0]:+.1f} to {bounds[1]:+.1f})" if bounds else difference
+        found = difference(self, other)
+        text = f"{self.value - other.value:+.{self.digits}f}"
+        return f"{text} ({found.low:+.1f} to {found.high:+.1f})" if found else text
 
 
-def difference_interval(a: Cell, b: Cell) -> tuple[float, float] | None:
-    """95 % interval of a - b: Newcombe's from two runs' own intervals, Welch's from two models' seeds, else None.
+@dataclass(frozen=True)
+class Difference:
+    """How far two numbers lie apart, in points, with the 95 % interval and where that comes from."""
 
-    Both take the two as independent; on the same images the truth is a little narrower (Newcombe 1998, method 10).
+    value: float
+    low: float
+    high: float
+    source: str
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval excludes zero: without that no sentence may name a winner."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} points (95 % interval {self.low:+.2f} to {self.high:+.2f}, {self.source})"
+
+
+def difference(a: Cell, b: Cell) -> Difference | None:
+    """a - b with its interval, None where none can be given.
+
+    Two models with seeds: Welch's, over the seeds. Two runs that were judged image by image on the same images:
+    Newcombe's for pairs (1998, Statistics in Medicine 17, 2635, method 10). Else two runs' own intervals: Newcombe's
+    for independent samples (ibid., 873, method 10), which on the same images is a little too wide.
     """
-    difference = a.value - b.value
-    if a.low is not None and a.high is not None and b.low is not None and b.high is not None:
-        below = math.hypot(a.value - a.low, b.high - b.value)
-        above = math.hypot(a.high - a.value, b.value - b.low)
-        return difference - below, difference + above
+    value = a.value - b.value
     if a.spread is not None and b.spread is not None:
         from scipy.stats import t
 
         parts = a.spread**2 / a.runs, b.spread**2 / b.runs
-        if not sum(parts):
-            return difference, difference
+        if not sum(parts):  # every seed alike: the spread is below what so few images can show, not zero
+            return None
         freedom = sum(parts) ** 2 / (parts[0] ** 2 / (a.runs - 1) + parts[1] ** 2 / (b.runs - 1))
         half = float(t.ppf(0.975, freedom)) * math.sqrt(sum(parts))
-        return difference - half, difference + half
-    return None
+        return Difference(value, value - half, value + half, f"Welch over {a.runs} and {b.runs} seeds")
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return None
+    correlation, source = 0.0, "Newcombe, one run each"
+    if a.outcomes is not None and b.outcomes is not None and a.judged == b.judged:
+        correlation, source = paired_correlation(a.outcomes, b.outcomes), "Newcombe for pairs, one run each"
+    down, up = (a.value - a.low, b.high - b.value), (a.high - a.value, b.value - b.low)
+    below = math.sqrt(max(0.0, down[0] ** 2 - 2 * correlation * math.prod(down) + down[1] ** 2))
+    above = math.sqrt(max(0.0, up[0] ** 2 - 2 * correlation * math.prod(up) + up[1] ** 2))
+    return Difference(value, value - below, value + above, source)
+
+
+def paired_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Newcombe's phi of two (n,) arrays of right and wrong answers on the same images, with his correction."""
+    n, both, neither = len(a), int((a & b).sum()), int((~a & ~b).sum())
+    only_a, only_b = int(a.sum()) - both, int(b.sum()) - both
+    margins = math.prod(int(k) for k in (a.sum(), n - a.sum(), b.sum(), n - b.sum()))
+    excess = both * neither - only_a * only_b
+    softened = max(0.0, excess - n / 2) if excess > 0 else excess
+    return softened / math.sqrt(margins) if margins else 0.0
 
 
 @dataclass
@@ -85,22 +123,42 @@ class Model:
     """A model of the report: one run, or several that differ by their seed alone."""
 
     name: str
-    color: str
-    published: bool
+    published: bool = False
+    kind: str = ""  # of its training images: "real", "synthetic", "mixed", or "" where it is not known
+    color: str = "#000"
+    images: int | None = None  # trained on
+    steps: int | None = None  # of the optimizer
+    runs: list[Path] = field(default_factory=list)  # folders of train.py's runs
+    trainings: list[Training] = field(default_factory=list)  # their args.json
     folders: list[Path] = field(default_factory=list)  # of its results.jsonl
     checkpoints: set[str] = field(default_factory=set)  # sha256
+    sidecars: list[Sidecar] = field(default_factory=list)
     cells: dict[tuple[str, str], Cell] = field(default_factory=dict)  # (dataset, metric)
 
+    @property
+    def trained_on(self) -> str:
+        """ "2,000 synthetic", or what is known of it."""
+        return f"{self.images:,} {self.kind}".strip() if self.images else self.kind
 
-def as_cell(rows: Sequence[Row]) -> Cell:
-    """One metric over a model's seeds: mean and deviation, or a single run with its interval."""
+    def has_budget_of(self, other: Model) -> bool:
+        """Whether both saw as many images (within 1 %: classes of real images are rarely equal) in as many steps."""
+        if not (self.images and other.images and self.steps and other.steps):
+            return False
+        near = abs(self.images - other.images) <= 0.01 * other.images
+        return near and abs(self.steps - other.steps) <= 0.01 * other.steps
+
+
+def as_cell(rows: Sequence[Row], sidecars: Sequence[Sidecar] = ()) -> Cell:
+    """One metric over a model's seeds: mean and deviation, or a single run with its interval and SIDECARS' outcomes."""
     first = rows[0]
     mean, deviation = mean_and_std(row.value for row in rows)
     cell = Cell(mean, runs=len(rows), n=first.n, num_classes=first.num_classes, group=first.group)
     if len(rows) > 1:
         cell.spread = deviation
-    else:
-        cell.low, cell.high = first.low, first.high
+        return cell
+    cell.low, cell.high = first.low, first.high
+    if first.metric == "top1" and (beside := next((one for one in sidecars if one.dataset == first.dataset), None)):
+        cell.judged, cell.outcomes = beside.images, beside.outcomes()
     return cell
 
 
@@ -124,7 +182,27 @@ def make_tables(models: Sequence[Model], rows: Sequence[Row]) -> list[dict]:
         if names := groups.get(group):
             tables.append(group_table(f"Transfer, {shown}: linear probe, top-1", group, names, models))
     tables.append(all_transfer_table(models))
-    return [made for made in tables if made["rows"]]
+    tables = [made for made in tables if made["rows"]]
+    if tables:
+        add_facts(tables[0])
+    return tables
+
+
+def add_facts(made: dict) -> None:
+    """Columns before the numbers: on how many images, in how many steps; which rows have the budget of real images."""
+    shown = [row["model"] for row in made["rows"]]
+    reference = next((model for model in shown if model.kind == "real"), shown[0])
+    facts = {
+        "trained on": [model.trained_on for model in shown],
+        "steps": [f"{model.steps:,}" if model.steps else "" for model in shown],
+        "budget": [
+            f"that of {reference.name}" if model is not reference and model.has_budget_of(reference) else ""
+            for model in shown
+        ],
+    }
+    made["facts"] = [head for head, column in facts.items() if any(column)]
+    for number, row in enumerate(made["rows"]):
+        row["facts"] = [facts[head][number] for head in made["facts"]]
 
 
 def metric_table(title: str, columns: Sequence[tuple[str, str, str]], models: Sequence[Model]) -> dict:
@@ -181,6 +259,7 @@ def as_table(title: str, heads: list[str], body: Sequence[tuple[Model, list[Cell
         rows.append(
             {
                 "model": model,
+                "facts": [],
                 "cells": cells,
                 "differences": [
                     a.less(b) if a and b and cells is not reference else ""
@@ -191,4 +270,4 @@ def as_table(title: str, heads: list[str], body: Sequence[tuple[Model, list[Cell
         )
     same = all(agreed) and len({size for _, size in notes}) == 1
     note = notes[0][1] if same else "; ".join(f"{head}: {size}" for head, size in notes)
-    return {"title": title, "columns": heads, "rows": rows, "note": note}
+    return {"title": title, "facts": [], "columns": heads, "rows": rows, "note": note}

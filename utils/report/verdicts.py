@@ -1,0 +1,148 @@
+"""What the numbers say, in sentences, each with the 95 % interval it stands on; if that includes zero, it says so."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+from utils.report.records import dataset_root, read_described, read_quality
+from utils.report.tables import Cell, Difference, Model, difference
+
+OPEN = "the interval includes zero, so no difference is shown"
+# Keys of a dataset's recipe that say where and how much was drawn, not what.
+MACHINE = {"name", "classes", "images_per_class", "dtype", "attention", "compile", "batch_size", "guidance_scale"}
+
+
+def headline(models: Sequence[Model]) -> list[str]:
+    """Sentences on runs of train.py that were judged on one set of images; nothing for other kinds of report."""
+    measured = {dataset for model in models for dataset, metric in model.cells if metric == "top1"}
+    dataset = next(iter(measured)) if len(measured) == 1 else "IN-Val"
+    scored = [(model, model.cells[dataset, "top1"]) for model in models if (dataset, "top1") in model.cells]
+    scored = [(model, cell) for model, cell in scored if model.trainings]
+    if len(scored) < 2 or len({cell.size for _, cell in scored}) > 1:
+        return []
+    reference = next((pair for pair in scored if pair[0].kind == "real"), scored[0])
+    others = [pair for pair in scored if pair[0] is not reference[0]]
+    said = [against_reference(max(others, key=lambda pair: pair[1].value), reference, scored)]
+    if sentence := about_guidance(scored):
+        said.append(sentence)
+    return said
+
+
+def against_reference(
+    best: tuple[Model, Cell], reference: tuple[Model, Cell], scored: Sequence[tuple[Model, Cell]]
+) -> str:
+    """The best other model beside the reference, their sizes, and the one of equal budget where there is one."""
+    model, cell = best
+    sentences = [
+        f"The classifier trained on “{model.name}”{_size(model)} recognises {cell} % of {cell.n or 0:,} real images, "
+        f"the one trained on “{reference[0].name}”{_size(reference[0])} {reference[1]} %: "
+        f"{_verdict(cell, reference[1])}."
+    ]
+    if not model.has_budget_of(reference[0]):
+        known = model.images and reference[0].images
+        fair = [pair for pair in scored if pair[0] is not reference[0] and pair[0].has_budget_of(reference[0])]
+        if fair:
+            other, its = max(fair, key=lambda pair: pair[1].value)
+            sentences.append(f"At an equal budget “{other.name}” has {its} %: {_verdict(its, reference[1])}.")
+        elif known:
+            sentences.append("The two differ in images or steps, and no run here has an equal budget.")
+    return " ".join(sentences)
+
+
+def _size(model: Model) -> str:
+    parts = [f"{model.trained_on} images"] * bool(model.images) + [f"{model.steps or 0:,} steps"] * bool(model.steps)
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _verdict(a: Cell, b: Cell) -> str:
+    found = difference(a, b)
+    if found is None:
+        return f"{a.value - b.value:+.2f} points, for which no interval can be given, so no difference is shown"
+    return f"{found}; " + ("the interval excludes zero" if found.shown else OPEN)
+
+
+def about_guidance(scored: Sequence[tuple[Model, Cell]]) -> str:
+    """Least against most guidance, of runs that saw as many images in as many steps; "" where there are no such two."""
+    known = [(guidance, pair) for pair in scored if (guidance := guidance_of(pair[0])) is not None]
+    pairs = [
+        (low, high)
+        for low, high in combinations(sorted(known, key=lambda one: one[0]), 2)
+        if low[0] < high[0] and _same_budget(low[1][0], high[1][0])
+    ]
+    if not pairs:
+        return ""
+    (low, (less, cell)), (high, (more, other)) = max(pairs, key=lambda pair: pair[1][0] - pair[0][0])
+    found = difference(cell, other)
+    said = f"Guidance {low:g} against {high:g}: {found or f'{cell.value - other.value:+.2f} points'}; "
+    differing = ", ".join(_other_differences(less, more))
+    if found is None or not found.shown:
+        said += OPEN if found else "no interval can be given, so no difference is shown"
+    elif differing:
+        said += f"but the datasets differ in {differing} too"
+    elif found.value > 0:
+        said += "less guidance gave better training data, as the paper found"
+    else:
+        said += "here more guidance gave better training data, unlike in the paper"
+    return f"{said}. {_about_diversity(less, more)}".strip()
+
+
+def _same_budget(a: Model, b: Model) -> bool:
+    unknown = None in (a.images, b.images, a.steps, b.steps)
+    return a.has_budget_of(b) or (unknown and (a.images, a.steps) == (b.images, b.steps))
+
+
+def guidance_of(model: Model) -> float | None:
+    """The guidance scale of the one generated dataset that a model was trained on; None for other models."""
+    value = _recipe_of(model).get("guidance_scale")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _recipe_of(model: Model) -> dict:
+    root = _dataset_of(model)
+    described = read_described(root) if root else None
+    return described.recipe if described else {}
+
+
+def _dataset_of(model: Model) -> Path | None:
+    paths = {Path(source.path) for training in model.trainings for source in training.data()}
+    return dataset_root(paths.pop()) if len(paths) == 1 else None
+
+
+def _other_differences(a: Model, b: Model) -> list[str]:
+    first, second = _recipe_of(a), _recipe_of(b)
+    return sorted(key for key in (first.keys() | second.keys()) - MACHINE if first.get(key) != second.get(key))
+
+
+def _about_diversity(less: Model, more: Model) -> str:
+    """Whether less guidance drew more varied images, if --dataset-report measured both datasets in the same way."""
+    folders = _dataset_of(less), _dataset_of(more)
+    first, second = (read_quality(folder) if folder else None for folder in folders)
+    if not first or not second or first.descriptor != second.descriptor:
+        return ""
+    theirs = {row.id: row.diversity for row in second.classes}
+    pairs = [(row.diversity, theirs[row.id]) for row in first.classes if row.id in theirs]
+    gaps = [a - b for a, b in pairs if a is not None and b is not None]
+    found = mean_difference(gaps)
+    if found is None:
+        return ""
+    verdict = f"less guidance drew {'more' if found.value > 0 else 'less'} varied images"
+    return (
+        f"Mean cosine distance of two images of a class ({first.descriptor}): {found.value:+.3f} (95 % interval "
+        f"{found.low:+.3f} to {found.high:+.3f} over {len(gaps)} classes), so "
+        f"{verdict if found.shown else 'no difference in variety is shown'}."
+    )
+
+
+def mean_difference(gaps: Sequence[float]) -> Difference | None:
+    """The mean of paired differences with Student's 95 % interval; None for fewer than two."""
+    if len(gaps) < 2:
+        return None
+    from scipy.stats import t
+
+    mean = statistics.fmean(gaps)
+    half = float(t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return Difference(mean, mean - half, mean + half, "Student")
