@@ -20,9 +20,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from utils.classes import images_per_class, load_classes
+from utils.classes import FACTOR, images_per_class, load_classes
 from utils.cli import Launch, UserError, command_line, make_parser, positive_float, positive_int, run
 from utils.dataset import folder as datasets
 from utils.dataset import inspection
@@ -52,8 +52,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompt", default="c, d_c", help='"c", "c, h_c", "c, d_c", "c, h_c inside b" or {name} text')
     parser.add_argument("--names", choices=NAMES, default="first", help="of a class: its first name or all")
-    parser.add_argument("--images-per-class", type=count_or_imagenet, default="imagenet", metavar="N|imagenet",
-                        help="a number, or as many as the real class has")  # fmt: skip
+    parser.add_argument("--images-per-class", type=image_count, default="imagenet", metavar="N|imagenet|Nx",
+                        help="a number, as many as the real class, or 10x as many ...; may grow")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="another seed, another dataset")
     # How to draw it
     parser.add_argument("--recipe", choices=list(RECIPES), default="paper", help="sets the next three options")
@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
     model, counts = args.model or DEFAULT_MODEL, images_per_class(table, args.images_per_class)
     datasets.refuse_foreign_folder(out)
     existing = datasets.open_dataset(out) if (out / "dataset.json").exists() else None
-    recipe = asked_recipe(args, table.sha256, template.text).settle(existing)
+    recipe = asked_recipe(args, table.sha256, template.text).settle(existing, counts)
     if args.dry_run:
         plan.show_plan(recipe, model, args.revision, table, template, counts, args.chunk, out, args.rate)
         return 0
@@ -120,12 +120,21 @@ def main(args: argparse.Namespace) -> int:
     folder = find_pipeline(model, args.revision)
     recipe = recipe.with_model(folder)
     require_writable(out, "--out")
-    hashes = folder.hashes(recipe.safety != "off")
+    about: dict[str, Any] = {
+        "name": out.name,
+        "recipe": recipe.record(),
+        "model": {"id": folder.name, "revision": folder.revision, "files": folder.hashes(recipe.safety != "off")},
+        "classes": [
+            {"id": r.wnid, "name": r.name, "hypernym": r.hypernym, "definition": r.definition, "images": counts[r.wnid]}
+            for r in table.rows
+        ],
+        "command": command_line(),
+    }
 
     # ===== what is left to do =====
     if existing:
-        refuse_difference(existing, existing.info["model"]["files"], hashes, "model")
-        folders = in_chunk(existing.folders, args.chunk)
+        refuse_difference(existing, existing.info["model"]["files"], about["model"]["files"], "model")
+        folders = in_chunk(datasets.enlarged(existing, about).folders, args.chunk)
         if args.repair:
             inspection.repair(folders)
         if not any(class_folder.open_batches() for class_folder in folders):
@@ -142,20 +151,13 @@ def main(args: argparse.Namespace) -> int:
     batch_size = recipe.batch_size or loading.choose_batch_size(sampler)
 
     # ===== drawing =====
-    about = {
-        "name": out.name,
+    about |= {
         "recipe": replace(recipe, batch_size=batch_size).record(),
         "unet_forwards_per_image": sampler.forwards_per_image,
-        "model": {"id": folder.name, "revision": folder.revision, "files": hashes},
-        "classes": [
-            {"id": r.wnid, "name": r.name, "hypernym": r.hypernym, "definition": r.definition, "images": counts[r.wnid]}
-            for r in table.rows
-        ],
-        "command": command_line(),
         "environment": snapshot(),
     }
     dataset = datasets.create_dataset(out, about)
-    recipe = recipe.settle(dataset)  # another process may have been first: its batch size counts
+    recipe = recipe.settle(dataset, counts)  # another process may have been first: its batch size counts
     sampler.denoising.size = recipe.batch_size or 1
     session = drawing.Session(dataset, in_chunk(dataset.folders, args.chunk), recipe)
     with session.bar:
@@ -207,9 +209,15 @@ def draw(
 # ===== the request =====
 
 
-def count_or_imagenet(text: str) -> int | str:
-    """Of --images-per-class."""
-    return text if text == "imagenet" else positive_int(text)
+def image_count(text: str) -> int | str:
+    """Of --images-per-class: "imagenet", a factor of it such as "10x", or a number."""
+    if text in ("imagenet", "1x"):
+        return "imagenet"
+    if FACTOR.fullmatch(text):
+        return text
+    if text.endswith("x"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole factor, such as 10x, 20x or 50x")
+    return positive_int(text)
 
 
 def auto_or_positive(text: str) -> int | None:

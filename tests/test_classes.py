@@ -160,9 +160,20 @@ def test_real_images_per_class(imagenet):
     }
 
 
-@pytest.mark.parametrize("images", [0, -1, True, 1.5, "ten", None])
+def test_the_papers_larger_sets_have_whole_factors_of_the_real_number():
+    """The authors' set of ImageNet-100 is 50 times as large as the real one: 6.33 M images (6.5 M as it is quoted)."""
+    table = load_classes("100")
+    real = images_per_class(table, "imagenet")
+    assert images_per_class(table, "1x") == real
+    for factor, total in ((10, 1_266_890), (20, 2_533_780), (50, 6_334_450)):
+        counts = images_per_class(table, f"{factor}x")
+        assert sum(counts.values()) == total
+        assert all(counts[wnid] == factor * real[wnid] for wnid in table.ids)
+
+
+@pytest.mark.parametrize("images", [0, -1, True, 1.5, "ten", None, "0x", "1.5x", "-2x", "x", "10x ", "٣x", "01x"])
 def test_images_per_class_refuses_what_is_no_count(imagenet, images):
-    with pytest.raises(UserError, match=r"images per class: .* neither 'imagenet' nor a whole number above 0"):
+    with pytest.raises(UserError, match=r"images per class: .* neither 'imagenet', '10x' nor a whole number above 0"):
         images_per_class(imagenet, images)
 
 

@@ -32,6 +32,7 @@ SHIPPED = {
 
 COLUMNS = ("wnid", "name", "hypernym", "definition")
 HEADER = {"id": "wnid"} | {column: column for column in COLUMNS}  # word in a file's header -> column
+FACTOR = re.compile(r"[1-9][0-9]{0,3}x")  # of the real number of images, as in "10x"
 MOST_IMAGES = 1300  # of a class of ImageNet-1K; 895 of the 1000 have as many
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a folder name on any file system
 LONGEST_CELL = 4000  # characters of a cell; a prompt of several fits into a line of the manifest
@@ -108,15 +109,16 @@ def load_classes(spec: str | Path) -> ClassTable:
 
 
 def images_per_class(table: ClassTable, images: str | int) -> dict[str, int]:
-    """Images to draw for each class id: IMAGES for all, or "imagenet": as many as ILSVRC2012's training set has.
-
-    Classes outside ImageNet-1K then get MOST_IMAGES.
+    """Images to draw for each class id: IMAGES for all; with "imagenet" as many as ILSVRC2012's training set has, with
+    "10x" ten times as many. Classes outside ImageNet-1K count as having MOST_IMAGES.
     """
     if images == "imagenet":
-        counts = imagenet_counts()
-        return {wnid: counts.get(wnid, MOST_IMAGES) for wnid in table.ids}
+        images = "1x"
+    if isinstance(images, str) and FACTOR.fullmatch(images):
+        factor, counts = int(images[:-1]), imagenet_counts()
+        return {wnid: factor * counts.get(wnid, MOST_IMAGES) for wnid in table.ids}
     if isinstance(images, bool) or not isinstance(images, int) or images < 1:
-        raise UserError(f"images per class: {images!r} is neither 'imagenet' nor a whole number above 0")
+        raise UserError(f"images per class: {images!r} is neither 'imagenet', '10x' nor a whole number above 0")
     return dict.fromkeys(table.ids, images)
 
 

@@ -202,6 +202,54 @@ def test_status_counts_and_estimates(tmp_path, tiny, capsys):
     )
 
 
+# ===== a larger set =====
+
+
+def test_a_larger_set_continues_a_smaller_one_with_the_bytes_of_an_uninterrupted_one(tmp_path, tiny_safe, monkeypatch):
+    monkeypatch.setattr(diffusion.Sampler, "flagged", flag_dark)  # redraws too
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    for images in (1, 7, 8, 11):  # batches of 3: each cut falls into a batch
+        assert call(out, tiny_safe, images=images, batch=3 if images == 1 else None) == 0
+        info = json.loads((out / "dataset.json").read_text())
+        assert info["recipe"]["images_per_class"] == images and info["counts"]["images"] == 3 * images
+        assert [row["images"] for row in info["classes"]] == [images] * 3 and "completed" in info
+    assert call(whole, tiny_safe, images=11, batch=3) == 0
+    assert files_of(out) == files_of(whole)
+    assert any(entry["attempt"] for entry in entries(out, ONE)[6:9]), "no redraw at a cut: the test shows less"
+    assert call(out, tiny_safe, "--verify") == 0
+
+
+def test_a_larger_set_does_not_shrink_and_what_grows_may_be_drawn_in_chunks(tmp_path, tiny, reference, capsys):
+    out = tmp_path / "out"
+    assert call(out, tiny, images=4) == 0
+    for part in (1, 0):
+        assert call(out, tiny, "--chunk", f"{part}/2") == 0
+    assert files_of(out) == reference
+    assert call(out, tiny, images=4) == 2
+    assert "images_per_class is 7, asked 4" in capsys.readouterr().err
+    assert files_of(out) == reference
+
+
+def test_a_process_that_draws_less_than_another_stops_before_it_cuts_lines_off(tmp_path, tiny, monkeypatch, capsys):
+    out, smaller = tmp_path / "out", drawing.Session.open_batches
+
+    def grow_meanwhile(session, *rest):
+        monkeypatch.setattr(drawing.Session, "open_batches", smaller)
+        assert call(out, tiny, images=7) == 0
+        yield from smaller(session, *rest)
+
+    monkeypatch.setattr(drawing.Session, "open_batches", grow_meanwhile)
+    assert call(out, tiny, images=4) == 2
+    assert "--images-per-class: another process lets" in capsys.readouterr().err
+    assert call(out, tiny, "--verify", images=7) == 0
+
+
+def test_a_factor_of_the_real_number_is_planned(tmp_path, tiny, capsys):
+    assert call(tmp_path / "out", tiny, "--dry-run", images="10x") == 0
+    assert "images: 39,000 of 16 x 16 pixels" in capsys.readouterr().out
+    assert generate.image_count("1x") == generate.image_count("imagenet") == "imagenet"
+
+
 # ===== refusals: one line, exit 2, nothing written =====
 
 
@@ -212,7 +260,7 @@ def test_status_counts_and_estimates(tmp_path, tiny, capsys):
         (["--guidance-scale", 7.5], "guidance_scale is 2.0, asked 7.5"),
         (["--prompt", "c"], "prompt is"),
         (["--seed", 1], "seed is 0, asked 1"),
-        (["--images-per-class", 8], "images_per_class is 7, asked 8"),
+        (["--images-per-class", 6], "images_per_class is 7, asked 6"),
         (["--batch-size", 4], "batch_size is 3, asked 4"),
         (["--classes", "zero, one"], "classes is"),
         (["--recipe", "fast"], "name is"),
@@ -288,6 +336,9 @@ def test_bad_requests_are_one_line_and_leave_nothing(tmp_path, tiny, capsys, opt
     [
         ["--images-per-class", "-3"],
         ["--images-per-class", "0"],
+        ["--images-per-class", "0x"],
+        ["--images-per-class", "1.5x"],
+        ["--images-per-class", "x"],
         ["--steps", "x"],
         ["--chunk", "3/3"],
         ["--chunk", "1"],

@@ -22,7 +22,8 @@ OPTIONS = ("--recipe", "fast")
 
 
 def existing(recipe: Recipe) -> Dataset:
-    return Dataset(Path("out"), {"recipe": json.loads(json.dumps(recipe.record()))})
+    recorded = json.loads(json.dumps(recipe.record()))
+    return Dataset(Path("out"), {"recipe": recorded | {"batch_size": 4}, "classes": [{"id": "cat", "images": 7}]})
 
 
 def test_every_key_has_a_kind_and_the_sampler_keys_are_those_of_the_recipes():
@@ -33,18 +34,29 @@ def test_every_key_has_a_kind_and_the_sampler_keys_are_those_of_the_recipes():
     assert Recipe() == replace(Recipe.asked("paper", format="jpg"))  # the defaults are the paper's
 
 
+COUNTS = {"cat": 7}
+
+
 def test_what_is_left_open_is_taken_from_the_folder_and_nothing_else_is():
     made = Recipe(height=16, width=16, dtype="fp32", attention="sdpa", batch_size=4, safety="off")
-    assert Recipe().settle(existing(made)) == made
-    assert Recipe().settle(None) == Recipe()
+    assert Recipe().settle(existing(made), COUNTS) == made
+    assert Recipe().settle(None, COUNTS) == Recipe()
     fast = replace(made, **RECIPES["fast"])
-    assert replace(fast, batch_size=None).settle(existing(fast)) == fast  # JSON turned the interval into a list
+    assert replace(fast, batch_size=None).settle(existing(fast), COUNTS) == fast  # JSON turned the interval into a list
 
 
 def test_another_recipe_is_refused_with_a_diff():
     made = existing(Recipe(dtype="fp32", batch_size=4))
     with pytest.raises(UserError, match='steps is 50, asked 20; dtype is "fp32", asked "fp16"'):
-        Recipe(steps=20, dtype="fp16").settle(made)
+        Recipe(steps=20, dtype="fp16").settle(made, COUNTS)
+
+
+def test_a_set_may_grow_and_never_shrink():
+    made = existing(Recipe(images_per_class="10x"))
+    for images, asked in (("50x", 35), ("10x", 7), (8, 8)):
+        assert Recipe(images_per_class=images).settle(made, {"cat": asked}).images_per_class == images
+    with pytest.raises(UserError, match='images_per_class is "10x", asked 6'):
+        Recipe(images_per_class=6).settle(made, {"cat": 6})
 
 
 @pytest.mark.parametrize(

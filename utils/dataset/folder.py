@@ -212,12 +212,31 @@ def refuse_foreign_folder(root: Path) -> None:
 
 
 def create_dataset(root: Path, info: dict[str, Any]) -> Dataset:
-    """Write dataset.json unless another process was first; return what is there then."""
+    """Write dataset.json, or let the dataset there grow to the images of INFO if nothing else of its recipe differs.
+
+    Returns what is there then: another process may have been first.
+    """
     (root / ".locks").mkdir(parents=True, exist_ok=True)
     with waiting_lock(root / ".locks" / "dataset.lock"):
         if not (root / "dataset.json").exists():
             write_json(root / "dataset.json", {"format": FORMAT, **info})
+        dataset = open_dataset(root)
+        larger = enlarged(dataset, info)
+        same = all(larger.recipe.get(key, value) == value for key, value in info["recipe"].items())
+        if same and larger is not dataset:
+            write_json(root / "dataset.json", larger.info)
     return open_dataset(root)
+
+
+def enlarged(dataset: Dataset, info: dict[str, Any]) -> Dataset:
+    """DATASET as it is when it has grown to the images of INFO; itself if it has as many already."""
+    classes = {row["id"]: row for row in info["classes"]}
+    if all(classes.get(folder.id, {"images": 0})["images"] <= folder.count for folder in dataset.folders):
+        return dataset
+    recipe = dataset.recipe | {"images_per_class": info["recipe"]["images_per_class"]}
+    grown = dataset.info | {"recipe": recipe, "classes": info["classes"], "command": info["command"]}
+    grown.pop("completed", None)
+    return Dataset(dataset.root, grown)
 
 
 def record_session(dataset: Dataset, session: dict[str, Any]) -> dict[str, Any]:

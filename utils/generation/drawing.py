@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.cli import UserError
-from utils.dataset.folder import ClassFolder, Dataset
+from utils.dataset.folder import ClassFolder, Dataset, open_dataset
 from utils.generation.prompts import ClassTable, Prompt, Template, class_prompts, image_seed
 from utils.generation.recipe import CHROMA, QUALITY, Recipe
 from utils.storage import AlreadyOwned, atomic_write, sha256_bytes
@@ -87,7 +87,7 @@ class Session:
     """What one process does for a dataset: it claims classes, hands out their open batches and commits them."""
 
     def __init__(self, dataset: Dataset, folders: list[ClassFolder], recipe: Recipe):
-        self.folders, self.recipe = folders, recipe
+        self.dataset, self.folders, self.recipe = dataset, folders, recipe
         self.pending = {folder.id: sum(map(len, folder.open_batches())) for folder in folders}
         wanted = sum(folder.count for folder in folders)
         self.bar = ProgressBar(wanted, dataset.root.name, wanted - sum(self.pending.values()))
@@ -113,6 +113,8 @@ class Session:
                     time.sleep(1)
                 continue
             refused = 0
+            if open_dataset(self.dataset.root).images != self.dataset.images:  # else its new lines would be cut off
+                raise UserError(f"--images-per-class: another process lets {self.dataset.root} grow; take its number")
             folder.prepare()
             batches = folder.open_batches()
             self.bar.update(self.pending[folder.id] - sum(map(len, batches)))  # drawn by another process meanwhile

@@ -7,6 +7,7 @@ A recipe starts as the command line asks for it. What was left open (None) is fi
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ class Recipe:
     classes: str = _key("prompt", "")  # sha256 of the class table
     prompt: str = _key("prompt", "c, d_c")  # template
     names: str = _key("prompt", "first")
-    images_per_class: int | str = _key("prompt", "imagenet")
+    images_per_class: int | str = _key("prompt", "imagenet")  # a number, "imagenet" or a factor of it: "10x"
     seed: int = _key("prompt", 0)
     scheduler: str = _key("sampler", "pndm")  # in SCHEDULERS
     steps: int = _key("sampler", 50)
@@ -101,11 +102,16 @@ class Recipe:
         interval = self.guidance_interval
         return asdict(self) | {"guidance_interval": list(interval) if interval else None}
 
-    def settle(self, existing: Dataset | None) -> Recipe:
-        """With what was left open taken from the EXISTING dataset; UserError with a diff if it has another recipe."""
+    def settle(self, existing: Dataset | None, counts: Mapping[str, int]) -> Recipe:
+        """With what was left open taken from the EXISTING dataset; UserError with a diff if it has another recipe.
+
+        COUNTS: {class id: images wanted}. A set may grow, as image k stays image k, but never shrink.
+        """
         if existing is None:
             return self
         recorded = {"chroma": self.chroma} | existing.recipe  # not recorded by the first version, but the same
+        if all(counts.get(folder.id, 0) >= folder.count for folder in existing.folders):
+            recorded["images_per_class"] = self.images_per_class
         left_open = [key.name for key in fields(self) if key.metadata["auto"] and getattr(self, key.name) is None]
         taken: dict[str, Any] = {name: recorded.get(name) for name in left_open}
         settled = replace(self, **taken)
