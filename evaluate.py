@@ -94,7 +94,12 @@ def main(args: argparse.Namespace) -> int:
     if args.dataset_report:
         from utils.report import dataset_quality
 
-        return dataset_quality.run(args)
+        if len(args.checkpoint) > 1:
+            raise UserError("--dataset-report looks at one dataset through one --checkpoint")
+        how = (args.device, args.dtype, args.interpolation, args.batch_size, args.workers)
+        network = dataset_quality.Network(args.checkpoint[0], *how) if args.checkpoint else None
+        out = Path(args.out or args.dataset_report)
+        return dataset_quality.run(args.dataset_report, args.real, network, out, args.dry_run)
     if args.report:
         return draw_report(args)
     for option, needs in (("real", "dataset_report"), ("title", "report"), ("show_data", "report")):

@@ -163,7 +163,7 @@ def test_free_space_of_a_folder_that_does_not_exist_yet(tmp_path):
 
 def test_a_page_escapes_names_and_is_never_half_empty(tmp_path):
     values = {"dataset": "<b>&", "totals": {}, "descriptor": "d", "real": None, "cut": 1, "missing_classes": []}
-    values |= {"classes": [], "columns": [], "shown": [], "text": str}
+    values |= {"classes": [], "columns": [], "shown": [], "text": str, "order": "o", "first": 1, "last": 1}
     page = tmp_path / "page.html"
     with pytest.raises(Exception, match="'command' is undefined"):
         write_page(page, "report/dataset_quality.html.j2", **values)

@@ -8,7 +8,7 @@ from scipy.linalg import sqrtm
 import evaluate
 from utils.cli import run
 from utils.report import dataset_quality as report
-from utils.storage import read_json
+from utils.storage import append_jsonl, read_json, write_json
 
 
 def call(*arguments):
@@ -136,3 +136,54 @@ def test_a_damaged_image_is_named(tmp_path, capsys):
     (tmp_path / "data/pear/000.png").write_bytes(b"\x89PNG")
     assert call("--dataset-report", tmp_path / "data", "--out", tmp_path / "look") == 2
     assert "pear/000.png" in capsys.readouterr().err
+
+
+def test_noise_does_not_look_best(tmp_path, capsys):
+    """Noise is the most varied class of all: beside real images it comes first, without them nothing is called bad."""
+    rng = np.random.default_rng(0)
+    for folder, noisy in (("synthetic", ("apple",)), ("real", ())):
+        for class_id, colour in (("apple", (200, 60, 60)), ("pear", (60, 200, 60)), ("plum", (90, 60, 200))):
+            (tmp_path / folder / class_id).mkdir(parents=True)
+            for index in range(12):
+                base = np.full((48, 48, 3), colour) + rng.normal(0, 25, 3) + rng.normal(0, 5, (48, 48, 3))
+                pixels = rng.integers(0, 256, (48, 48, 3)) if class_id in noisy else np.clip(base, 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / folder / class_id / f"{index}.png")
+    data = ("--dataset-report", tmp_path / "synthetic", "--out", tmp_path / "look")
+    assert call(*data) == 0
+    alone = (tmp_path / "look/dataset_report.html").read_text()
+    assert "worst" not in alone and "Variety is no merit by itself: noise is the most varied." in alone
+    rows = {row["id"]: row for row in read_json(tmp_path / "look/dataset_report.json")["classes"]}
+    assert max(rows, key=lambda one: rows[one]["diversity"]) == "apple"
+    assert call(*data, "--real", tmp_path / "real", "--checkpoint", checkpoint(tmp_path), "--device", "cpu") == 0
+    assert read_json(tmp_path / "look/dataset_report.json")["classes"][0]["id"] == "apple"
+    assert (
+        "Classes that look least like the real ones (lowest coverage) come first."
+        in (tmp_path / "look/dataset_report.html").read_text()
+    )
+
+
+def test_strays_of_a_generated_dataset_are_named_and_left_out(tmp_path, capsys):
+    """Eight images are in the manifests; a copied one, one of a class that was not drawn, are not looked at."""
+    data = tmp_path / "data"
+    write_images(data / "train", 5, seed=0)
+    (data / "manifest").mkdir()
+    for class_id in ("apple", "pear"):
+        for index in range(5):
+            (data / f"train/{class_id}/{index:03}.png").rename(data / f"train/{class_id}/{class_id}_{index:06}.png")
+            if index < 4:
+                append_jsonl(data / f"manifest/{class_id}.jsonl", {"id": class_id, "index": index, "bytes": 1})
+    (data / "train/fig").mkdir()
+    Image.new("RGB", (48, 48)).save(data / "train/fig/mine.png")
+    assert images_of(data, tmp_path / "look") == 11  # without a dataset.json it is anybody's folder
+    write_json(data / "dataset.json", {"classes": [{"id": "apple", "name": "apple, fruit"}, {"id": "pear"}]})
+    capsys.readouterr()
+    assert images_of(data, tmp_path / "look") == 8
+    said = capsys.readouterr().err
+    assert (
+        "--dataset-report: 3 images that no manifest of" in said and "apple_000004.png" in said and "mine.png" in said
+    )
+
+
+def images_of(data, out):
+    assert call("--dataset-report", data, "--out", out) == 0
+    return read_json(out / "dataset_report.json")["totals"]["images"]

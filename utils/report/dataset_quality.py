@@ -14,9 +14,8 @@ classifier FID and KID are not comparable with published ones, which use Incepti
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ import numpy as np
 
 from utils.cli import UserError, command_line
 from utils.evaluation import checkpoints
-from utils.images import BadImage, decode_rgb, list_image_folder
+from utils.images import BadImage, decode_rgb, drop_strays, list_image_folder
 from utils.machine import snapshot
 from utils.report.figures import strip
-from utils.storage import read_json, require_writable, write_json, write_page
+from utils.report.records import read_described
+from utils.storage import require_writable, write_json, write_page
 
 NEIGHBOURS = 5  # of the balls of precision, recall, density and coverage (Naeem et al., 2020)
 DUPLICATE = 0.995  # cosine similarity of centred descriptors from which two images of a class are near-duplicates
@@ -35,31 +35,44 @@ CHUNK_ROWS = 8192  # features summed at a time
 KID_IMAGES = 5000  # of each set, at most: its kernel matrix is quadratic in them
 THUMBNAIL = 16  # pixels a side of the descriptor without a checkpoint
 PICTURES = 8  # images a class shown, from the least typical duplicates on
-SHOWN_CLASSES = 100  # the worst ones
+FIRST_CLASSES, LAST_CLASSES = 80, 20  # of the order, shown in pictures
+LEAST_LIKE_REAL = "Classes that look least like the real ones (lowest coverage) come first."
+MOST_ALIKE = (
+    "Classes with most near-duplicates come first, then the least varied. Variety is no merit by itself: noise is the "
+    "most varied. Only --real can tell whether a class looks as it should."
+)
 COLUMNS = ("images", "duplicates", "diversity", "precision", "recall", "density", "coverage")
 
 
-def run(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class Network:
+    """The checkpoint whose features describe the images, and how they are computed; values as evaluate.py's options."""
+
+    checkpoint: str
+    device: str
+    dtype: str
+    interpolation: str | None
+    batch_size: int
+    workers: int
+
+
+def run(dataset: str, real_folder: str | None, network: Network | None, out: Path, dry_run: bool) -> int:
     """`evaluate.py --dataset-report DATASET [--real DIR] [--checkpoint MODEL]`. Returns the exit code."""
     # ===== finding the images =====
-    synthetic = Folder(args.dataset_report, "--dataset-report")
-    real = Folder(args.real, "--real") if args.real else None
-    if real and not args.checkpoint:
+    synthetic = Folder(dataset, "--dataset-report")
+    real = Folder(real_folder, "--real") if real_folder else None
+    if real and not network:
         raise UserError("--real: comparing with real images needs features; give --checkpoint MODEL, such as resnet50")
-    if len(args.checkpoint) > 1:
-        raise UserError("--dataset-report looks at one dataset through one --checkpoint")
     if real and not set(real.ids) & set(synthetic.ids):
-        raise UserError(f"--real {args.real}: none of its classes ({real.ids[0]}, ...) is in {args.dataset_report}")
-    if args.dry_run:
-        print(
-            f"{len(synthetic.samples):,} images of {len(synthetic.ids)} classes, to compare with {args.real or 'none'}"
-        )
+        raise UserError(f"--real {real_folder}: none of its classes ({real.ids[0]}, ...) is in {dataset}")
+    if dry_run:
+        counts = f"{len(synthetic.samples):,} images of {len(synthetic.ids)} classes"
+        print(f"{counts}, to compare with {real_folder or 'none'}")
         return 0
-    out = Path(args.out or args.dataset_report)
     require_writable(out, "--out")
 
     # ===== describing them =====
-    describe, descriptor = descriptor_of(args, out)
+    describe, descriptor = descriptor_of(network, out)
     described = {"synthetic": describe(synthetic)}
     if real:
         described["real"] = describe(real)
@@ -67,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     # ===== measuring =====
     centre = moments(described["synthetic"])[0].astype(np.float32)
     classes = [measure_class(class_id, synthetic, real, described, centre) for class_id in synthetic.ids]
-    worst_first(classes)
+    sort_classes(classes)
     totals = summarize(classes)
     if real:
         both = [
@@ -79,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
 
     # ===== telling =====
     record = {
-        "dataset": args.dataset_report,
-        "real": args.real,
+        "dataset": dataset,
+        "real": real_folder,
         "descriptor": descriptor,
         "totals": totals,
         "classes": classes,
@@ -89,13 +102,18 @@ def run(args: argparse.Namespace) -> int:
         "environment": snapshot(),
     }
     write_json(out / "dataset_report.json", record)
+    first, last = FIRST_CLASSES, LAST_CLASSES
+    shown = classes if len(classes) <= first + last else classes[:first] + classes[-last:]
     write_page(
         out / "dataset_report.html",
         "report/dataset_quality.html.j2",
         **record,
-        shown=pictures(record, synthetic, real),
+        shown=pictures(shown, synthetic, real),
+        order=LEAST_LIKE_REAL if real else MOST_ALIKE,
         columns=[column for column in COLUMNS if any(row.get(column) is not None for row in classes)],
         cut=DUPLICATE,
+        first=first,
+        last=last,
         text=as_text,
     )
     for name, value in totals.items():
@@ -105,39 +123,44 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Folder:
-    """Images by class: ids, (path, label) samples, and the rows of each class."""
+    """Images by class: ids, (path, label) samples without strays, and the rows of each class."""
 
     def __init__(self, folder: str, option: str) -> None:
         self.folder = Path(folder)
         train = self.folder / "train"
-        self.ids, self.samples = list_image_folder(train if train.is_dir() else self.folder, option)
+        ids, samples = list_image_folder(train if train.is_dir() else self.folder, option)
+        self.samples = drop_strays(self.folder, samples, option)
         labels = np.array([label for _, label in self.samples])
-        self.rows = {class_id: np.flatnonzero(labels == label) for label, class_id in enumerate(self.ids)}
-        record = self.folder / "dataset.json"
-        listed = read_json(record).get("classes", []) if record.is_file() else []
-        self.names = {row["id"]: row.get("name", "") for row in listed}
+        rows = {class_id: np.flatnonzero(labels == label) for label, class_id in enumerate(ids)}
+        self.rows = {class_id: its for class_id, its in rows.items() if len(its)}
+        self.ids = list(self.rows)
+        if not self.ids:
+            raise UserError(f"{option}: no image of {folder} is in its manifests; draw it with generate.py first")
+        described = read_described(self.folder)
+        self.names = described.names if described else {}
 
     def of_classes(self, ids: list[str]) -> np.ndarray:
+        """The rows of those of IDS that are here."""
         return np.concatenate([self.rows[class_id] for class_id in self.ids if class_id in set(ids)])
 
 
-def descriptor_of(args: argparse.Namespace, out: Path) -> tuple[Callable[[Folder], np.ndarray], str]:
+def descriptor_of(network: Network | None, out: Path) -> tuple[Callable[[Folder], np.ndarray], str]:
     """(function: Folder -> (N, D) float32 descriptors, what they are)."""
-    if not args.checkpoint:
+    if not network:
         return thumbnails, f"grey thumbnails of {THUMBNAIL} x {THUMBNAIL} pixels"
-    from utils.evaluation.features import Extractor
+    from utils.evaluation.features import Extractor  # here: torch takes seconds to start
     from utils.evaluation.jobs import number_format
     from utils.evaluation.weights import load_classifier
     from utils.machine import resolve_device, resolve_dtype
 
-    source = checkpoints.locate(args.checkpoint[0])
+    source = checkpoints.locate(network.checkpoint)
     classifier = load_classifier(source)
-    device = resolve_device(args.device)
-    dtype = resolve_dtype(number_format(args.dtype, args.device), device)
-    extract = Extractor(classifier.backbone, source.sha256, device, dtype, args.batch_size, args.workers)
+    device = resolve_device(network.device)
+    dtype = resolve_dtype(number_format(network.dtype, network.device), device)
+    extract = Extractor(classifier.backbone, source.sha256, device, dtype, network.batch_size, network.workers)
     transform = checkpoints.transform_of(source)
-    if args.interpolation:
-        transform = replace(transform, interpolation=args.interpolation)
+    if network.interpolation:
+        transform = replace(transform, interpolation=network.interpolation)
 
     def describe(folder: Folder) -> np.ndarray:
         return extract(folder.samples, transform, out / "features", f"{source.label} on {folder.folder}")
@@ -280,9 +303,20 @@ def summarize(classes: list[dict[str, Any]]) -> dict[str, Any]:
     return totals
 
 
-def worst_first(classes: list[dict[str, Any]]) -> None:
-    """By coverage of the real class where it is known, else by diversity; ties by id."""
-    classes.sort(key=lambda row: (row.get("coverage", 101), row["diversity"] or 0, row["id"]))
+def sort_classes(classes: list[dict[str, Any]]) -> None:
+    """Where real images are known, those least like them first; then most near-duplicates, least varied, by id.
+
+    Variety alone is no merit: a class of noise is the most varied. Without real images no class is called bad.
+    """
+    classes.sort(
+        key=lambda row: (
+            row.get("coverage", 101),
+            row.get("precision", 101),
+            -row["duplicates"],
+            row["diversity"] or 0,
+            row["id"],
+        )
+    )
 
 
 # ===== telling =====
@@ -294,19 +328,19 @@ def as_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def pictures(record: dict[str, Any], synthetic: Folder, real: Folder | None) -> list[dict[str, Any]]:
-    """[{row, strips: [(name, data URI)]}] of the worst classes: their images, real ones, the pair most alike."""
+def pictures(classes: Sequence[dict[str, Any]], synthetic: Folder, real: Folder | None) -> list[dict[str, Any]]:
+    """[{row, strips: [(name, data URI)]}] of CLASSES: their images, real ones, the pair most alike."""
 
-    def picture(folder: Folder, class_id: str) -> str:
+    def picture(folder: Folder, class_id: str, option: str) -> str:
         rows = folder.rows[class_id]
-        return strip([folder.samples[row][0] for row in evenly(rows, PICTURES)])
+        return strip([folder.samples[row][0] for row in evenly(rows, PICTURES)], option)
 
     shown = []
-    for row in record["classes"][:SHOWN_CLASSES]:
-        strips = [("synthetic", picture(synthetic, row["id"]))]
+    for row in classes:
+        strips = [("synthetic", picture(synthetic, row["id"], "--dataset-report"))]
         if real and row["id"] in real.rows:
-            strips.append(("real", picture(real, row["id"])))
+            strips.append(("real", picture(real, row["id"], "--real")))
         if row["duplicates"] > 0:
-            strips.append(("most alike", strip(row["closest"])))
+            strips.append(("most alike", strip(row["closest"], "--dataset-report")))
         shown.append({"row": row, "strips": strips})
     return shown

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from utils.cli import UserError
-from utils.images import INK, BadImage, Curve, contact_sheet, decode_rgb, draw_curves, list_image_folder
+from utils.images import INK, BadImage, Curve, contact_sheet, decode_rgb, draw_curves, drop_strays, list_image_folder
 from utils.report.records import Sidecar, read_described, read_epochs
 from utils.storage import atomic_path, read_jsonl
 
@@ -137,33 +137,39 @@ def contact_sheets(shown: Sequence[tuple[str, Path]]) -> list[dict[str, Any]]:
     for source, folder in shown:
         root = folder / "train" if (folder / "train").is_dir() else folder
         ids, samples = list_image_folder(root, "--show-data")
+        samples = drop_strays(folder, samples, "--show-data")
         described = read_described(folder)
         names = described.names if described else {}
         for label, class_id in enumerate(ids):
             if class_id not in sheets and len(sheets) >= MAX_CLASSES:
                 continue
             paths = [path for path, its_label in samples if its_label == label]
+            if not paths:
+                continue
             step = max(1, len(paths) // SHEET_COLUMNS)
             prompts = read_jsonl(folder / "manifest" / f"{class_id}.jsonl")[:1]
             sheet = sheets.setdefault(class_id, {"id": class_id, "name": "", "strips": []})
             sheet["name"] = sheet["name"] or names.get(class_id, "").split(",")[0]
             prompt = prompts[0].get("prompt") if prompts else None
             sheet["strips"].append(
-                {"source": source, "prompt": prompt, "picture": strip(paths[::step][:SHEET_COLUMNS]), "n": len(paths)}
+                {
+                    "source": source,
+                    "prompt": prompt,
+                    "picture": strip(paths[::step][:SHEET_COLUMNS], "--show-data"),
+                    "n": len(paths),
+                }
             )
     return list(sheets.values())
 
 
-def strip(paths: Sequence[str]) -> str:
-    """A data URI of the images side by side, each fitted into a square."""
+def strip(paths: Sequence[str], option: str) -> str:
+    """A data URI of the images side by side, each fitted into a square. UserError that names OPTION for a bad one."""
     fitted = []
     for path in paths:
         try:
             image = Image.fromarray(decode_rgb(path))
         except BadImage as error:
-            raise UserError(
-                f"--show-data: {error}; remove the file, or draw it again with generate.py --repair"
-            ) from None
+            raise UserError(f"{option}: {error}; remove the file, or draw it again with generate.py --repair") from None
         fitted.append(np.asarray(ImageOps.fit(image, (SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS)))
     buffer = io.BytesIO()
     sheet = contact_sheet([("", fitted)], SHEET_SIDE, len(fitted), gap=2, paper="#808080")

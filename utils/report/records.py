@@ -98,16 +98,23 @@ class Training(msgspec.Struct):
         return plan.epochs * plan.steps_per_epoch if plan.epochs and plan.steps_per_epoch else None
 
 
+class DescribedClass(msgspec.Struct):
+    """A class of a dataset.json."""
+
+    id: str
+    name: str = ""
+
+
 class Described(msgspec.Struct):
     """What a report needs of a dataset.json."""
 
-    classes: list[dict[str, Any]] = []
+    classes: list[DescribedClass] = []
     recipe: dict[str, Any] = {}
 
     @property
     def names(self) -> dict[str, str]:
         """Class id -> name."""
-        return {row["id"]: row.get("name", "") for row in self.classes}
+        return {row.id: row.name for row in self.classes}
 
 
 class ClassQuality(msgspec.Struct):
