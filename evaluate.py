@@ -1,9 +1,10 @@
 """Judge frozen models on real images: ImageNet's test sets, fifteen transfer datasets, or any folder of classes.
 
 Reads checkpoints (a run folder of train.py, a weights file, or a name of torchvision's) and the datasets it finds
-below --data-root. Writes OUT/results.jsonl (one line a metric), OUT/eval/*.json (per class, confusion) and
-OUT/features/ (the cache); OUT is the checkpoint's folder unless --out is given. Pairs of checkpoint and dataset that
-are in results.jsonl already are not computed again: run the same command to continue.
+below --data-root. Writes OUT/results.jsonl (one line a metric), OUT/eval/*.json (per class, confusion) and the caches
+OUT/features/ and OUT/hashes/ (are test images among the training images?); OUT is the checkpoint's folder unless --out
+is given. Pairs of checkpoint and dataset that are in results.jsonl already are not computed again: run the same command
+to continue.
 
     # without a GPU, in seconds, after `make demo`: two models side by side on one folder of real images
     python evaluate.py --checkpoint runs/demo/real-seed0 runs/demo/synthetic_g2-seed0 --test digits=data/digits/test
@@ -23,10 +24,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.cli import Launch, UserError, make_parser, non_negative_int, positive_int, run
+import msgspec
+
+from utils.cli import Launch, UserError, data_and_weight, make_parser, non_negative_int, positive_int, run
 from utils.evaluation import checkpoints
 from utils.evaluation.catalog import choose, list_sets, read_all
 from utils.evaluation.jobs import Job, Settings, number_format
@@ -35,9 +39,11 @@ from utils.metrics import mean_and_std
 from utils.storage import require_writable
 
 if TYPE_CHECKING:
+    from utils.dataset.overlap import Place
     from utils.evaluation.judge import FrozenModel
 
 LAUNCH = Launch("evaluate", "single")
+SHOWN_LEAKS = 1000  # pairs of a kind named in eval/*.json
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -74,6 +80,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     runtime.add_argument("--workers", type=positive_int, default=min(16, os.cpu_count() or 1),
                          help="threads that decode images")
     runtime.add_argument("--out", help="folder of the results (default: the checkpoint's folder)")
+    runtime.add_argument("--no-leak-check", action="store_true",
+                         help="do not look for test images among the training images that a run recorded")
     runtime.add_argument("--dry-run", action="store_true", help="say what would be computed, and stop")
     reports = parser.add_argument_group("reports")
     reports.add_argument("--report", nargs="+", metavar="JSONL", help="draw report.md, report.html and the radar plot")
@@ -150,7 +158,7 @@ def main(args: argparse.Namespace) -> int:
                 job.source, args.classes, args.device, settings.number_format, args.batch_size, args.workers
             )
         try:
-            (judge_by_probe if job.test_set.row.probed else judge_by_logits)(job, model)
+            (judge_by_probe if job.test_set.row.probed else judge_by_logits)(job, model, not args.no_leak_check)
         except (NoSharedClass, checkpoints.NoClassifier) as error:
             if job.test_set.asked_for:
                 raise
@@ -161,25 +169,28 @@ def main(args: argparse.Namespace) -> int:
     return code
 
 
-def judge_by_logits(job: Job, model: FrozenModel) -> None:
+def judge_by_logits(job: Job, model: FrozenModel, leak_check: bool) -> None:
     """Features -> logits of the model's own classifier -> metrics, on a set whose classes it knows."""
     from utils.evaluation.judge import metrics_of_logits
 
     model.classifier.require_head()
     loaded = job.test_set.loaded
     matched = match(loaded, model.classifier.class_ids)
+    leaks = training_images_in(job, matched.samples) if leak_check else ({}, {})
     stamps = loaded.stamps["test"][matched.rows]
     features = model.features(matched.samples, job.transform, job.out / "features", job.title, stamps)  # (N, D)
     logits = model.classifier.logits(features)[:, matched.columns]  # (N, compared classes)
-    job.save(*metrics_of_logits(logits, matched, model.classifier))
+    measured, facts, sidecar = metrics_of_logits(logits, matched, model.classifier)
+    job.save(measured, facts | leaks[0], sidecar | leaks[1])
 
 
-def judge_by_probe(job: Job, model: FrozenModel) -> None:
+def judge_by_probe(job: Job, model: FrozenModel, leak_check: bool) -> None:
     """Features -> linear classifier trained on those of trainval -> metrics on those of test; seed by seed."""
     from utils.evaluation import probes
     from utils.evaluation.judge import metrics_of_probe
 
     loaded, cache = job.test_set.loaded, job.out / "features"
+    leaks = training_images_in(job, loaded.samples) if leak_check else ({}, {})
     features = {
         split: model.features(samples, job.transform, cache, f"{job.title}, {split}", loaded.stamps[split])  # (N, D)
         for split, samples in loaded.splits.items()
@@ -188,7 +199,83 @@ def judge_by_probe(job: Job, model: FrozenModel) -> None:
     options = {"protocol": job.settings.probe_protocol, "kind": job.test_set.row.probe, "device": model.device}
     for seed in job.missing_seeds():
         result = probes.run_probe(splits, seed=seed, memo=job.trials, **options)
-        job.save(*metrics_of_probe(result, loaded, seed, job.finished_runs()))
+        measured, facts, sidecar = metrics_of_probe(result, loaded, seed, job.finished_runs())
+        job.save(measured, facts | leaks[0], sidecar | leaks[1])
+
+
+def training_images_in(job: Job, samples: Sequence[tuple[str, int]]) -> tuple[dict, dict]:
+    """(facts, sidecar): how many of SAMPLES (path, label) the model was trained on, and which.
+
+    Both are empty where nobody recorded the training images, or they are no longer there. UserError if a model was
+    trained on every one of SAMPLES.
+    """
+    from utils.dataset.overlap import describe, overlap
+
+    if (trained := recorded_images(job.source)) is None:
+        return {}, {}
+    tests = [path for path, _ in samples]
+    cache = job.out / "hashes"
+    found = overlap(
+        describe(tests, cache, f"{job.title}: test images"), describe(trained, cache, f"{job.title}: training images")
+    )
+    if len(found.exact) == len(tests):
+        raise UserError(
+            f"{job.title}: all {len(tests):,} test images are among the images it was trained on; judge it on others, "
+            "or give --no-leak-check"
+        )
+    if found.exact or found.near:
+        print(
+            f"{job.title}: it was trained on {len(found.exact):,} of the {len(tests):,} test images, and on copies of "
+            f"{len(found.near):,} (cut, mirrored or encoded otherwise); {job.sidecar} names them",
+            flush=True,
+        )
+    pairs = [
+        {"test": tests[mine], "train": trained[theirs], "same_pixels": same}
+        for same, those in ((True, found.exact), (False, found.near))
+        for mine, theirs in sorted(those.items())[:SHOWN_LEAKS]
+    ]
+    counts = {"train_overlap_exact": len(found.exact), "train_overlap_near": len(found.near)}
+    return counts, {"train_overlap": pairs}
+
+
+class DataOptions(msgspec.Struct):
+    """What train.py was told about its images."""
+
+    data: list[str]
+    images_per_class: int | None = None
+    classes: str | None = None
+
+
+class DataIdentity(msgspec.Struct):
+    """Number and fingerprint of the images of each --data."""
+
+    data: list[str]
+
+
+class TrainingRecord(msgspec.Struct):
+    """The part of a run's args.json that says which images it was trained on."""
+
+    options: DataOptions
+    identity: DataIdentity
+
+
+def recorded_images(source: checkpoints.Source) -> list[Place] | None:
+    """Where the images lie that args.json says a run was trained on; None, and a line, if they cannot be found."""
+    from utils.training.image_sets import open_sources
+
+    try:
+        run = msgspec.convert(source.args, TrainingRecord)
+    except msgspec.ValidationError:  # weights from elsewhere
+        return None
+    try:
+        paths = [data_and_weight(text)[0] for text in run.options.data]
+        images = open_sources(paths, run.options.images_per_class, run.options.classes)
+        if [f"{len(one)} images {one.fingerprint()[:16]}" for one in images] != run.identity.data:
+            raise UserError("they have changed since")
+    except UserError as error:
+        print(f"{source.label}: no leak check, its training images are not where args.json says: {error}", flush=True)
+        return None
+    return [place for one in images for place in one.locations()]
 
 
 # ===== telling =====

@@ -34,6 +34,10 @@ class ImageSet:
     def read(self, index: int) -> bytes:
         raise NotImplementedError
 
+    def locations(self) -> list[str | tuple[str, int, int]]:
+        """Where each image lies: a file, or (tar file, offset, bytes)."""
+        return [self.name(index) for index in range(len(self))]
+
     def keep(self, rows: np.ndarray) -> None:
         """Keep only ROWS."""
         self.labels, self.names = self.labels[rows], self.names[rows]
@@ -112,6 +116,9 @@ class TarImages(ImageSet):
     def keep(self, rows: np.ndarray) -> None:
         super().keep(rows)
         self.places = self.places[rows]
+
+    def locations(self) -> list[str | tuple[str, int, int]]:
+        return [(self.shards[shard], offset, size) for shard, offset, size in self.places.tolist()]
 
     def read(self, index: int) -> bytes:
         shard, offset, size = self.places[index].tolist()
