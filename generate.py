@@ -113,7 +113,7 @@ def main(args: argparse.Namespace) -> int:
     existing = datasets.open_dataset(out) if (out / "dataset.json").exists() else None
     recipe = asked_recipe(args, table.sha256, template.text).settle(existing, counts)
     if args.dry_run:
-        plan.show_plan(recipe, model, args.revision, table, template, counts, args.chunk, out, args.rate)
+        plan.show_plan(recipe, model, args.revision, table, template, counts, args.chunk, out, args.device, args.rate)
         return 0
 
     # ===== finding the model =====

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections import Counter
@@ -369,6 +370,46 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, tiny, capsys):
     text = capsys.readouterr().out
     assert "images: 21 of 16 x 16" in text and "6 an image, 126 in all" in text and "at 2.00 images/s" in text
     assert not (tmp_path / "out").exists()
+
+
+def planned(capsys, *options) -> tuple[float, float, str]:
+    """(hours, images/s, the line) of --dry-run for ImageNet-100 with the default model, which is not here."""
+    assert run(generate.main, generate.get_args_parser(), ["--dry-run", *options]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if " hours: " in line)
+    found = re.match(r"GPU hours: ([\d,.]+) at ([\d.]+) images/s", line)
+    return (float(found[1].replace(",", "")), float(found[2]), line) if found else (0, 0, line)
+
+
+def test_hours_are_those_of_published_rates(monkeypatch, capsys):
+    """3.6 and 4.68 iterations/s of 16 images: diffusers, docs/source/en/optimization/torch2.0.md (A100)."""
+    monkeypatch.setattr(plan, "gpus", lambda: {"gpus": []})
+    for options, iterations_per_s in (([], 3.6), (["--compile"], 4.68)):
+        hours, rate, line = planned(capsys, *options)
+        assert 0.94 < rate / (16 * iterations_per_s / 51) < 1 and "published" in line and "A100" in line
+        assert hours == pytest.approx(126_689 / rate / 3600, rel=0.01)
+    eager = planned(capsys)[1]
+    assert planned(capsys, "--recipe", "fast")[1] / eager == pytest.approx(102 / 32, rel=0.08)
+    assert planned(capsys, "--rate", "2")[:2] == (pytest.approx(17.6), 2.0)
+
+
+def test_no_figure_of_an_a100_for_other_cards_and_models(tmp_path, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "gpus", lambda: {"gpus": ["NVIDIA T4"]})
+    assert planned(capsys)[2] == (
+        "GPU hours: not known for CompVis/stable-diffusion-v1-4 on NVIDIA T4; give its images/s with --rate"
+    )
+    monkeypatch.setattr(plan, "gpus", lambda: {"gpus": []})
+    assert (
+        "not known for stabilityai/stable-diffusion-2-1"
+        in planned(capsys, "--model", "stabilityai/stable-diffusion-2-1")[2]
+    )
+    assert "not known" in planned(capsys, "--device", "cpu")[2]
+    monkeypatch.setattr(loading, "seconds_of_a_step", lambda sampler, size: (2.0, 1.0))
+    assert call(tmp_path / "out", tiny, "--dry-run") == 0  # a random pipeline on this machine: a step is timed
+    said = capsys.readouterr().out
+    assert (
+        f"CPU hours: {21 * 7 / 3 / 3600:.1f} at {3 / 7:.2f} images/s a CPU (measured here" in said
+        and "A100" not in said
+    )
 
 
 @pytest.mark.parametrize("recipe", ["paper", "fast"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle CPU threads sleep: a shared machine stays usable
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums on every run, also with two streams
@@ -16,7 +18,7 @@ from utils.cli import UserError
 from utils.generation.diffusion import Sampler, is_out_of_memory, spans
 from utils.generation.pipeline import PipelineFolder
 from utils.generation.recipe import Recipe
-from utils.machine import memory_format, resolve_dtype
+from utils.machine import memory_format, resolve_device, resolve_dtype
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CPU_LATENTS = 6400  # batch x latent area on a CPU: 100 images of 8x8 latents, 1 of 64x64; larger gained nothing
@@ -106,7 +108,7 @@ def choose_batch_size(sampler: Sampler) -> int:
     total = torch.cuda.get_device_properties(sampler.device).total_memory
     while size <= MOST_IMAGES_A_BATCH:
         try:
-            rate = size / _seconds_a_step(sampler, size)
+            rate = size / seconds_of_a_step(sampler, size)[0]
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -118,20 +120,50 @@ def choose_batch_size(sampler: Sampler) -> int:
     return best
 
 
+def measured_rate(folder: PipelineFolder, recipe: Recipe, device_name: str) -> tuple[float, str, str]:
+    """(images/s, "GPU" or "CPU", how) of FOLDER on a device here: one step and one decode are timed, then reckoned.
+
+    torch.compile is left out: it would take minutes.
+    """
+    device = resolve_device(device_name)
+    recipe = replace(recipe.with_device(device), safety="off", compile=False)
+    sampler = load_sampler(folder, recipe, device)
+    size = recipe.batch_size or choose_batch_size(sampler)
+    guided, decode = seconds_of_a_step(sampler, size)
+    seconds = guided * sampler.forwards_per_image / 2 + decode
+    how = f"measured here, {recipe.dtype} in batches of {size}, from one step and one decode"
+    return size / seconds, "CPU" if device.type == "cpu" else "GPU", how
+
+
 @torch.inference_mode()
-def _seconds_a_step(sampler: Sampler, size: int) -> float:
-    """Seconds of one guided UNet forward for SIZE images, after one that warms up; decodes too, to prove it fits."""
+def seconds_of_a_step(sampler: Sampler, size: int) -> tuple[float, float]:
+    """Seconds of one guided UNet forward and of one decode of SIZE images, each after one that warms up."""
     latents = sampler.initial_latents(range(size)).to(sampler.device)
     scaled = torch.cat([latents, latents]).to(sampler.dtype, memory_format=sampler.layout)
     text = sampler.embedding("").expand(2 * size, -1, -1)
     step = sampler.scheduler.timesteps[0].to(sampler.device)
-    for _ in range(2):
-        torch.cuda.synchronize(sampler.device)
-        started = time.perf_counter()
+
+    def forward() -> None:
         # forward(): never the compiled UNet, which would be compiled for every size that is tried.
         sampler.unet.forward(scaled, step, encoder_hidden_states=text, return_dict=False)
-        torch.cuda.synchronize(sampler.device)
-    seconds = time.perf_counter() - started
-    for start, end in spans(size, sampler.decoding.size):
-        sampler._decode(latents[start:end])
-    return seconds
+
+    def decode() -> None:
+        for start, end in spans(size, sampler.decoding.size):
+            sampler._decode(latents[start:end])
+
+    return _seconds(forward, sampler.device), _seconds(decode, sampler.device)
+
+
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    """Of WORK, the second time."""
+    for _ in range(2):
+        _wait(device)
+        started = time.perf_counter()
+        work()
+        _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

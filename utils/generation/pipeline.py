@@ -60,6 +60,13 @@ class PipelineFolder:
         size = self._settings("unet/config.json")["sample_size"]
         return (size[0] if isinstance(size, list) else size) * self.pixels_per_latent
 
+    @property
+    def is_sd1(self) -> bool:
+        """Whether the UNet has the size of Stable Diffusion 1.x, so that rates published for it hold."""
+        unet = self._settings("unet/config.json")
+        sizes = (unet.get("sample_size"), unet.get("cross_attention_dim"), unet.get("block_out_channels"))
+        return sizes == (64, 768, [320, 640, 1280, 1280])
+
     def hashes(self, with_safety_checker: bool) -> dict[str, str]:
         """{relative path: sha256} of every file that can change a pixel; weights hash at the speed of the disk."""
         folders = [*COMPONENTS, *(("safety_checker", "feature_extractor") if with_safety_checker else ())]

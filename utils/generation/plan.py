@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,17 @@ import numpy as np
 
 from utils.cli import UserError
 from utils.dataset.folder import in_chunk
-from utils.generation.pipeline import find_pipeline
+from utils.generation.pipeline import PipelineFolder, find_pipeline
 from utils.generation.prompts import ClassTable, Template, class_prompts, prompt_warnings
 from utils.generation.recipe import Recipe
+from utils.machine import gpus
 from utils.storage import free_bytes
 
-# Where nothing was measured: 85 TFLOP an image at 125 TFLOP/s, 40 % of an A100's fp16 peak.
-ASSUMED_IMAGES_PER_S = 1.5
+# Stable Diffusion 1.x at 512 px on an A100, 102 forwards an image: 3.6 iterations/s in batches of 16 and 4.68 compiled
+# (diffusers, docs/source/en/optimization/torch2.0.md), less what the VAE takes. Other cards and models have no figure.
+A100_IMAGES_PER_S = {False: 1.08, True: 1.40}  # without and with --compile
+VAE_SHARE = 2.5 / 84.5  # of the TFLOP of such an image
+SD1_NAME = re.compile(r"stable-diffusion-v1-\d")
 BYTES_PER_PIXEL = {"jpg": 0.35, "png": 1.6, "webp": 0.25}  # a guess for photographs at drawing.QUALITY
 
 
@@ -30,11 +35,12 @@ def show_plan(
     counts: dict[str, int],
     chunk: tuple[int, int] | None,
     out: Path,
+    device_name: str,
     images_per_s: float | None,
 ) -> None:
-    """Print what a run by RECIPE would draw and cost. Loads no model and downloads none; what it does not know of the
-    MODEL is as in Stable Diffusion 1.4."""
-    schedule: dict = {}
+    """Print what a run by RECIPE would draw and cost. Downloads nothing; what it does not know of the MODEL is as in
+    Stable Diffusion 1.4. The rate is IMAGES_PER_S if given, else see expected_rate()."""
+    folder, schedule = None, {}
     try:
         folder = find_pipeline(model, revision, download=False)
         recipe, schedule = recipe.with_model(folder), folder.scheduler_config
@@ -48,8 +54,6 @@ def show_plan(
     pixels = height * width
     stored = pixels * (save_size / min(height, width)) ** 2 if save_size else pixels
     size = images * (1000 + stored * BYTES_PER_PIXEL[recipe.format])
-    rate = images_per_s or ASSUMED_IMAGES_PER_S * (102 / forwards) * (512 * 512 / pixels)
-    guess = "assumed for Stable Diffusion 1.4 on an A100, not measured; give yours with --rate"
     part, parts = chunk or (0, 1)
     print(f"out: {out}")
     print(f"classes: {len(rows)} of {table.name}" + (f" (chunk {part} of {parts})" if parts > 1 else ""))
@@ -57,9 +61,14 @@ def show_plan(
     print(f"UNet forwards: about {forwards} an image, {images * forwards:,} in all "
           f"({recipe.name}: {recipe.scheduler},\n  {recipe.steps} steps, "
           f"guidance {recipe.guidance_scale:g})")  # fmt: skip
-    print(
-        f"GPU hours: {images / rate / 3600:,.1f} at {rate:.2f} images/s a GPU ({'as given' if images_per_s else guess})"
-    )
+    if images_per_s:
+        rate, unit, how = images_per_s, "GPU", "as given"
+    else:
+        rate, unit, how = expected_rate(recipe, folder, model, device_name, forwards)
+    if rate:
+        print(f"{unit} hours: {images / rate / 3600:,.1f} at {rate:.2f} images/s a {unit} ({how})")
+    else:
+        print(f"{unit} hours: not known for {how}; give its images/s with --rate")
     print(f"disk: about {size / 1e9:,.2f} GB as {recipe.format}, {free_bytes(out) / 1e9:,.1f} GB free at {out}")
     sizes = [sum(counts[row.wnid] for row in in_chunk(list(table.rows), (i, 8))) for i in range(8)]
     print(f"chunks: --chunk 0/8 ... 7/8, for example, draw {min(sizes):,} to {max(sizes):,} images each")
@@ -68,6 +77,32 @@ def show_plan(
         print(f"prompt: {first.wnid}_{0:06d}, seed {first.seed}: {first.text}")
     for warning in prompt_warnings(table, template, recipe.names):
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def expected_rate(
+    recipe: Recipe, folder: PipelineFolder | None, model: str, device_name: str, forwards: int
+) -> tuple[float, str, str]:
+    """(images/s or 0, "GPU" or "CPU", how it is known or for what it is not).
+
+    Measured where the model and a device to draw with are here: a step and a decode are timed. Else the published rate
+    of Stable Diffusion 1.x on an A100, where nothing here contradicts it.
+    """
+    cards = gpus()["gpus"]
+    is_sd1 = folder.is_sd1 if folder else bool(SD1_NAME.search(model))
+    on_a100 = device_name in ("auto", "cuda") and all("A100" in card for card in cards)  # none here: a cluster's
+    if folder and (cards or not (is_sd1 and on_a100)):
+        from utils.generation import loading  # imports torch
+
+        try:
+            return loading.measured_rate(folder, recipe, device_name)
+        except UserError as error:
+            print(f"note: {error}", file=sys.stderr)
+    if is_sd1 and on_a100:
+        scale = (1 - VAE_SHARE) * forwards / 102 + VAE_SHARE
+        pixels = (recipe.height or 512) * (recipe.width or 512) / 512**2
+        how = "published for Stable Diffusion 1.x on an A100, not measured here; give yours with --rate"
+        return A100_IMAGES_PER_S[recipe.compile] / scale / pixels, "GPU", how
+    return 0.0, "GPU", f"{model} on {', '.join(sorted(set(cards))) or 'this machine'}"
 
 
 def expected_forwards(recipe: Recipe, schedule: dict[str, Any]) -> int:
