@@ -77,6 +77,18 @@ def test_the_tables_hold_the_numbers(two_models):
     assert "| ImageNet-1K-SD (paper) | 68.4 |  |" in text  # measured models lack sets: no average over all
 
 
+def test_images_the_model_was_trained_on_stand_beside_its_number(tmp_path):
+    clean, leaky = write_run(tmp_path / "real", "clean"), write_run(tmp_path / "sd", "leaky", shift=2)
+    found = {"train_overlap_exact": 3, "train_overlap_near": 4}
+    lines = [json.loads(line) | found for line in leaky.read_text().splitlines()]
+    leaky.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert call("--report", clean, leaky, "--out", tmp_path) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "75.3 (74.3 to 76.3); +2.0 (+0.6 to +3.4); 7 of them trained on |" in text
+    assert "7 of them trained on" in (tmp_path / "report.html").read_text()
+    assert "trained on" not in next(line for line in text.splitlines() if line.startswith("| clean | real | 73.3"))
+
+
 @pytest.mark.parametrize("kind", ["md", "html"])
 def test_the_report_is_the_golden_one(two_models, kind):
     """Set UPDATE_GOLDEN=1 to accept a change, and look at the difference before committing it."""

@@ -40,6 +40,8 @@ class Row(msgspec.Struct):
     checkpoint: str | None = None
     checkpoint_sha256: str | None = None
     trained_on: str = ""  # of published rows: "real" or "synthetic"
+    train_overlap_exact: int = 0  # test images the model was trained on
+    train_overlap_near: int = 0  # and those it was trained on a copy of, cut, mirrored or encoded otherwise
     folder: str = ""  # of the file; not in it
 
     @property

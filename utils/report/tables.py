@@ -34,6 +34,7 @@ class Cell:
     num_classes: int | None = None
     group: str = "folder"
     digits: int = 1
+    leaked: int = 0  # of the n images: the model was trained on them or on copies
     judged: str = ""  # fingerprint of the images of a single run
     outcomes: np.ndarray | None = None  # (n,) bools: whether each of them was recognised
 
@@ -52,6 +53,11 @@ class Cell:
         """ "5,000 images, 100 classes", or "" where it is not known."""
         classes = f", {self.num_classes} classes" if self.num_classes else ""
         return f"{self.n:,} images{classes}" if self.n else ""
+
+    @property
+    def leak(self) -> str:
+        """ "3 of them trained on", or "" where none is known."""
+        return f"{self.leaked:,} of them trained on" if self.leaked else ""
 
     def less(self, other: Cell) -> str:
         """ "-2.5 (-3.9 to -1.1)": the difference with its 95 % interval, or "" where other images were judged."""
@@ -153,6 +159,7 @@ def as_cell(rows: Sequence[Row], sidecars: Sequence[Sidecar] = ()) -> Cell:
     first = rows[0]
     mean, deviation = mean_and_std(row.value for row in rows)
     cell = Cell(mean, runs=len(rows), n=first.n, num_classes=first.num_classes, group=first.group)
+    cell.leaked = max(row.train_overlap_exact + row.train_overlap_near for row in rows)
     if len(rows) > 1:
         cell.spread = deviation
         return cell
@@ -265,7 +272,10 @@ def as_table(title: str, heads: list[str], body: Sequence[tuple[Model, list[Cell
                     a.less(b) if a and b and cells is not reference else ""
                     for a, b in zip(cells, reference, strict=True)
                 ],
-                "sizes": ["" if one or not cell else cell.size for cell, one in zip(cells, agreed, strict=True)],
+                "sizes": [
+                    ", ".join(filter(None, ["" if one else cell.size, cell.leak])) if cell else ""
+                    for cell, one in zip(cells, agreed, strict=True)
+                ],
             }
         )
     same = all(agreed) and len({size for _, size in notes}) == 1
