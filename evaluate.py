@@ -123,8 +123,10 @@ def main(args: argparse.Namespace) -> int:
     test_sets, wrong_copies = read_all(chosen, look_at_images=not args.dry_run)
     if not test_sets:
         raise UserError(f"--data-root {args.data_root}: none of the datasets found there is a right copy, see above")
+    chosen_format = number_format(args.dtype, args.device)
     settings = Settings(
-        number_format=number_format(args.dtype, args.device),
+        number_format=chosen_format,
+        probe_format="fp32" if (args.dtype, args.protocol) == ("auto", "paper") else chosen_format,
         interpolation=args.interpolation,
         truncated=args.allow_truncated,
         probe_protocol=args.protocol,
@@ -154,9 +156,7 @@ def main(args: argparse.Namespace) -> int:
         from utils.evaluation import judge  # here, since torch takes seconds to start
 
         if model is None or model.source is not job.source:
-            model = judge.FrozenModel(
-                job.source, args.classes, args.device, settings.number_format, args.batch_size, args.workers
-            )
+            model = judge.FrozenModel(job.source, args.classes, args.device, args.batch_size, args.workers)
         try:
             (judge_by_probe if job.test_set.row.probed else judge_by_logits)(job, model, not args.no_leak_check)
         except (NoSharedClass, checkpoints.NoClassifier) as error:
@@ -178,7 +178,7 @@ def judge_by_logits(job: Job, model: FrozenModel, leak_check: bool) -> None:
     matched = match(loaded, model.classifier.class_ids)
     leaks = training_images_in(job, matched.samples) if leak_check else ({}, {})
     stamps = loaded.stamps["test"][matched.rows]
-    features = model.features(matched.samples, job.transform, job.out / "features", job.title, stamps)  # (N, D)
+    features = model.features(job, matched.samples, stamps)  # (N, D)
     logits = model.classifier.logits(features)[:, matched.columns]  # (N, compared classes)
     measured, facts, sidecar = metrics_of_logits(logits, matched, model.classifier)
     job.save(measured, facts | leaks[0], sidecar | leaks[1])
@@ -189,10 +189,10 @@ def judge_by_probe(job: Job, model: FrozenModel, leak_check: bool) -> None:
     from utils.evaluation import probes
     from utils.evaluation.judge import metrics_of_probe
 
-    loaded, cache = job.test_set.loaded, job.out / "features"
+    loaded = job.test_set.loaded
     leaks = training_images_in(job, loaded.samples) if leak_check else ({}, {})
     features = {
-        split: model.features(samples, job.transform, cache, f"{job.title}, {split}", loaded.stamps[split])  # (N, D)
+        split: model.features(job, samples, loaded.stamps[split], split)  # (N, D)
         for split, samples in loaded.splits.items()
     }
     splits = {split: (features[split], loaded.labels(split)) for split in features}

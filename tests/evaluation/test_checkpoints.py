@@ -225,6 +225,32 @@ def test_truncated_file(tmp_path, small, suffix):
         open_file(path)
 
 
+def test_no_flipped_bit_of_an_export_is_measured(tmp_path):
+    """Each is refused or leaves every weight as it was; of the weights' own bits each is refused."""
+    torch.manual_seed(0)
+    state = nn.Sequential(nn.Linear(16, 10), nn.BatchNorm1d(10)).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    data = (tmp_path / "w.pth").read_bytes()
+    at = data.index(state["0.weight"].numpy().tobytes())
+    own = set(range(at, at + state["0.weight"].nbytes))
+    refused = set()
+    structure = data.index(b"PK\x01\x02")  # the archive's directory, where a flip does the strangest things
+    for bit in [*range(0, 8 * structure, 29), *range(8 * structure, 8 * len(data), 2), 8 * structure + 8 * 38 + 4]:
+        broken = bytearray(data)
+        broken[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "broken.pth").write_bytes(broken)
+        try:
+            found = weights.read_weights(tmp_path / "broken.pth")
+        except UserError as error:
+            refused.add(bit // 8)
+            assert "broken.pth" in str(error) and "\n" not in str(error)
+        else:
+            assert bit // 8 not in own
+            assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+    assert structure + 38 in refused  # "this record is a folder": torch.load would take chance for its content
+    assert len(refused) > 500
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04"])
 def test_not_a_checkpoint(tmp_path, content):
     (tmp_path / "w.pth").write_bytes(content)
@@ -280,11 +306,14 @@ def test_torchvision_name_without_network(hub, monkeypatch):
     assert checkpoints.locate("resnet18", download=False).sha256 == ""
 
 
-def test_torchvision_name_from_the_cache(hub):
+def test_torchvision_name_from_the_cache(hub, monkeypatch):
     torch.manual_seed(0)
     net = randomise(resnet18())
     hub.mkdir(parents=True)
     torch.save(net.state_dict(), hub / "resnet18-f37072fd.pth")
+    with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth fails its checksum; delete it"):
+        open_file("resnet18:IMAGENET1K_V1")
+    monkeypatch.setattr(checkpoints, "sha256_file", lambda path: "f37072fd" + 56 * "0")
     classifier = open_file("resnet18:IMAGENET1K_V1")
     assert torch.equal(outputs(classifier), expect(net))
     assert classifier.source.label == "resnet18.IMAGENET1K_V1"

@@ -18,7 +18,7 @@ from torchvision import transforms
 from torchvision.models import resnet18
 
 from utils.cli import UserError
-from utils.evaluation import features
+from utils.evaluation import feature_cache, features
 from utils.evaluation.matching import fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,9 +181,9 @@ def test_nan_and_infinite_features_are_refused(images, tmp_path):
 WORKER = """
 import sys, time, numpy as np, torch
 from pathlib import Path
-from utils.evaluation import features
+from utils.evaluation import feature_cache, features
 folder, cache, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
-features.BLOCK = 4
+feature_cache.BLOCK = 4
 class Slow(torch.nn.Module):
     def forward(self, x):
         time.sleep(pause)
@@ -243,30 +243,102 @@ def test_two_runs_at_a_time_compute_once(many):
     assert np.array_equal(np.load(cache / "out1.npy"), np.load(cache / "out2.npy"))
 
 
-def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path):
-    """Joining the blocks fails half-way: the next run finds no features and no leftovers."""
-    entry = tmp_path / "entry"
-    entry.mkdir()
-    (entry / ".features.npy.1.tmp").write_bytes(b"of a killed run")
-    blocks = [np.ones((features.BLOCK, 2), np.float32), np.zeros((10, 2), np.float32)]
-    samples = [("x", 0)] * (features.BLOCK + 10)
-    for start, block in zip((0, features.BLOCK), blocks, strict=True):
-        np.save(features._block_path(entry, start), block)
-    extract = features.Extractor(None, "", torch.device("cpu"), torch.float32, 1, 1)
-    extract._blocks = lambda *_: iter(())
-    code = f"""
-import resource, signal, sys, torch
+FULL_DISK = """
+import resource, signal, sys, numpy as np, torch
+from pathlib import Path
+from utils.cli import make_parser, run
 from utils.evaluation import features
+from utils.evaluation.feature_cache import FeatureCache
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-extract = features.Extractor(None, "", torch.device("cpu"), torch.float32, 1, 1)
-extract._blocks = lambda *_: iter(())
-try:
-    extract._fill(__import__("pathlib").Path({str(entry)!r}), {{}}, [("x", 0)] * {len(samples)}, None, "x")
-except OSError as error:
-    sys.exit(error.errno)
+cache = FeatureCache(Path(sys.argv[1]), 4106)
+cache.join("t")
 """
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == errno.EFBIG
-    assert sorted(path.name for path in entry.iterdir()) == ["block_00000000.npy", "block_00004096.npy", "key.json"]
-    extract._fill(entry, {}, samples, None, "x")
-    assert np.array_equal(np.load(entry / "features.npy"), np.concatenate(blocks))
+
+
+def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path):
+    """Joining the blocks fails half-way: the next run finds no features and no leftovers."""
+    cache = feature_cache.FeatureCache(tmp_path / "entry", feature_cache.BLOCK + 10)
+    cache.entry.mkdir()
+    (cache.entry / ".features.npy.0000000000000000.1.tmp").write_bytes(b"of a killed run elsewhere, long ago")
+    os.utime(cache.entry / ".features.npy.0000000000000000.1.tmp", (0, 0))
+    blocks = [np.ones((feature_cache.BLOCK, 2), np.float32), np.zeros((10, 2), np.float32)]
+    for start, block in zip((0, feature_cache.BLOCK), blocks, strict=True):
+        cache.write_block(start, block)
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(cache.entry)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and f"[Errno {errno.EFBIG}]" in done.stderr
+    assert cache.read() is None
+    names = sorted(path.name.split(".")[0] for path in cache.entry.iterdir())
+    assert names == ["block_00000000", "block_00004096", "features"]  # the checksums alone
+    cache.join("t")
+    assert np.array_equal(cache.read(), np.concatenate(blocks))
+    assert sorted(path.name for path in cache.entry.iterdir()) == ["features.json", "features.npy"]
+
+
+# ===== checksums =====
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch) -> tuple[feature_cache.FeatureCache, np.ndarray]:
+    """A joined entry of three blocks."""
+    monkeypatch.setattr(feature_cache, "BLOCK", 4)
+    cache = feature_cache.FeatureCache(tmp_path / "entry", 10)
+    cache.entry.mkdir()
+    whole = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
+    for start in cache.starts:
+        cache.write_block(start, whole[start : start + 4])
+    cache.join("t")
+    return cache, whole
+
+
+def test_no_flipped_bit_is_measured(kept):
+    """Every bit of features.npy and of its checksums: refused, or without effect on the numbers."""
+    cache, whole = kept
+    seen = 0
+    for name in ("features.npy", "features.json"):
+        data = (cache.entry / name).read_bytes()
+        for bit in range(8 * len(data)):
+            broken = bytearray(data)
+            broken[bit // 8] ^= 1 << bit % 8
+            (cache.entry / name).write_bytes(broken)
+            found = cache.read()
+            assert found is None or np.array_equal(found, whole)
+            seen += found is None
+        (cache.entry / name).write_bytes(data)
+    assert seen > 8 * whole.nbytes  # every bit of the numbers, and most of the rest
+    assert np.array_equal(cache.read(), whole)
+
+
+def test_only_the_damaged_block_is_computed_again(kept, capsys):
+    cache, whole = kept
+    data = bytearray((cache.entry / "features.npy").read_bytes())
+    data[-whole.nbytes + 4 * 3 * 4 : -whole.nbytes + 8 * 3 * 4] = bytes(4 * 3 * 4)  # zeros over the second block
+    (cache.entry / "features.npy").write_bytes(data)
+    assert cache.read() is None
+    assert sorted(cache.blocks("mine on IN-Val")) == [0, 8]
+    assert capsys.readouterr().out.startswith("mine on IN-Val: 1 blocks of the feature cache fail their checksum")
+    cache.write_block(4, whole[4:8])
+    cache.join("t")
+    assert np.array_equal(cache.read(), whole)
+
+
+def test_no_flipped_bit_of_a_block_is_joined(tmp_path):
+    cache = feature_cache.FeatureCache(tmp_path, 3)
+    cache.write_block(0, np.ones((3, 2), np.float16))
+    (path,) = tmp_path.glob("block_*.npy")
+    data = path.read_bytes()
+    for bit in range(0, 8 * len(data), 3):
+        broken = bytearray(data)
+        broken[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(broken)
+        assert cache.blocks("t") == {}
+    path.write_bytes(data)
+    assert list(cache.blocks("t")) == [0]
+
+
+def test_features_of_zeros_are_computed_again(images, backbone, tmp_path, capsys):
+    first = np.array(extractor(backbone)(images, TRANSFORM, tmp_path, "t"))
+    (path,) = tmp_path.glob("*/features.npy")
+    path.write_bytes(path.read_bytes()[:128] + bytes(first.nbytes))
+    assert np.array_equal(extractor(backbone)(images, TRANSFORM, tmp_path, "t"), first)
+    assert "t: 1 blocks of the feature cache fail their checksum; computed again" in capsys.readouterr().out

@@ -128,6 +128,8 @@ def _locate_torchvision(spec: str, label: str, download: bool) -> Source:
         except OSError as error:
             raise UserError(f"--checkpoint {spec}: cannot download {weights.url} ({error}); put it at {path}") from None
     sha256 = sha256_file(path) if path.is_file() else ""
+    if sha256 and not sha256.startswith(path.stem.rsplit("-", 1)[-1]):  # torchvision puts the hash into the name
+        raise UserError(f"--checkpoint {spec}: {path} fails its checksum; delete it, it is then downloaded again")
     return Source(label or f"{name}.{weights.name}", str(path), sha256, {}, torchvision=f"{name}:{weights.name}")
 
 

@@ -1,8 +1,8 @@
 """Features of many images by a frozen model: decoded ahead of it, computed in fixed blocks, kept on disk.
 
-A cache entry is a folder named by what determines its content: the checkpoint's hash, the images (path, size, time),
-the transform and the number format. Blocks are written as they are ready, so a killed run continues; a lock that the
-kernel frees makes a second run wait for the first one's features instead of computing them again.
+A cache entry (feature_cache.py) is named by what determines its content: the checkpoint's hash, the images (path, size,
+time), the transform and the number format. Blocks are written as they are ready, so a killed run continues; a lock that
+the kernel frees makes a second run wait for the first one's features instead of computing them again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ import torch
 from tqdm import tqdm
 
 from utils.cli import UserError
+from utils.evaluation import feature_cache
 from utils.evaluation.checkpoints import Transform
+from utils.evaluation.feature_cache import FeatureCache
 from utils.evaluation.matching import Samples, fingerprint
 from utils.images import BadImage, normalize
 from utils.metrics import refuse_nan
-from utils.storage import AlreadyOwned, atomic_path, owner_lock, write_json
+from utils.storage import AlreadyOwned, owner_lock, write_json
 
-FORMAT = 1  # raise it when the numbers change: old cache entries are then left alone
-BLOCK = 4096  # images a cache block: a killed run loses at most this many
+FORMAT = 2  # raise it when the numbers change: old cache entries are then left alone
 COMPILE_FROM = 1e7  # pixels (200 images of 224) from which tracing the model on a CPU, some seconds, pays
 CPU_PIXELS = 8 * 224**2  # a forward pass on a CPU: activations of 8 images stay in its caches (measured: 2 to 64)
 
@@ -52,7 +53,9 @@ class Extractor:
         known already (matching.stat_images). WHAT: for the progress bar. UserError for an image that cannot be decoded.
         """
         if cache is None:
-            return np.concatenate(list(self._blocks(samples, transform, what, range(0, len(samples), BLOCK))))
+            return np.concatenate(
+                list(self._blocks(samples, transform, what, range(0, len(samples), feature_cache.BLOCK)))
+            )
         facts = {
             "format": FORMAT,
             "checkpoint": self.sha256,
@@ -64,48 +67,35 @@ class Extractor:
         return self._cached(cache / name, facts, samples, transform, what)
 
     def _cached(self, entry: Path, facts: dict, samples: Samples, transform: Transform, what: str) -> np.ndarray:
-        complete = entry / "features.npy"
+        cache = FeatureCache(entry, len(samples))
         entry.mkdir(parents=True, exist_ok=True)
         waited = False
         while True:
-            if (kept := _read_block(complete, len(samples))) is not None:
+            if (kept := cache.read()) is not None:
                 return kept
             try:
                 with owner_lock(entry / "lock"):
-                    self._fill(entry, facts, samples, transform, what)
+                    self._fill(cache, facts, samples, transform, what)
             except AlreadyOwned:
                 if not waited:
                     print(f"{what}: another run is computing these features; waiting for it", flush=True)
                 waited = True
                 time.sleep(0.5)
 
-    def _fill(self, entry: Path, facts: dict, samples: Samples, transform: Transform, what: str) -> None:
+    def _fill(self, cache: FeatureCache, facts: dict, samples: Samples, transform: Transform, what: str) -> None:
         """Compute the blocks that are missing and join them. The caller owns the entry."""
-        complete = entry / "features.npy"
-        if _read_block(complete, len(samples)) is not None:
+        if cache.read() is not None:  # another run finished it meanwhile
             return
-        for leftover in entry.glob(".*.tmp"):  # of a killed process
-            leftover.unlink()
-        write_json(entry / "key.json", facts | {"what": what, "count": len(samples)})
-        starts = range(0, len(samples), BLOCK)
-        missing = [s for s in starts if _read_block(_block_path(entry, s), min(BLOCK, len(samples) - s)) is None]
+        there = cache.blocks(what)
+        write_json(cache.entry / "key.json", facts | {"what": what, "count": len(samples)})
+        missing = [start for start in cache.starts if start not in there]
         for start, block in zip(missing, self._blocks(samples, transform, what, missing), strict=True):
-            with atomic_path(_block_path(entry, start), fsync=True) as temporary, open(temporary, "wb") as file:
-                np.save(file, block)
-        paths = [_block_path(entry, start) for start in starts]
-        first = np.load(paths[0], mmap_mode="r")
-        header = np.lib.format.header_data_from_array_1_0(first) | {"shape": (len(samples), first.shape[1])}
-        # Written, not mapped: a full disk is then an error instead of a signal that ends the process.
-        with atomic_path(complete, fsync=True) as temporary, open(temporary, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for path in paths:
-                file.write(np.load(path, mmap_mode="r").data)
-        for path in paths:
-            path.unlink()
+            cache.write_block(start, block)
+        cache.join(what)
 
     def _blocks(self, samples: Samples, transform: Transform, what: str, starts: Sequence[int]) -> Iterator[np.ndarray]:
         """Features of the blocks that begin at STARTS, one after the other."""
-        spans = [samples[start : start + BLOCK] for start in starts]
+        spans = [samples[start : start + feature_cache.BLOCK] for start in starts]
         total = sum(map(len, spans))
         keep = np.float32 if self.dtype == torch.float32 else np.float16
         with tqdm(total=total, desc=what, unit="img", leave=False, disable=None) as bar:
@@ -201,16 +191,3 @@ def read_ahead(
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _block_path(entry: Path, start: int) -> Path:
-    return entry / f"block_{start:08d}.npy"
-
-
-def _read_block(path: Path, rows: int) -> np.ndarray | None:
-    """The array in PATH if it is there and whole, else None: it is then computed again."""
-    try:
-        kept = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return kept if kept.ndim == 2 and len(kept) == rows else None

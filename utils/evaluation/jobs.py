@@ -26,6 +26,7 @@ class Settings:
     """How the user wants models judged, as far as results depend on it."""
 
     number_format: str  # fp32, fp16, bf16
+    probe_format: str  # the same for linear probes: t-ReX's suite keeps features in float32
     interpolation: str | None  # None: as the checkpoint or the transfer suite wants it
     truncated: bool  # JPEGs that end early are read as far as they go
     probe_protocol: str  # of linear probes: fast, paper
@@ -60,11 +61,16 @@ class Job:
             transform = replace(transform, interpolation=self.settings.interpolation)
         return replace(transform, border=self.test_set.loaded.border, truncated=self.settings.truncated)
 
+    @property
+    def number_format(self) -> str:
+        """In which the network computes: fp32, fp16 or bf16."""
+        return self.settings.probe_format if self.test_set.row.probed else self.settings.number_format
+
     @cached_property
     def protocol(self) -> str:
         """How the numbers come about, in words that go with them."""
         how = self.transform
-        text = f"resize {how.resize} {how.interpolation}, crop {how.crop}, {self.settings.number_format}"
+        text = f"resize {how.resize} {how.interpolation}, crop {how.crop}, {self.number_format}"
         if how.truncated:
             text += ", truncated images read as far as they go"
         return f"{text}, {self.settings.probe_protocol} linear probe" if self.test_set.row.probed else text

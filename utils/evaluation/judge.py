@@ -9,8 +9,8 @@ import numpy as np
 from utils import metrics
 from utils.evaluation.checkpoints import Source
 from utils.evaluation.features import Extractor
-from utils.evaluation.jobs import Measured
-from utils.evaluation.matching import LoadedSet, MatchedSet
+from utils.evaluation.jobs import Job, Measured
+from utils.evaluation.matching import LoadedSet, MatchedSet, Samples
 from utils.evaluation.weights import Classifier, load_classifier
 from utils.machine import resolve_device, resolve_dtype
 
@@ -20,17 +20,24 @@ MAX_CONFUSION = 200  # classes: a larger matrix is too large to read
 class FrozenModel:
     """A checkpoint in memory with the machine it runs on: `features` of images, `classifier` for their logits."""
 
-    def __init__(
-        self, source: Source, classes: str | None, device: str, number_format: str, batch_size: int, workers: int
-    ) -> None:
-        """CLASSES, DEVICE: as the options of these names. NUMBER_FORMAT: fp32, fp16, bf16. UserError as both raise."""
-        self.source = source
+    def __init__(self, source: Source, classes: str | None, device: str, batch_size: int, workers: int) -> None:
+        """CLASSES, DEVICE: as the options of these names. UserError if the weights or the device are of no use."""
+        self.source, self.batch_size, self.workers = source, batch_size, workers
         self.classifier: Classifier = load_classifier(source, classes)
         if self.classifier.classes_from.startswith("assumed"):
             print(f"{source.label}: outputs {self.classifier.classes_from} (else give --classes)", flush=True)
         self.device = resolve_device(device)
-        dtype = resolve_dtype(number_format, self.device)
-        self.features = Extractor(self.classifier.backbone, source.sha256, self.device, dtype, batch_size, workers)
+        self._extractors: dict[str, Extractor] = {}  # by number format
+
+    def features(self, job: Job, samples: Samples, stamps: np.ndarray, split: str = "") -> np.ndarray:
+        """(N, D) features of SAMPLES as JOB wants them, from its cache where they are known. STAMPS: stat_images'."""
+        if job.number_format not in self._extractors:
+            dtype = resolve_dtype(job.number_format, self.device)
+            self._extractors[job.number_format] = Extractor(
+                self.classifier.backbone, self.source.sha256, self.device, dtype, self.batch_size, self.workers
+            )
+        extract, title = self._extractors[job.number_format], job.title + (f", {split}" if split else "")
+        return extract(samples, job.transform, job.out / "features", title, stamps)
 
 
 def metrics_of_logits(logits: np.ndarray, matched: MatchedSet, model: Classifier) -> tuple[Measured, dict, dict]:

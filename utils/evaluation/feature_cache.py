@@ -1,0 +1,128 @@
+"""Features kept on disk: blocks with a checksum each, joined to one file that is verified whenever it is read.
+
+An entry is a folder with
+
+    key.json                    what the features are of, for people
+    block_<start>.<hash>.npy    a block, named by its own sha256, until all are there and joined
+    features.npy, features.json all of them, and the checksum of each block
+
+What fails its checksum is computed again, that block alone, and said so. A flipped bit or a file of zeros is never
+measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from utils.cli import UserError
+from utils.storage import atomic_path, atomic_write, read_json, read_regular, remove_leftovers, write_json
+
+BLOCK = 4096  # images a block: a killed run loses at most this many
+MOST_BLOCK = 4 << 30  # bytes
+
+
+class Joined(msgspec.Struct):
+    """features.json: the form of features.npy, and the sha256 of each block's numbers."""
+
+    shape: tuple[int, int]
+    dtype: str
+    sha256: list[str]
+
+
+class FeatureCache:
+    """One entry: features (COUNT, D) of COUNT images in their order."""
+
+    def __init__(self, entry: Path, count: int) -> None:
+        self.entry, self.count = entry, count
+        self.starts = range(0, count, BLOCK)
+
+    def read(self) -> np.ndarray | None:
+        """The features as a read-only memory map if they are complete and every checksum holds, else None."""
+        kept, right = self._joined()
+        return kept if kept is not None and all(right) else None
+
+    def blocks(self, what: str) -> dict[int, np.ndarray]:
+        """start -> block of what is there and right; says how many are damaged, WHAT being the features' name.
+
+        Call it as the entry's owner: leftovers of killed writers are removed.
+        """
+        remove_leftovers(self.entry)
+        kept, right = self._joined()
+        found = {}
+        if kept is not None:
+            found = {
+                start: kept[start : start + BLOCK] for start, whole in zip(self.starts, right, strict=True) if whole
+            }
+        damaged = len(self.starts) - len(found) if (self.entry / "features.npy").exists() else 0
+        for path in sorted(self.entry.glob("block_*.npy")):
+            block = _read_block(path)
+            if block is None:
+                damaged += 1
+                path.unlink()
+            else:
+                found[int(path.name[6:14])] = block
+        if damaged:
+            print(f"{what}: {damaged} blocks of the feature cache fail their checksum; computed again", flush=True)
+        return {start: block for start, block in found.items() if len(block) == min(BLOCK, self.count - start)}
+
+    def write_block(self, start: int, block: np.ndarray) -> None:
+        """Keep the features of the images from START on."""
+        file = io.BytesIO()
+        np.save(file, block)
+        data = file.getvalue()
+        atomic_write(self.entry / f"block_{start:08d}.{_short_hash(data)}.npy", data, fsync=True)
+
+    def join(self, what: str) -> None:
+        """Write features.npy from all blocks and remove them. Each is verified once more on its way."""
+        blocks = self.blocks(what)
+        if len(blocks) < len(self.starts):
+            raise UserError(
+                f"{self.entry}: blocks that were just written fail their checksum; the disk loses data, choose another "
+                "with --out"
+            )
+        first = blocks[0]
+        shape = (self.count, first.shape[1])
+        hashes = [hashlib.sha256(blocks[start].data).hexdigest() for start in self.starts]
+        header = np.lib.format.header_data_from_array_1_0(first) | {"shape": shape}
+        # The checksums first: with an older or no features.npy beside them they do not hold, and that is seen.
+        write_json(self.entry / "features.json", msgspec.to_builtins(Joined(shape, first.dtype.str, hashes)))
+        # Written, not mapped: a full disk is then an error instead of a signal that ends the process.
+        with atomic_path(self.entry / "features.npy", fsync=True) as temporary, open(temporary, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in self.starts:
+                file.write(blocks[start].data)
+        for path in self.entry.glob("block_*.npy"):
+            path.unlink()
+
+    def _joined(self) -> tuple[np.ndarray | None, list[bool]]:
+        """(features.npy, whether each block of it is right); (None, []) where it is missing or not of its form."""
+        try:
+            record = read_json(self.entry / "features.json", Joined)
+            kept = np.load(self.entry / "features.npy", mmap_mode="r", allow_pickle=False)
+        except Exception:  # a damaged header raises anything: ValueError, SyntaxError, TokenError, OverflowError ...
+            return None, []
+        form = (kept.shape, kept.dtype.str, len(kept), len(record.sha256))
+        if form != (record.shape, record.dtype, self.count, len(self.starts)) or not kept.flags.c_contiguous:
+            return None, []
+        hashes = (hashlib.sha256(kept[start : start + BLOCK].data).hexdigest() for start in self.starts)
+        return kept, [mine == recorded for mine, recorded in zip(hashes, record.sha256, strict=True)]
+
+
+def _read_block(path: Path) -> np.ndarray | None:
+    """The block in a file if its name holds the file's hash, else None."""
+    try:
+        data = read_regular(path, MOST_BLOCK)
+        if path.name.split(".")[1] != _short_hash(data) or not path.name[6:14].isdigit():
+            return None
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except (OSError, IndexError):  # its content is what was written: np.load knows it
+        return None
+
+
+def _short_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
