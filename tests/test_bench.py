@@ -62,6 +62,14 @@ def test_the_arithmetic_of_a_matrix_product_is_counted():
     assert bounds.count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
 
 
+def test_attention_is_counted():
+    """Two matrix products a head: scores of (tokens, tokens) and their sum of the values."""
+    heads, tokens, width = 3, 64, 16
+    query = torch.ones(1, heads, tokens, width)
+    counted = bounds.count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query))
+    assert counted == 2 * (2 * heads * tokens * tokens * width)
+
+
 def test_the_list_names_every_row_without_measuring():
     shown = subprocess.run(
         [sys.executable, bench.__file__, "--list"], capture_output=True, text=True, check=True
