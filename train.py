@@ -38,6 +38,7 @@ from utils.cli import (
 )
 from utils.machine import snapshot
 from utils.storage import atomic_path, read_json, write_json
+from utils.training.distributed import take_own_cores
 
 # Every key of a recipe is read; --set changes any of them. Where no source is named: "t-ReX" is the default of the
 # paper authors' public trainer of the same line of work (t-ReX, ICLR 2023).
@@ -155,6 +156,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     # Idle threads sleep instead of spinning: on a busy machine a step is then ten times faster. Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    take_own_cores()
     with ExitStack() as closing:  # the process group and the run folder's lock, given back whatever happens
         return train_from_scratch(args, closing)
 

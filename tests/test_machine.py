@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -71,3 +72,15 @@ def test_bf16_is_asked_of_the_cpu_flags(monkeypatch):
         machine.cpu_has_bf16.cache_clear()
         assert machine.cpu_has_bf16() is expected
     machine.cpu_has_bf16.cache_clear()
+
+
+@pytest.mark.parametrize(("cores", "rank", "said"), [(3, "0", True), (4, "0", False), (1, "1", False)])
+def test_few_cores_for_a_gpu_are_said_once(monkeypatch, capsys, cores, rank, said):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("RANK", rank)
+    machine.resolve_device("cuda")
+    assert ("warning: 3 CPU cores for a GPU; it will wait for them" in capsys.readouterr().err) is said
+    machine.resolve_device("cpu")
+    assert not capsys.readouterr().err

@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+FEW_CORES = 4  # of one GPU: its own process, and loaders that decode some hundred images a second each
 PACKAGES = ("torch", "torchvision", "xformers", "diffusers", "transformers", "numpy", "pillow", "simplejpeg")
 
 
@@ -118,9 +120,21 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise UserError(f"--device {name}: {count} CUDA devices here; use --device cpu or check the driver")
+        warn_of_few_cores()
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available here; use --device cpu")
     return device
+
+
+def warn_of_few_cores() -> None:
+    """Say on stderr, once for all ranks, when a GPU has too few cores to decode, augment and launch kernels for it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores < FEW_CORES and os.environ.get("RANK", "0") == "0":
+        print(
+            f"warning: {cores} CPU core{'s' * (cores > 1)} for a GPU; it will wait for them. Give {FEW_CORES} or more "
+            "(utils.launch --cpus-per-task, sbatch's and srun's --cpus-per-task)",
+            file=sys.stderr,
+        )
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

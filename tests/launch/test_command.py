@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -93,7 +94,7 @@ def test_a_master_address_that_does_not_resolve_is_named_before_anything_is_queu
 
 
 def test_an_unknown_partition_lists_those_there_are(cluster, programs, tmp_path, capsys):
-    programs("sinfo", "gpu\nlong")
+    programs("sinfo", "gpu gpu* 1:00:00\nlong long 7-00:00:00")
     assert "--partition gpuu: unknown; this cluster has gpu, long" in refusal(
         capsys, "--partition", "gpuu", *DIGITS, tmp_path / "out"
     )
@@ -105,6 +106,107 @@ def test_an_unknown_partition_lists_those_there_are(cluster, programs, tmp_path,
 )
 def test_slurms_time_limits_are_read(limit, minutes):
     assert checks.minutes(limit) == (float("inf") if minutes is None else minutes)
+
+
+# ===== what a job gets where nothing is asked for =====
+
+NODE = "NodeName=d1 CPUTot=256 CPUEfctv=252 RealMemory=2064000 MemSpecLimit=16000 "
+DGX = NODE + "Gres=gpu:a100:8(S:0-1),shard:16 Partitions=big"
+SMALL = "NodeName=s1 CPUTot=48 RealMemory=191000 Gres=gpu:v100:2,gpu:a40:2 Partitions=small"
+CPUS = "NodeName=c1 CPUTot=64 RealMemory=500000 Gres=(null) Partitions=big,small"
+
+
+def filled_in(nodes: list[str], limits: dict[str, float], *options: str) -> argparse.Namespace:
+    stage = stage_of("slurm", *options, "train.py", "--data", "models")
+    checks.fill_in(stage.args, checks.Cluster(limits, [checks.fields(line) for line in nodes], 1001))
+    return stage.args
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "options", "cores", "memory"),
+    [
+        ([DGX, CPUS], 1, [], 252 // 8, (2064000 - 16000) // 8 // 1024),
+        ([DGX, CPUS], 8, [], 252 // 8, (2064000 - 16000) // 1024),
+        ([DGX, SMALL], 4, [], 48 // 4, 191000 // 1024),  # whole small node: less than half of the large one
+        ([DGX, SMALL], 8, [], 252 // 8, (2064000 - 16000) // 1024),  # the small node has not as many
+        ([SMALL], 2, ["--processes", "4"], 24 // 4, 191000 // 2 // 1024),
+        ([SMALL], 2, ["--cpus-per-task", "3", "--mem-gb", "5"], 3, 5),
+        ([SMALL], 2, ["--sbatch", "mem_per_gpu=9G"], 12, None),
+        ([SMALL.replace("191000", "1")], 2, [], 12, None),  # RealMemory was never configured
+        ([CPUS], 0, ["--processes", "4"], 1, None),
+    ],
+)
+def test_a_gpus_share_of_the_smallest_node(monkeypatch, nodes, gpus, options, cores, memory):
+    monkeypatch.chdir(ROOT)
+    args = filled_in(nodes, {"big": 60.0}, "--gpus-per-node", str(gpus), *options)
+    assert (args.cpus_per_task, args.mem_gb) == (cores, memory)
+
+
+@pytest.mark.parametrize(
+    ("limits", "options", "expected"),
+    [
+        ({"a": 60.0, "b": 30.5}, [], 30),  # of several partitions the shortest: SLURM may choose any
+        ({"a": float("inf")}, [], 240),
+        ({}, [], 240),
+        ({"a": 2880.0}, ["--timeout-min", "5"], 5),
+    ],
+)
+def test_the_partitions_limit_is_the_time_limit_unless_one_is_given(monkeypatch, limits, options, expected):
+    monkeypatch.chdir(ROOT)
+    assert filled_in([CPUS], limits, *options).timeout_min == expected
+
+
+@pytest.mark.parametrize(
+    ("chunks", "processes", "array_size", "elements", "longest"),
+    [(1500, 1, 1001, 750, 2), (1500, 4, 1001, 375, 4), (1001, 1, 1001, 1001, 1), (7, 2, 2, 2, 4), (7, 2, 3, 2, 4)],
+)
+def test_chunks_fit_into_the_largest_array_each_once(monkeypatch, chunks, processes, array_size, elements, longest):
+    monkeypatch.chdir(ROOT)
+    stage = stage_of("slurm", "--chunks", str(chunks), "--processes", str(processes), *DIGITS, "out")
+    tasks = submission.tasks_of(stage, array_size)
+    assert len(tasks) == elements <= array_size and max(len(task.chunks) for task in tasks) == longest
+    assert [chunk for task in tasks for chunk in task.chunks] == list(range(chunks))
+    assert {task.processes for task in tasks} == {processes}
+
+
+def test_a_limit_of_submitted_jobs_is_named_with_its_remedy(cluster, programs, tmp_path, capsys):
+    programs("sbatch", "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", code=1)
+    said = refusal(capsys, "--partition", "gpu", "--log-dir", tmp_path / "logs", *DIGITS, tmp_path / "out")
+    assert "time limits); give fewer --chunks, or more --processes a node" in said and not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("folder", ["logs%j", "a\nb", "back\\slash"])
+def test_a_log_folder_that_slurm_would_read_as_a_pattern_is_refused(cluster, tmp_path, capsys, folder):
+    assert "--log-dir" in refusal(capsys, "--log-dir", tmp_path / folder, *DIGITS, tmp_path / "out")
+    assert not (tmp_path / folder).exists()
+
+
+@pytest.mark.parametrize("word", ["0x1", "7,8", "7:8", "", "7\n8", "-1", "7_", "afterok:7"])
+def test_what_is_no_jobs_id_is_refused(capsys, word):
+    with pytest.raises(SystemExit) as end:
+        call("--launcher", "slurm", f"--after={word}", *DIGITS, "out")
+    assert end.value.code == 2 and "is not a job's id" in capsys.readouterr().err
+
+
+TEXT_OPTIONS = ("partition", "account", "qos", "constraint", "exclude", "container_image", "apptainer", "log_dir")
+LIST_OPTIONS = ("container_mounts", "setup", "sbatch")
+
+
+@pytest.mark.parametrize("key", TEXT_OPTIONS + LIST_OPTIONS)
+@pytest.mark.parametrize("break_", ["\n", "\r", "\x0b", "\x00", "\x1b[2J", "\u2028", "\x85"])
+def test_no_option_can_add_a_line_to_the_batch_script(monkeypatch, tmp_path, key, break_):
+    monkeypatch.chdir(ROOT)
+    value = f"k=v{break_}touch stolen"
+    option = f"--{key.replace('_', '-')}"
+    site = tmp_path / "site.toml"
+    site.write_text(f"{key} = {json.dumps([value] if key in LIST_OPTIONS else value)}")
+    for options in ([f"{option}={value}"], ["--site", str(site)]):
+        with pytest.raises(UserError, match=f"^{option} .*: holds a line break or control character") as refused:
+            stage_of("slurm", *options, *DIGITS, "out")
+        assert len(str(refused.value).splitlines()) == 1
+
+
+# ===== a site file =====
 
 
 @pytest.mark.parametrize(

@@ -140,3 +140,37 @@ def test_an_unreachable_master_is_one_line_that_names_it():
     assert process.returncode == 2
     last = error.strip().splitlines()[-1]
     assert "MASTER_ADDR:MASTER_PORT no-such-host.invalid:29999 cannot be resolved" in last, error
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_rank_of_a_node_has_its_own_cores_before_torch_counts_them(count):
+    program = (
+        "from utils.training import distributed as d; import os; d.take_own_cores(); import torch;"
+        "print(sorted(os.sched_getaffinity(0)), torch.get_num_threads())"
+    )
+    seen = []
+    for local in range(count):
+        env = {name: value for name, value in os.environ.items() if name not in NAMES and name != "OMP_NUM_THREADS"}
+        ranks = {"RANK": local, "WORLD_SIZE": count, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": count}
+        env |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        cores, threads = done.stdout.rsplit(maxsplit=1)
+        seen.append(set(json.loads(cores)))
+        assert int(threads) == len(seen[-1]) == len(os.sched_getaffinity(0)) // count
+    assert set.union(*seen) <= os.sched_getaffinity(0) and sum(map(len, seen)) == len(set.union(*seen))
+
+
+def test_ranks_that_outnumber_the_cores_stay_as_they_are(monkeypatch):
+    bound = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: bound.append(cores))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(distributed, "_place", lambda cpu: (0, cpu % 4, cpu))  # 0 and 4 are threads of one core ...
+    values = {"RANK": "1", "WORLD_SIZE": "9", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    for count, expected in ((9, []), (2, [[2, 6, 3, 7]])):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
+        distributed.take_own_cores()
+        assert bound == expected

@@ -2,62 +2,124 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import UserError
 
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+DEFAULT_MIN = 240  # of a job in a partition without a time limit
+UNSET_MB = 1024  # below it a node's RealMemory was never configured
 
 
-def check_cluster(args: Namespace, flags: Sequence[str], folder: Path, outputs: Sequence[Path]) -> None:
-    """ARGS: the launcher's options, FLAGS: the same as sbatch's, FOLDER: for logs, OUTPUTS: where the script writes."""
+@dataclass(frozen=True)
+class Cluster:
+    """What SLURM says of the partitions that a job may run in."""
+
+    limits_min: dict[str, float]  # partition -> minutes
+    nodes: list[dict[str, str]]  # as `scontrol show node` names their facts
+    array_size: int  # elements of an array, at most
+
+
+def ask_cluster(partition: str | None) -> Cluster:
+    """The facts of PARTITION (several with commas; None: the default one); an unknown one is refused."""
     for program in ("sbatch", "srun", "squeue", "sinfo", "scontrol"):
         if shutil.which(program) is None:
             raise UserError(f"--launcher slurm: no `{program}` on PATH; run on a login node, or use --launcher local")
-    partitions = ask("sinfo", "--noheader", "--format=%R").split()
-    if args.partition and (unknown := sorted(set(args.partition.split(",")) - set(partitions))):
-        known = ", ".join(sorted(set(partitions)))
+    rows = [line.split() for line in ask("sinfo", "--noheader", "--format=%R %P %l").splitlines()]
+    default = {name for name, shown, _ in rows if shown.endswith("*")}
+    limits = {name: minutes(limit) for name, _, limit in rows}
+    wanted = set(partition.split(",")) if partition else default
+    if unknown := sorted(wanted - set(limits)):
+        known = ", ".join(sorted(limits))
         raise UserError(f"--partition {', '.join(unknown)}: unknown; this cluster has {known}")
-    check_time_limit(args)
-    nodes = [
-        fields(line) for line in ask("scontrol", "--oneliner", "show", "nodes").splitlines() if "NodeName=" in line
-    ]
-    if not all(node["NodeHostName"] == socket.gethostname() for node in nodes):
+    lines = ask("scontrol", "--oneliner", "show", "nodes").splitlines()
+    nodes = [fields(line) for line in lines if "NodeName=" in line]
+    size = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.M)
+    return Cluster(
+        {name: limits[name] for name in sorted(wanted)},
+        [node for node in nodes if not wanted or wanted & set(node.get("Partitions", "").split(","))],
+        int(size[1]) if size else sys.maxsize,
+    )
+
+
+def fill_in(args: Namespace, cluster: Cluster) -> None:
+    """Set the time limit, cores and memory that ARGS leave open: the partition's own limit, a GPU's share of a node.
+
+    SLURM's own default is one core for all processes of a node with their loaders. Nodes may differ: the smallest share
+    counts. A process without a GPU gets one core, and as much memory as SLURM gives by itself.
+    """
+    if args.timeout_min is None:
+        shortest = min(cluster.limits_min.values(), default=float("inf"))
+        args.timeout_min = DEFAULT_MIN if shortest == float("inf") else max(1, int(shortest))
+    shares = []
+    for node in cluster.nodes:
+        # "gpu:a100:4(S:0-1),shard:8"
+        gpus = sum(map(int, re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", node.get("Gres", ""))))
+        if 0 < args.gpus_per_node <= gpus:
+            cores, memory = int(node.get("CPUEfctv", node["CPUTot"])), int(node["RealMemory"])
+            free_mb = memory - int(node.get("MemSpecLimit", 0))
+            shares.append([value * args.gpus_per_node // gpus for value in (cores, free_mb)])
+    cores, memory_mb = map(min, zip(*shares, strict=True)) if shares else (args.processes, 0)
+    if args.cpus_per_task is None:
+        args.cpus_per_task = max(1, cores // args.processes)
+    own_memory = any(key.startswith("mem") for key, _ in args.sbatch)  # --mem-per-gpu and the like exclude --mem
+    if args.mem_gb is None and not own_memory and memory_mb > UNSET_MB:
+        args.mem_gb = memory_mb // 1024
+
+
+def check_cluster(
+    args: Namespace, cluster: Cluster, flags: Sequence[str], folder: Path, outputs: Sequence[Path]
+) -> None:
+    """ARGS: the launcher's options, FLAGS: the same as sbatch's, FOLDER: for logs, OUTPUTS: where the script writes."""
+    check_time_limit(args, cluster)
+    if not all(node["NodeHostName"] == socket.gethostname() for node in cluster.nodes):
         for option, path in [("--log-dir", folder), *(("--out", output) for output in outputs)]:
             require_shared(option, path)
-    if args.nodes > 1:
-        wanted = set((args.partition or "").split(",")) - {""}
-        for node in nodes:
-            names = (node["NodeName"], node.get("NodeAddr", ""))
-            if (not wanted or wanted & set(node.get("Partitions", "").split(","))) and not any(map(resolves, names)):
-                raise UserError(
-                    f"--nodes {args.nodes}: node {names[0]} (address {names[1]}) does not resolve here, so it cannot "
-                    f"be the master address; mend DNS or /etc/hosts, or leave it out with --exclude {names[0]}"
-                )
+    for node in cluster.nodes if args.nodes > 1 else ():
+        names = (node["NodeName"], node.get("NodeAddr", ""))
+        if not any(map(resolves, names)):
+            raise UserError(
+                f"--nodes {args.nodes}: node {names[0]} (address {names[1]}) does not resolve here, so it cannot "
+                f"be the master address; mend DNS or /etc/hosts, or leave it out with --exclude {names[0]}"
+            )
     check_image("--container-image", args.container_image)
     check_image("--apptainer", args.apptainer)
+    for job in args.after:
+        if subprocess.run(["scontrol", "show", "job", job], capture_output=True).returncode:
+            raise UserError(
+                f"--after {job}: SLURM knows no such job, and forgets those that ended minutes ago; "
+                "leave it out if that one has succeeded"
+            )
     refused = subprocess.run(["sbatch", "--test-only", *flags, "--wrap", "true"], capture_output=True, text=True)
     if refused.returncode:
-        raise UserError(f"sbatch refuses these options: {last_line(refused.stderr)} ({shlex.join(flags)})")
+        message = last_line(refused.stderr)
+        # MaxSubmitJobs of the user, the account or the quality of service: an array counts with all its elements.
+        fewer = "; give fewer --chunks, or more --processes a node" if "submit limit" in message else ""
+        raise UserError(f"sbatch refuses these options: {message}{fewer} ({shlex.join(flags)})")
 
 
-def check_time_limit(args: Namespace) -> None:
+def check_time_limit(args: Namespace, cluster: Cluster) -> None:
     """sbatch accepts a job longer than its partition allows, and it waits for ever (reason PartitionTimeLimit)."""
-    wanted = set((args.partition or "").split(",")) - {""}
-    for line in ask("sinfo", "--noheader", "--format=%R %P %l").splitlines():
-        name, shown, limit = line.split()
-        # `%P` marks the default partition with a star.
-        if (name in wanted or (not wanted and shown.endswith("*"))) and args.timeout_min > minutes(limit):
+    for name, limit in cluster.limits_min.items():
+        if args.timeout_min > limit:
             raise UserError(
-                f"--timeout-min {args.timeout_min}: partition {name} allows {minutes(limit):.0f} at most; "
+                f"--timeout-min {args.timeout_min}: partition {name} allows {limit:.0f} at most; "
                 "give less (a job that reaches its limit saves and is requeued) or another --partition"
             )
+    if args.signal_delay_s >= args.timeout_min * 60:
+        raise UserError(
+            f"--signal-delay-s {args.signal_delay_s}: a job lasts {args.timeout_min} min (--timeout-min), so it "
+            "would be stopped at its start; give less"
+        )
 
 
 def minutes(limit: str) -> float:
@@ -101,10 +163,12 @@ def ask(*command: str) -> str:
 
 
 def last_line(text: str) -> str:
+    """The last line of a program's complaint that says something."""
     return ([line for line in text.strip().splitlines() if line] or ["no message"])[-1]
 
 
 def resolves(name: str) -> bool:
+    """Whether this machine finds an address for NAME."""
     try:
         socket.getaddrinfo(name, None)
     except OSError:

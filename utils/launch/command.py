@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import runpy
 import shlex
 import sys
@@ -65,11 +66,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     slurm.add_argument("--constraint", help="node features, e.g. a100")
     slurm.add_argument("--exclude", help="nodes to keep off, e.g. n[3-5]")
     slurm.add_argument("--gpus-per-node", type=non_negative_int, default=1, help="GPUs of a job on each node; 0: CPU")
-    slurm.add_argument("--cpus-per-task", type=positive_int, help="CPU cores for each process")
-    slurm.add_argument("--mem-gb", type=positive_float, help="memory of a node's processes together")
-    slurm.add_argument("--timeout-min", type=positive_int, default=240, help="minutes until a job is requeued")
+    slurm.add_argument(
+        *("--cpus-per-task",), type=positive_int,
+        help="CPU cores for each process (its GPUs' share of the smallest node; without GPUs 1)",
+    )  # fmt: skip
+    slurm.add_argument(
+        *("--mem-gb",), type=positive_float,
+        help="memory of a node's processes together (their GPUs' share of the smallest node; without GPUs SLURM's own)",
+    )  # fmt: skip
+    slurm.add_argument(
+        "--timeout-min", type=positive_int, help="minutes until a job is requeued (the partition's limit; without 240)"
+    )
     slurm.add_argument("--array-parallelism", type=positive_int, default=64, help="array elements at once, at most")
-    slurm.add_argument("--after", action="append", default=[], metavar="JOBID", help="start when that job succeeded")
+    slurm.add_argument(
+        *("--after",), action="append", default=[], type=job_id, metavar="JOBID", help="start when that job succeeded"
+    )
     slurm.add_argument("--max-requeues", type=non_negative_int, default=20, help="time-outs until a job is given up")
     slurm.add_argument(
         *("--signal-delay-s",), type=positive_int, default=90,
@@ -98,6 +109,13 @@ def key_value(text: str) -> tuple[str, str]:
     if key in OWN_SBATCH_KEYS:
         raise argparse.ArgumentTypeError(f"{key} is set by the launcher itself")
     return key, value
+
+
+def job_id(text: str) -> str:
+    """A job of SLURM or an element of its array: 7 or 7_2."""
+    if not re.fullmatch(r"[0-9]+(_[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a job's id, e.g. 1234; repeat the option for several")
+    return text
 
 
 def main(args: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -158,6 +176,7 @@ def read_stage(options: Sequence[str], piece: Sequence[str], first: bool) -> Sta
         tables = (how.table, Path(script).stem)
         args = parser.parse_args([*site_options(args.site, tables, parser), *options, *piece])
     refuse_unused(parser, args, [*options, *own_options])
+    refuse_control_characters(args)
     script_args = script_parser.parse_args(args.command[1:])
 
     mode, several = how.runs_as, (args.chunks or 1) > 1
@@ -212,6 +231,20 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, wor
                 f"{option}: --launcher {args.launcher} does not use it; "
                 f"give --launcher {users[option]}, or leave it out"
             )
+
+
+def refuse_control_characters(args: argparse.Namespace) -> None:
+    """UserError for an option with a line break or the like, from the command line or a site file.
+
+    It would end a line of the batch script and begin one that SLURM or the shell reads as its own.
+    """
+    script = {"script": args.command[0]}
+    for name, value in {**vars(args), "command": None, **script}.items():
+        for part in value if isinstance(value, list) else [value]:
+            text = "=".join(part) if isinstance(part, tuple) else str(part)
+            if not text.isprintable():
+                option = name if name == "script" else f"--{name.replace('_', '-')}"
+                raise UserError(f"{option} {text!r}: holds a line break or control character; give plain text")
 
 
 def load_script(script: str) -> tuple[Launch, argparse.ArgumentParser]:

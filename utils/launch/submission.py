@@ -6,10 +6,12 @@ in the log folder, from which utils/launch/watch.py follows it.
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from utils.cli import UserError
-from utils.launch.checks import check_cluster, last_line
+from utils.launch.checks import ask_cluster, check_cluster, fill_in, last_line
 from utils.launch.slurm import Task
 from utils.launch.watch import RECORD, log_file, watch
 from utils.machine import ROOT
@@ -37,11 +39,18 @@ def run_on_slurm(stages: Sequence[Stage]) -> int:
     first = stages[0].args
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = (first.log_dir or Path("runs/launch") / f"{stamp}-{stages[0].name}").resolve()
+    if not str(folder).isprintable() or set("%\\") & set(str(folder)):
+        raise UserError(f"--log-dir {str(folder)!r}: SLURM reads % and \\ in it as patterns; choose plain characters")
+    planned = []
     for stage in stages:
-        check_cluster(stage.args, sbatch_flags(stage.args), folder, stage.outputs)
+        cluster = ask_cluster(stage.args.partition)
+        fill_in(stage.args, cluster)
+        tasks = tasks_of(stage, cluster.array_size)
+        array = [f"--array=0-{len(tasks) - 1}"] if len(tasks) > 1 else []
+        check_cluster(stage.args, cluster, [*sbatch_flags(stage.args), *array], folder, stage.outputs)
+        planned.append((stage, tasks))
     if first.dry_run:
-        for stage in stages:
-            tasks = tasks_of(stage)
+        for stage, tasks in planned:
             print(f"{stage.name}: {len(tasks)} jobs, sbatch {shlex.join(sbatch_flags(stage.args))}")
             for task in tasks[:3]:
                 print("  " + "\n  ".join(task.describe()["commands"]))
@@ -51,13 +60,13 @@ def run_on_slurm(stages: Sequence[Stage]) -> int:
     jobs: list[str] = []
     record = []
     try:
-        for stage in stages:
-            tasks, after = tasks_of(stage), jobs[-1:] or stage.args.after
+        for stage, tasks in planned:
+            after = jobs[-1:] or stage.args.after
             jobs.append(submit(stage.args, tasks, folder, stage.name, after))
             record.append({"name": stage.name, "job": jobs[-1], "elements": [task.describe() for task in tasks]})
             size = f", {len(tasks)} elements, {stage.args.array_parallelism} at once" if len(tasks) > 1 else ""
             waits = f", after {' '.join(after)}" if after else ""
-            print(f"launch: {stage.name}: job {jobs[-1]}{size}{waits}", flush=True)
+            print(f"launch: {stage.name}: job {jobs[-1]}{size}, {resources(stage.args)}{waits}", flush=True)
     except BaseException:
         if jobs:  # half a pipeline is of no use to anyone
             subprocess.run(["scancel", *jobs])
@@ -77,14 +86,24 @@ def run_on_slurm(stages: Sequence[Stage]) -> int:
         return 130
 
 
-def tasks_of(stage: Stage) -> list[Task]:
-    """The SLURM jobs (array elements) of a command: `processes` chunks each, or one DDP job, or one process.
+def resources(args: Namespace) -> str:
+    """What a job of ARGS has on each node, for people."""
+    gpus = f"{args.gpus_per_node} GPUs, " if args.gpus_per_node else ""
+    memory = f", {args.mem_gb:g} GB" if args.mem_gb else ""
+    nodes = f" on each of {args.nodes} nodes" if args.nodes > 1 else ""
+    return f"{gpus}{args.cpus_per_task * args.processes} cores{memory}{nodes}, {args.timeout_min} min"
 
-    Without --chunks a job has a chunk a process, as on this machine.
+
+def tasks_of(stage: Stage, array_size: int = sys.maxsize) -> list[Task]:
+    """The SLURM jobs (array elements, at most ARRAY_SIZE) of a command: chunks, or one DDP job, or one process.
+
+    An element has a chunk a process, or as many for each as it takes to fit into the array. Without --chunks there is
+    one job with a chunk a process, as on this machine.
     """
     count, at_once = stage.args.chunks or stage.args.processes, stage.args.processes
     if stage.mode == "chunks" and count > 1:
-        groups = [tuple(range(start, min(start + at_once, count))) for start in range(0, count, at_once)]
+        size = at_once * math.ceil(count / at_once / array_size)
+        groups = [tuple(range(start, min(start + size, count))) for start in range(0, count, size)]
         return [Task(stage.command, at_once, chunks=group, of=count) for group in groups]
     return [Task(stage.command, at_once, ranks=stage.mode == "ranks")]
 
@@ -96,7 +115,7 @@ def sbatch_options(args: Namespace) -> dict[str, Any]:
         "ntasks-per-node": 1,
         "time": args.timeout_min,
         "gpus-per-node": args.gpus_per_node or None,
-        "cpus-per-task": args.cpus_per_task * args.processes if args.cpus_per_task else None,
+        "cpus-per-task": args.cpus_per_task * args.processes,
         "mem": f"{int(args.mem_gb * 1024)}M" if args.mem_gb else None,
         **dict(args.sbatch),
     }
@@ -117,8 +136,13 @@ def submit(args: Namespace, tasks: Sequence[Task], folder: Path, name: str, afte
         options["dependency"] = "afterok:" + ":".join(after)
     # Datasets and checkpoints record the digest, where the image is named by it.
     _, _, digest = (args.container_image or args.apptainer or "").partition("@sha256:")
-    environment = [f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"]
-    environment += [f"export IMAGE_DIGEST={shlex.quote('sha256:' + digest)}"] if digest else []
+    setup = [f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    setup += [f"export IMAGE_DIGEST={shlex.quote('sha256:' + digest)}"] if digest else []
+    if args.setup:  # which may hold a token: the batch script can be read by everyone, this file by the user alone
+        handle, own_lines = tempfile.mkstemp(prefix="setup-", suffix=".sh", dir=folder)
+        with open(handle, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in args.setup)
+        setup += [f"source {shlex.quote(own_lines)}"]
     marker = shlex.quote(str(folder)) + '/"$SLURM_JOB_ID".requeue'
     executor.update_parameters(
         nodes=args.nodes,
@@ -127,9 +151,10 @@ def submit(args: Namespace, tasks: Sequence[Task], folder: Path, name: str, afte
         array_parallelism=args.array_parallelism,
         signal_delay_s=args.signal_delay_s,
         stderr_to_stdout=True,
-        setup=[*environment, *args.setup],
-        # A rank that fails ends the others at once, not after the process group's time-out.
-        srun_args=["--kill-on-bad-exit=1", *srun_args],
+        setup=setup,
+        # srun does not take over sbatch's number of cores (SLURM 22.05 to 23.02 do not hand it on). A rank that fails
+        # ends the others at once, not after the process group's time-out.
+        srun_args=[f"--cpus-per-task={options['cpus-per-task']}", "--kill-on-bad-exit=1", *srun_args],
         teardown=[
             "code=$?",
             f'if [ -e {marker} ]; then rm {marker}; scontrol requeue "$SLURM_JOB_ID"; fi',

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import UserError
@@ -65,6 +66,31 @@ def ranks() -> Ranks:
             if not os.environ.get(name):
                 raise UserError(f"{name} is not set with WORLD_SIZE={found.world_size}; torchrun and utils.launch do")
     return found
+
+
+def take_own_cores() -> None:
+    """Bind this process, if it is one of several ranks on a node, to its own share of the cores that it may use.
+
+    Ranks then do not push each other and each other's loaders around. The shares are whole physical cores side by side,
+    in the order of local ranks. Where ranks outnumber the cores they stay as they are. Call this once, before torch is
+    imported: it counts the cores for its threads.
+    """
+    found = ranks()
+    if found.local_world_size == 1 or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0), key=_place)
+    share = len(cores) // found.local_world_size
+    if share:
+        os.sched_setaffinity(0, cores[found.local_rank * share : (found.local_rank + 1) * share])
+
+
+def _place(cpu: int) -> tuple[int, int, int]:
+    """Sorts hyperthreads of one core together, and cores of one socket."""
+    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+    try:
+        return int((topology / "physical_package_id").read_text()), int((topology / "core_id").read_text()), cpu
+    except (OSError, ValueError):
+        return 0, cpu, cpu
 
 
 def is_main() -> bool:

@@ -20,7 +20,6 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from utils.cli import UserError
 from utils.images import BadImage, decode_rgb, image_size, load_eval_image
-from utils.training.distributed import ranks
 from utils.training.image_sets import ImageSet
 from utils.training.random_numbers import permutation, uniforms
 
@@ -247,7 +246,7 @@ def worker_count(asked: int | None, device: torch.device) -> int:
         return asked
     if device.type == "cpu":
         return 1
-    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks().local_world_size - 1))
+    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))  # distributed.take_own_cores
 
 
 class EvalBatches(torch.utils.data.Dataset):

@@ -18,6 +18,9 @@ import time
 from pathlib import Path
 
 NODES = ("n1", "n2")
+# As many cores as this machine has, so that a step can be bound to those it asked for; a node needs two for the tests.
+CORES = max(2, min(4, len(os.sched_getaffinity(0))))
+GPUS = 2  # counted by SLURM; no device stands behind them
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
@@ -164,9 +167,13 @@ class Cluster:
         controller, *nodes = free_ports(1 + len(NODES))
         user, host = getpass.getuser(), socket.gethostname()
         node_lines = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=8000"
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} RealMemory=8000 Gres=gpu:{GPUS} "
+            f"CPUs={CORES} Boards=1 SocketsPerBoard=1 CoresPerSocket={CORES} ThreadsPerCore=1"
             for node, port in zip(NODES, nodes, strict=True)
         )
+        for gpu in range(GPUS):
+            (self.folder / f"gpu{gpu}").touch()
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n")
         (self.folder / "slurm.conf").write_text(f"""
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -177,10 +184,12 @@ AuthType=auth/munge
 AuthInfo=socket={munge}/socket
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
+TaskPluginParam=Cores
 MpiDefault=none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
+SelectTypeParameters=CR_Core
+GresTypes=gpu
 ReturnToService=2
 SlurmdParameters=config_overrides
 StateSaveLocation={self.folder}/state

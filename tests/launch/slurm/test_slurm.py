@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.slurm.cluster import Cluster
+from tests.launch.slurm.cluster import CORES, GPUS, Cluster
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(150)]
@@ -74,13 +74,36 @@ def get_args_parser():
 
 if __name__ == "__main__":
     args = get_args_parser().parse_args()
-    import torch
     from utils.training import distributed
+    distributed.take_own_cores()
+    import torch
     with distributed.process_group(torch.device("cpu")) as me:
         total = distributed.all_reduce_sum(torch.tensor([float(me.rank + 1)])).item()
     args.out.mkdir(parents=True, exist_ok=True)
     found = {"total": total, "node": os.environ["SLURMD_NODENAME"], **vars(me)}
+    found["cores"] = sorted(os.sched_getaffinity(0))
     (args.out / f"{me.rank}.json").write_text(json.dumps(found))
+"""
+
+# Says what the process sees: its cores, the step's GPUs, the umask that its files get.
+SEES = """
+import argparse, json, os
+from pathlib import Path
+from utils.cli import Launch
+
+LAUNCH = Launch("sees", "single")
+
+def get_args_parser():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+if __name__ == "__main__":
+    args = get_args_parser().parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = ("SLURM_GPUS_ON_NODE", "SLURM_CPUS_PER_TASK", "TOKEN")
+    found = {name: os.environ.get(name) for name in names} | {"cores": sorted(os.sched_getaffinity(0))}
+    (args.out / "seen.json").write_text(json.dumps(found))
 """
 
 
@@ -88,6 +111,7 @@ if __name__ == "__main__":
 def here(tmp_path: Path) -> Path:
     (tmp_path / "draw.py").write_text(textwrap.dedent(DRAW))
     (tmp_path / "ranks.py").write_text(textwrap.dedent(RANKS))
+    (tmp_path / "sees.py").write_text(textwrap.dedent(SEES))
     return tmp_path
 
 
@@ -209,6 +233,11 @@ def test_ranks_on_two_nodes_meet_by_torchruns_variables(cluster, here):
     assert [entry["total"] for entry in found] == [10.0] * 4
     assert [entry["local_rank"] for entry in found] == [0, 1, 0, 1]
     assert found[0]["node"] == found[1]["node"] != found[2]["node"] == found[3]["node"]
+    for first, second in (
+        found[:2],
+        found[2:],
+    ):  # both "nodes" are this machine, so ranks of two nodes share cores here
+        assert len(first["cores"]) == len(second["cores"]) == 1 and first["cores"] != second["cores"]
 
 
 def test_a_failure_is_shown_with_its_log_and_the_command_to_repeat_it_and_stops_the_chain(cluster, here):
@@ -243,6 +272,11 @@ def test_a_chain_runs_in_order_and_waiting_elsewhere_gives_the_same_answer(clust
         (("--partition", "gpu"), "--partition gpu: unknown; this cluster has grace, high, low"),
         (("--timeout-min", "90"), "--timeout-min 90: partition low allows 60 at most"),
         (("--sbatch", "nodelist=n9"), "sbatch refuses these options: allocation failure: Invalid node name"),
+        (("--after", "99999"), "--after 99999: SLURM knows no such job, and forgets those that ended minutes ago"),
+        (("--timeout-min", "1"), "--signal-delay-s 90: a job lasts 1 min"),
+        (("--account", "a\ntouch stolen"), "--account 'a\\ntouch stolen': holds a line break"),
+        (("--sbatch", "comment=a\ntouch stolen"), "--sbatch 'comment=a\\ntouch stolen': holds a line break"),
+        (("--setup", "true\rtouch stolen"), "--setup 'true\\rtouch stolen': holds a line break"),
         (("--apptainer", "no.sif"), "--apptainer no.sif: no such file"),
         (("--container-image", "/images/no.sqsh"), "--container-image /images/no.sqsh: no such file"),
     ],
@@ -253,6 +287,65 @@ def test_what_the_cluster_cannot_do_is_refused_before_anything_is_queued(cluster
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert cluster.run("squeue", "--noheader") == before and not (here / "logs").exists()
+
+
+# ===== what a job gets =====
+
+
+def seen(here: Path) -> dict:
+    return json.loads((here / "out/seen.json").read_text())
+
+
+@pytest.mark.parametrize(("options", "cores"), [(("--cpus-per-task", "2"), 2), ((), 1)])
+def test_a_step_has_the_cores_that_were_asked_for(cluster, here, options, cores):
+    """On a real SLURM with task/affinity, whose srun binds to one core unless it is told the number itself."""
+    result = launch(cluster, here, *CPU, *options, "--wait", "sees.py", "--out", "out")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(seen(here)["cores"]) == cores and seen(here)["SLURM_CPUS_PER_TASK"] == str(cores)
+
+
+def test_a_gpu_comes_with_its_share_of_the_node_and_the_partitions_time(cluster, here):
+    result = launch(cluster, here, "--log-dir", "logs", "--wait", "sees.py", "--out", "out")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(seen(here)["cores"]) == CORES // GPUS and seen(here)["SLURM_GPUS_ON_NODE"] == "1"
+    (script,) = (here / "logs").glob("*_submission.sh")
+    lines = script.read_text().splitlines()
+    for line in (f"--cpus-per-task={CORES // GPUS}", "--mem=3072M", "--time=60", "--gpus-per-node=1"):
+        assert f"#SBATCH {line}" in lines  # half of 8000 MB, in whole GB
+    assert f"1 GPUs, {CORES // GPUS} cores, 3 GB, 60 min" in result.stdout
+
+
+def test_two_gpus_come_with_the_whole_node_and_a_site_file_says_otherwise(cluster, here):
+    (here / "site.toml").write_text("mem_gb = 1\ncpus_per_task = 1\ntimeout_min = 9\n")
+    plan = ("--log-dir", "logs", "--gpus-per-node", "2", "--dry-run")
+    whole = launch(cluster, here, *plan, "ranks.py", "--out", "out").stdout
+    assert f"--time=60 --gpus-per-node=2 --cpus-per-task={CORES // 2 * 2} --mem=7168M" in whole
+    own = launch(cluster, here, *plan, "--site", "site.toml", "ranks.py", "--out", "out").stdout
+    assert "--time=9 --gpus-per-node=2 --cpus-per-task=2 --mem=1024M" in own
+
+
+def test_more_chunks_than_an_array_may_have_elements_share_them(cluster, here):
+    assert "MaxArraySize            = 1001" in cluster.scontrol("show", "config")
+    plan = launch(cluster, here, *CPU, "--dry-run", "--chunks", "1500", "draw.py", "--out", "out")
+    assert plan.returncode == 0, plan.stderr
+    assert "draw: 750 jobs" in plan.stdout and "--chunk 1/1500\n" in plan.stdout
+    submit(cluster, here, "--chunks", "1002", "--array-parallelism", "1", "--sbatch", "begin=now+1hour", "draw.py",
+           *("--out", "out"))  # fmt: skip
+    record = json.loads((here / "logs/launch.json").read_text())
+    commands = [command for element in record["stages"][0]["elements"] for command in element["commands"]]
+    assert len(record["stages"][0]["elements"]) == 501
+    assert commands == [f"python draw.py --out out --chunk {chunk}/1002" for chunk in range(1002)]
+    assert len(cluster.jobs()) == 501
+
+
+def test_a_token_in_a_setup_line_lies_in_a_file_that_the_user_alone_can_read(cluster, here):
+    setup = ("--setup", "export TOKEN=hunter2", "--setup", "export TOKEN=$TOKEN'; echo $(true)'")
+    result = launch(cluster, here, *CPU, *setup, "--wait", "sees.py", "--out", "out")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert seen(here)["TOKEN"] == "hunter2; echo $(true)"
+    holding = [path for path in here.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+    assert [path.stat().st_mode & 0o777 for path in holding if path.parent.name == "logs"] == [0o600]
+    assert "hunter2" not in result.stdout + result.stderr
 
 
 def test_the_clusters_own_processes_end_with_it():
