@@ -165,9 +165,9 @@ def test_unequal_sizes_are_said_and_a_run_of_equal_budget_is_named(tmp_path):
     made = tables.make_tables([real, many, few], [records.Row("real", "digits", "top1", 99.2)])[0]
     assert made["facts"] == ["trained on", "steps", "budget"]
     assert [row["facts"] for row in made["rows"]] == [
-        ["898 real", "168", ""],
-        ["2,000 synthetic", "364", ""],
-        ["900 synthetic", "168", "that of real"],
+        ["898 real", "168 steps", ""],
+        ["2,000 synthetic", "364 steps", ""],
+        ["900 synthetic", "168 steps", "the budget of real"],
     ]
 
 

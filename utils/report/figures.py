@@ -210,7 +210,10 @@ def draw_radar(axes: Sequence[str], lines: Sequence[RadarLine], svg: Path, png: 
         plot.set_theta_offset(math.pi / 2)
         plot.set_theta_direction(-1)
         plot.set_xticks(angles, axes)
-        plot.tick_params(axis="x", pad=14)
+        for label, angle in zip(plot.get_xticklabels(), angles, strict=True):
+            label.set_horizontalalignment(
+                "left" if math.sin(angle) > 0.1 else "right" if math.sin(angle) < -0.1 else "center"
+            )
         plot.set_ylim(0, 100)
         plot.set_yticks([20, 40, 60, 80, 100], ["20", "40", "60", "80", "100"])
         plot.tick_params(colors=INK)
@@ -226,7 +229,12 @@ def draw_radar(axes: Sequence[str], lines: Sequence[RadarLine], svg: Path, png: 
             handles += plot.plot(*corners, marker="o", markersize=4 if len(known) > 1 else 8, **style)
             if len(known) == len(axes):
                 plot.fill(*corners, color=line.color, alpha=0.12)
-        legend: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 2, "frameon": False}
+        legend: Any = {
+            "loc": "upper center",
+            "bbox_to_anchor": (0.5, -0.1),
+            "ncols": 1 + (len(lines) > 4),
+            "frameon": False,
+        }
         plot.legend(handles, [line.label for line in lines], labelcolor=INK, **legend)
         whole: Any = {"bbox_inches": "tight", "pad_inches": 0.15}  # however long the labels are
         with atomic_path(svg) as temporary:

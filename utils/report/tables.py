@@ -98,7 +98,7 @@ def difference(a: Cell, b: Cell) -> Difference | None:
         from scipy.stats import t
 
         parts = a.spread**2 / a.runs, b.spread**2 / b.runs
-        if not sum(parts):  # every seed alike: the spread is below what so few images can show, not zero
+        if sum(parts) < 1e-12:  # every seed alike: the spread is below what so few images can show, not zero
             return None
         freedom = sum(parts) ** 2 / (parts[0] ** 2 / (a.runs - 1) + parts[1] ** 2 / (b.runs - 1))
         half = float(t.ppf(0.975, freedom)) * math.sqrt(sum(parts))
@@ -201,9 +201,9 @@ def add_facts(made: dict) -> None:
     reference = next((model for model in shown if model.kind == "real"), shown[0])
     facts = {
         "trained on": [model.trained_on for model in shown],
-        "steps": [f"{model.steps:,}" if model.steps else "" for model in shown],
+        "steps": [f"{model.steps:,} steps" if model.steps else "" for model in shown],
         "budget": [
-            f"that of {reference.name}" if model is not reference and model.has_budget_of(reference) else ""
+            f"the budget of {reference.name}" if model is not reference and model.has_budget_of(reference) else ""
             for model in shown
         ],
     }
