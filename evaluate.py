@@ -34,7 +34,7 @@ from utils.cli import Launch, UserError, data_and_weight, make_parser, non_negat
 from utils.evaluation import checkpoints
 from utils.evaluation.catalog import choose, list_sets, read_all
 from utils.evaluation.jobs import Job, Settings, number_format
-from utils.evaluation.matching import NoSharedClass, match
+from utils.evaluation.matching import NoSharedClass, fingerprint, match
 from utils.metrics import mean_and_std
 from utils.storage import require_writable
 
@@ -181,7 +181,7 @@ def judge_by_logits(job: Job, model: FrozenModel, leak_check: bool) -> None:
     features = model.features(job, matched.samples, stamps)  # (N, D)
     logits = model.classifier.logits(features)[:, matched.columns]  # (N, compared classes)
     measured, facts, sidecar = metrics_of_logits(logits, matched, model.classifier)
-    job.save(measured, facts | leaks[0], sidecar | leaks[1])
+    job.save(measured, facts | leaks[0], sidecar | leaks[1] | {"images": fingerprint(matched.samples, stamps)})
 
 
 def judge_by_probe(job: Job, model: FrozenModel, leak_check: bool) -> None:

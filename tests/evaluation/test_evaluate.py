@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
@@ -103,6 +104,8 @@ def test_rows_and_sidecar(toy, capsys):
     assert sum(map(sum, sidecar["confusion"])) == 28
     for index, row in enumerate(sidecar["per_class"]):
         assert row["n"] == 4 and row["top1"] == 100 * sidecar["confusion"][index][index] / 4
+    right = np.unpackbits(np.frombuffer(base64.b64decode(sidecar["correct"]), np.uint8))[:28].reshape(7, 4)  # in order
+    assert (100 * right.mean(1)).tolist() == [row["top1"] for row in sidecar["per_class"]]
     assert np.mean([row["top1"] for row in sidecar["per_class"]]) == pytest.approx(rows[2]["value"], abs=1e-3)
     shown = capsys.readouterr().out
     assert "toy-seed0" in shown and "28" in shown and "7" in shown

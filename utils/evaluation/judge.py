@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ def metrics_of_logits(logits: np.ndarray, matched: MatchedSet, model: Classifier
             {"id": class_id, "n": int(count), "top1": round(float(accuracy), 4)}
             for class_id, count, accuracy in zip(matched.class_ids, counts, accuracies, strict=True)
         ],
+        "correct": base64.b64encode(np.packbits(correct).tobytes()).decode(),  # one bit an image, for paired intervals
     }
     compared = [model.class_ids[column] for column in matched.columns]
     if matched.single_answer and compared == matched.class_ids and len(compared) <= MAX_CONFUSION:
