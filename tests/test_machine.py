@@ -24,6 +24,7 @@ def test_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch):
 def test_auto_prefers_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert resolve_device("auto") == torch.device("cuda")
     assert resolve_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(UserError, match="cuda:2: 2 CUDA devices here"):
@@ -84,3 +85,42 @@ def test_few_cores_for_a_gpu_are_said_once(monkeypatch, capsys, cores, rank, sai
     assert ("warning: 3 CPU cores for a GPU; it will wait for them" in capsys.readouterr().err) is said
     machine.resolve_device("cpu")
     assert not capsys.readouterr().err
+
+
+# ===== the faces of full memory =====
+
+MEMORY_ERRORS = [
+    (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"),
+    (torch.AcceleratorError, "CUDA error: out of memory"),
+    (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    (RuntimeError, "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    (RuntimeError, "Triton Error [CUDA]: out of memory"),
+    (RuntimeError, "GET was unable to find an engine to execute this computation"),
+    (RuntimeError, "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to"),
+]
+
+
+@pytest.mark.parametrize(("kind", "message"), MEMORY_ERRORS)
+def test_every_face_of_full_memory_is_known(kind, message):
+    assert machine.is_out_of_memory(kind(message))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyError("x")])
+def test_other_errors_are_not_taken_for_full_memory(error):
+    assert not machine.is_out_of_memory(error)
+
+
+def test_a_numbered_gpu_is_the_one_that_libraries_get(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert machine.resolve_device("cuda:1") == torch.device("cuda:1") and chosen == [torch.device("cuda:1")]
+    assert machine.resolve_device("cuda") == torch.device("cuda") and len(chosen) == 1
+
+
+def test_fp32_is_no_tf32():
+    torch.backends.cudnn.allow_tf32 = True  # torch's default
+    machine.resolve_dtype("fp32", torch.device("cpu"))
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32

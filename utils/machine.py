@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW_CORES = 4  # of one GPU: its own process, and loaders that decode some hundred images a second each
+OUT_OF_MEMORY = (
+    "out of memory",  # torch's allocator, CUDA itself (AcceleratorError) and Triton
+    "can't allocate memory",  # a CPU
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # no memory for its workspace
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine",  # cuDNN, whose engines all need more: pytorch #108645
+)
 PACKAGES = ("torch", "torchvision", "xformers", "diffusers", "transformers", "numpy", "pillow", "simplejpeg")
 
 
@@ -120,6 +128,8 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise UserError(f"--device {name}: {count} CUDA devices here; use --device cpu or check the driver")
+        if device.index is not None:
+            torch.cuda.set_device(device)  # libraries that ask for "cuda" get this one: no other GPU is touched
         warn_of_few_cores()
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available here; use --device cpu")
@@ -138,9 +148,10 @@ def warn_of_few_cores() -> None:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is fp16 on CUDA, bf16 on CPUs with AMX, else fp32."""
+    """`auto` is fp16 on CUDA, bf16 on CPUs with AMX, else fp32, which is no TF32: cuDNN would take it by default."""
     import torch
 
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if name == "auto":
         if device.type == "cuda":
             return torch.float16
@@ -156,3 +167,12 @@ def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_form
 
     sixteen_bit = dtype in (torch.float16, torch.bfloat16)
     return torch.channels_last if sixteen_bit and device.type in ("cpu", "cuda") else torch.contiguous_format
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ERROR says in one of its many ways that a device's memory is full."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    )

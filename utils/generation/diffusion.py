@@ -22,7 +22,7 @@ import torch
 
 from utils.cli import UserError
 from utils.generation.recipe import SCHEDULERS, Recipe
-from utils.machine import memory_format
+from utils.machine import is_out_of_memory, memory_format
 
 CACHED_PROMPTS = 512  # embeddings kept: more than the 365 backgrounds of one class; 59 MB for SD 1.4 in fp16
 DECODE_PIXELS = 4 * 512 * 512  # pixels the VAE decodes at once: fixed, so that it never depends on free memory
@@ -195,10 +195,6 @@ class Sampler:
 def spans(count: int, size: int) -> list[tuple[int, int]]:
     """[(0, size), (size, 2 size), ...] that cover COUNT."""
     return [(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def build_scheduler(name: str, model_config):

@@ -15,10 +15,10 @@ import torch
 import transformers
 
 from utils.cli import UserError
-from utils.generation.diffusion import Sampler, is_out_of_memory, spans
+from utils.generation.diffusion import Sampler, spans
 from utils.generation.pipeline import PipelineFolder
 from utils.generation.recipe import Recipe
-from utils.machine import memory_format, resolve_device, resolve_dtype
+from utils.machine import is_out_of_memory, memory_format, resolve_device, resolve_dtype
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CPU_LATENTS = 6400  # batch x latent area on a CPU: 100 images of 8x8 latents, 1 of 64x64; larger gained nothing
