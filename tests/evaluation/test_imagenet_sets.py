@@ -14,6 +14,7 @@ from utils import metrics
 from utils.classes import load_classes
 from utils.cli import UserError
 from utils.evaluation import catalog, imagenet_sets
+from utils.evaluation.jobs import with_v2_mean
 from utils.evaluation.matching import LoadedSet, NoSharedClass, match
 from utils.images import load_eval_image
 
@@ -156,23 +157,49 @@ def test_strange_folder_is_refused(tmp_path):
 # ===== IN-v2: the order of its folders =====
 
 
-def test_v2_folders_are_numbers(tmp_path, counts):
-    counts("IN-v2", 1000, 1000)
-    root = tmp_path / "imagenetv2-matched-frequency-format-val"
+@pytest.mark.parametrize(
+    "name, folder", [("matched", "matched-frequency"), ("0.7", "threshold0.7"), ("top", "top-images")]
+)
+def test_v2_folders_are_numbers(tmp_path, counts, name, folder):
+    """In each of the three variants as they are published."""
+    counts(f"IN-v2-{name}", 1000, 1000)
+    root = tmp_path / f"imagenetv2-{folder}-format-val"
     for number in range(1000):
         fill(root / str(number), ["x.jpeg"])
-    loaded = catalog.SETS["IN-v2"].load(tmp_path)
+    loaded = catalog.SETS[f"IN-v2-{name}"].load(tmp_path)
     for path, label in loaded.samples:
         assert int(path.split("/")[-2]) == label
     assert match(loaded, IDS).labels.tolist() == list(range(1000))
     as_text = sorted(str(number) for number in range(1000))
-    assert sum(int(name) == label for label, name in enumerate(as_text)) == 12  # what ImageFolder would get right
+    assert sum(int(text) == label for label, text in enumerate(as_text)) == 12  # what ImageFolder would get right
     cut = match(loaded, IDS_100)
     assert [IDS_100[column] for column in cut.labels] == [IDS[int(path.split("/")[-2])] for path, _ in cut.samples]
     (root / "999" / "x.jpeg").unlink()
     (root / "999").rmdir()
     with pytest.raises(UserError, match="folders 0 to 999"):
-        catalog.SETS["IN-v2"].load(tmp_path)
+        catalog.SETS[f"IN-v2-{name}"].load(tmp_path)
+
+
+def test_v2_stands_for_its_variants(tmp_path):
+    for folder in ("threshold0.7", "top-images"):
+        (tmp_path / f"imagenetv2-{folder}-format-val").mkdir()
+    assert [one.name for one in catalog.choose(["IN-v2"], [], tmp_path)] == ["IN-v2-0.7", "IN-v2-top"]
+    assert [one.name for one in catalog.choose(["IN-v2"], [], tmp_path / "empty")] == list(catalog.V2_VARIANTS)
+
+
+def test_the_mean_of_the_three_variants_by_hand():
+    def row(dataset, value, **more):
+        facts = {"model": "m", "checkpoint_sha256": "c", "metric": "top1", "seed": 0, "num_classes": 1000, "n": 10_000}
+        return facts | {"dataset": dataset, "value": value, "low": value - 1, "high": value + 2} | more
+
+    rows = [row("IN-v2-matched", 60.0), row("IN-v2-0.7", 69.0), row("IN-Val", 71.0)]
+    assert with_v2_mean(rows) == rows  # a mean of two would be another quantity
+    (mean,) = with_v2_mean([*rows, row("IN-v2-top", 75.0), row("IN-v2-top", 90.0, model="other")])[5:]
+    assert (mean["dataset"], mean["value"], mean["low"], mean["high"], mean["n"]) == ("IN-v2", 68.0, 67.0, 70.0, 30_000)
+    published = row("IN-v2", 72.3, source="published")
+    assert with_v2_mean([published]) == [published]
+    (old,) = with_v2_mean([row("IN-v2", 60.0, source="measured")])  # the earlier version knew this variant alone
+    assert old["dataset"] == "IN-v2-matched"
 
 
 # ===== IN-R and IN-A: logits cut to the set's classes =====

@@ -307,4 +307,4 @@ def test_listing_names_every_dataset_and_what_was_found(tmp_path):
     for name, row in catalog.SETS.items():
         assert name in done.stdout and row.where in done.stdout
     assert f"Food101        found at {tmp_path / 'food-101'}" in done.stdout
-    assert done.stdout.count("not found") == 21
+    assert done.stdout.count("not found") == 23

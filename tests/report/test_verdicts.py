@@ -205,7 +205,9 @@ def test_variety_is_claimed_only_where_it_was_measured(tmp_path):
 # ===== colours and the radar plot =====
 
 
-def rows_of(path: Path, model: str, synthetic: bool, num_classes: int = 100, sets=("IN-Val", "IN-v2", "IN-R")) -> Path:
+def rows_of(
+    path: Path, model: str, synthetic: bool, num_classes: int = 100, sets=("IN-Val", "IN-Sketch", "IN-R")
+) -> Path:
     path.mkdir()
     write_json(path / "args.json", {"sources": [{"path": "x", "synthetic": synthetic}]})
     for name in sets:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from utils.cli import command_line
-from utils.evaluation.catalog import ChosenSet
+from utils.evaluation.catalog import V2, V2_VARIANTS, ChosenSet
 from utils.evaluation.checkpoints import Source, Transform, ordered_classes, transform_of
 from utils.machine import resolve_device, snapshot
 from utils.storage import append_jsonl, read_json, read_jsonl, write_json
@@ -157,6 +159,30 @@ class Job:
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             }
             append_jsonl(self.out / "results.jsonl", row)
+
+
+def with_v2_mean(rows: Sequence[dict]) -> list[dict]:
+    """ROWS of results and, where a model was judged on all three variants of ImageNet-V2, their mean as "IN-v2".
+
+    Its interval is the mean of theirs, which holds however many images the variants share. Rows named IN-v2 that were
+    measured are of an earlier version, which knew the matched-frequency variant alone.
+    """
+    rows = [row | {"dataset": V2_VARIANTS[0]} if _is_old_v2(row) else row for row in rows]
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        if row["dataset"] in V2_VARIANTS:
+            kind = tuple(row.get(key) for key in ("model", "checkpoint_sha256", "metric", "seed", "num_classes"))
+            found.setdefault(kind, {})[row["dataset"]] = row
+    for variants in (list(some.values()) for some in found.values() if len(some) == len(V2_VARIANTS)):
+        columns: dict[str, list[Any]] = {key: [row.get(key) for row in variants] for key in ("value", "low", "high")}
+        mean = {key: None if None in column else fmean(column) for key, column in columns.items()}
+        total = {"dataset": V2, "n": sum(row.get("n") or 0 for row in variants), "key": None}
+        rows.append(variants[0] | total | mean)
+    return rows
+
+
+def _is_old_v2(row: dict) -> bool:
+    return row["dataset"] == V2 and row.get("source") == "measured"
 
 
 def number_format(dtype: str, device: str) -> str:

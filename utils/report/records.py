@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from utils.cli import UserError, data_and_weight
+from utils.evaluation.jobs import with_v2_mean
 from utils.storage import read_json, read_jsonl
 
 JUDGE_AGAIN = "delete it and run evaluate.py on its checkpoint again"
@@ -204,7 +205,7 @@ def read_results(paths: Sequence[Path]) -> list[Row]:
         rows += [row for row in found if row.checkpoint_sha256 == checkpoint[row.model]]
     way = {row.metric_of: row.way for row in rows}
     newest = {(*row.metric_of, row.seed): row for row in rows if row.way == way[row.metric_of]}
-    return list(newest.values())
+    return [Row(**row) for row in with_v2_mean([msgspec.structs.asdict(row) for row in newest.values()])]
 
 
 def _read_rows(path: Path) -> list[Row]:
