@@ -14,20 +14,20 @@ alone. SIGTERM, SIGUSR1 and SIGUSR2 save a checkpoint within seconds and exit wi
 Several --data PATH[:WEIGHT] are mixed in proportion to their weights; all must hold the same classes.
 """
 
+from __future__ import annotations
+
 import argparse
-import datetime
-import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.cli import (
     Launch,
-    UserError,
     command_line,
     data_and_weight,
     make_parser,
@@ -37,8 +37,15 @@ from utils.cli import (
     run,
 )
 from utils.machine import snapshot
-from utils.storage import atomic_path, read_json, write_json
+from utils.storage import atomic_path, write_json
 from utils.training.distributed import take_own_cores
+from utils.training.recipe import CHOICES, changed
+
+if TYPE_CHECKING:
+    from utils.training.run_log import Clock, RunLog
+    from utils.training.step import Training
+    from utils.training.stop_signals import StopSignals
+    from utils.training.validation import Validation
 
 # Every key of a recipe is read; --set changes any of them. Where no source is named: "t-ReX" is the default of the
 # paper authors' public trainer of the same line of work (t-ReX, ICLR 2023).
@@ -105,20 +112,13 @@ DEMO = BASIC | {
     "val_crop": 32,
 }
 RECIPES = {"paper": PAPER, "basic": BASIC, "demo": DEMO}
-CHOICES = {"head": ("cosine", "linear"), "interpolation": ("bicubic", "bilinear")}
-LIMITS = {  # lowest and highest value; of other numbers 0 and any
-    **dict.fromkeys(("epochs", "batch_size", "batch_per_device", "global_size", "global_count"), (1, math.inf)),
-    **dict.fromkeys(("local_size", "val_resize", "val_crop"), (1, math.inf)),
-    **dict.fromkeys(("momentum", "flip", "jitter", "grayscale", "global_blur", "local_blur"), (0, 1)),
-    **dict.fromkeys(("global_solarize", "local_solarize"), (0, 1)),
-    "hue": (0, 0.5),  # of a turn
-}
-PROBE_STEPS, PROBE_SECONDS = 20, 60  # of --dry-run: whichever ends first
+TIMED_STEPS, TIMED_SECONDS = 20, 60  # of --dry-run: whichever ends first
 LAUNCH = Launch("train", "ranks")
 CURVES_SECONDS = 300  # at least, between two drawings of curves.png
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    """The options, grouped as --help shows them. An option of the recipe overrides the chosen recipe's value."""
     parser = make_parser(__doc__)
     # Data
     parser.add_argument("--data", action="append", required=True, metavar="PATH[:WEIGHT]", help="repeat to mix")
@@ -148,21 +148,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="name of the exported weights (default: the data folder's; a mix: joined by +)")
     parser.add_argument("--checkpoint-minutes", type=positive_float, default=15, help="also saved after each epoch")
     parser.add_argument("--log-every", type=positive_int, default=50, metavar="STEPS", help="steps between log lines")
-    parser.add_argument("--no-tensorboard", action="store_true", help="write no event files")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and a time estimate; write nothing")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
+    """Train as ARGS say; the exit code: 0 done, 128 + N stopped by signal N. UserError for what the user can mend."""
     # Idle threads sleep instead of spinning: on a busy machine a step is then ten times faster. Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     take_own_cores()
-    with ExitStack() as closing:  # the process group and the run folder's lock, given back whatever happens
+    with ExitStack() as closing:  # the process group, the run folder's lock, the loaders: given back whatever happens
         return train_from_scratch(args, closing)
 
 
 def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
-    from utils.training.image_sets import open_sources, open_validation
+    """From options to exported weights: data, model, optimizer, then `train`. CLOSING ends what is opened here."""
+    from utils.training.image_sets import dataset_name, open_sources, open_validation
+    from utils.training.run_folder import is_finished, make_identity, own_run
 
     # ===== what to do =====
     recipe = make_recipe(args)
@@ -174,7 +176,7 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     if not args.dry_run and is_finished(out, name, identity):
         print(f"{out}/{name}.pth: finished already; delete {out} to train again")
         return 0
-    validation = open_validation(args.val, images[0].class_ids) if args.val else None
+    val_images = open_validation(args.val, images[0].class_ids) if args.val else None
 
     # ===== preparing devices =====
     import torch
@@ -182,25 +184,26 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     from utils.machine import memory_format, resolve_device, resolve_dtype
     from utils.model import MultiCrop, build_model, compiled, parameter_groups, refuse_sizes, sync_batchnorm
     from utils.training import distributed
-    from utils.training.checkpoint import own_run
-    from utils.training.step import Training, make_plan
+    from utils.training.loader import CropBatches, crop_specs, worker_count
+    from utils.training.run_log import describe_plan
+    from utils.training.step import Training, make_schedule
     from utils.training.stop_signals import StopRequested, StopSignals
+    from utils.training.validation import validation_on
 
     device = resolve_device(distributed.device_name(args.device))
     dtype = resolve_dtype(args.dtype, device)
     # ResNet50's step on a CPU is 1.13 times as fast with channels_last in fp32 too (row train_step_vs_fp32).
     automatic = torch.channels_last if device.type == "cpu" else memory_format(device, dtype)
-    layout = {None: automatic, True: torch.channels_last, False: torch.contiguous_format}
+    layout = {None: automatic, True: torch.channels_last, False: torch.contiguous_format}[args.channels_last]
     processes = closing.enter_context(distributed.process_group(device))
-    plan = make_plan(recipe, sum(map(len, images)), processes.world_size)
+    schedule = make_schedule(recipe, sum(map(len, images)), processes.world_size)
 
-    # ===== creating model =====
+    # ===== creating model and optimizer =====
     torch.manual_seed(args.seed)
     model = build_model(recipe["arch"], len(images[0].class_ids), recipe["head"])
-    refuse_sizes(
-        model, [recipe["global_size"], recipe["local_size"]] if recipe["local_count"] else [recipe["global_size"]]
-    )
-    model = model.to(device=device, memory_format=layout[args.channels_last])
+    crops = crop_specs(recipe)
+    refuse_sizes(model, [spec.size for spec in crops])
+    model = model.to(device=device, memory_format=layout)
     if processes.world_size > 1:
         model = sync_batchnorm(model, device)
     forward: torch.nn.Module = MultiCrop(model)
@@ -209,16 +212,23 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     if processes.world_size > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, [device] if device.type == "cuda" else None)
     groups = parameter_groups(model, recipe["weight_decay"])
-    optimizer = torch.optim.SGD(groups, lr=plan.peak_lr, momentum=recipe["momentum"])
+    optimizer = torch.optim.SGD(groups, lr=schedule.peak_lr, momentum=recipe["momentum"])
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    training = Training(model, forward, optimizer, scaler, device, dtype, recipe, plan, args.seed)
-    batches = make_batches(images, weights, recipe, args.seed)
-    distributed.print0(describe_plan(args, recipe, training, images, out))
-    if args.dry_run:
-        distributed.print0(probe(training, batches, args))
-        return 0
+    training = Training(model, forward, optimizer, scaler, device, dtype, recipe, schedule, args.seed)
 
-    # ===== training =====
+    # ===== preparing data =====
+    batches = CropBatches(images, weights, crops, args.seed)
+    workers = worker_count(args.workers, device)
+    distributed.print0(describe_plan(args.recipe, training, images, out))
+    if args.dry_run:
+        loader = closing.enter_context(training.loader(batches, workers, most_steps=TIMED_STEPS))
+        distributed.print0(time_steps(training, loader, args.max_bad_images))
+        return 0
+    validation = None
+    if val_images is not None:
+        validation = closing.enter_context(validation_on(val_images, recipe, workers, pin=device.type == "cuda"))
+
+    # ===== resuming =====
     stop = StopSignals(alone=processes.world_size == 1)
     stop.install()  # not sooner: until now a signal may end the process, there is nothing to save
     if processes.is_main:
@@ -228,9 +238,10 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     training.require_same_step(out)
     if processes.is_main:
         (out / f"{name}.pth").unlink(missing_ok=True)  # of an earlier run: args.json would take it for this one's
-        write_json(out / "args.json", describe_run(args, recipe, name, images, identity, training))
-    steps = range(training.step, plan.total_steps)
-    loader = closing.enter_context(open_loader(training, batches, steps, args))  # closed last: saving comes first
+        write_json(out / "args.json", describe_run(args, name, images, identity, training))
+    loader = closing.enter_context(training.loader(batches, workers))  # closed last: saving comes first
+
+    # ===== training and exporting =====
     try:
         train(training, loader, validation, stop, out, identity, args)
     except StopRequested:
@@ -240,121 +251,144 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
         distributed.barrier()  # launchers that see one process leave soon kill the others
         distributed.print0(f"stopped by a signal; step {training.step} is saved, the same command continues from there")
         return stop.exit_code
-
-    # ===== exporting =====
     if processes.is_main:
         export(training, out, name)
         print(f"wrote {out}/{name}.pth", flush=True)
     return 0
 
 
-def make_recipe(args: argparse.Namespace) -> dict:
-    """The chosen recipe with the command line's changes; unknown keys and values of another type are refused."""
-    recipe = dict(RECIPES[args.recipe])
-    for key in ("arch", "head", "epochs", "batch_size", "batch_per_device", "lr"):
-        if getattr(args, key) is not None:
-            recipe[key] = getattr(args, key)
-    for text in args.set:
-        key, _, value = text.partition("=")
-        if key not in recipe:
-            raise UserError(f"--set {text}: unknown key {key!r}; the recipe has {', '.join(recipe)}")
-        try:
-            recipe[key] = parse_value(value, recipe[key])
-        except ValueError:
-            raise UserError(f"--set {text}: {value!r} is no value for {key}, which is {recipe[key]!r}") from None
-    for key, value in recipe.items():
-        if key in CHOICES and value not in CHOICES[key]:
-            raise UserError(f"--set {key}={value}: choose {' or '.join(CHOICES[key])}")
-        low, high = LIMITS.get(key, (0, math.inf))
-        if isinstance(value, int | float) and not (low <= value <= high and value < math.inf):
-            most = f" and at most {high}" if high < math.inf else ""
-            raise UserError(f"--set {key}={value}: must be a number, at least {low}{most}")
-    return recipe
+def train(
+    training: Training,
+    loader: Iterator[dict],
+    validation: Validation | None,
+    stop: StopSignals,
+    out: Path,
+    identity: dict,
+    args: argparse.Namespace,
+) -> None:
+    """The loop: from training.step to the end, with log lines, checkpoints and validation on the way."""
+    from utils.training.distributed import any_rank, is_main
+    from utils.training.run_log import Clock, RunLog, draw_run
+
+    schedule = training.schedule
+    log = RunLog(out, training.step) if is_main() else None
+    if training.epoch_line_due():
+        if any_rank(log is not None and not log.has_epoch(training.step), training.device):  # stopped while validating
+            finish_epoch(training, validation, log, stop, args.val_every)
+        training.start_epoch()
+    clock = Clock(training.step)
+    saved_at = drawn_at = time.monotonic()
+    while training.step < schedule.total_steps:
+        train_step(training, loader, clock, stop.interruptible(), args.max_bad_images)
+        epoch_ended = training.step % schedule.steps_per_epoch == 0
+        if training.step % args.log_every == 0 or epoch_ended:
+            totals = training.flush_interval()
+            if log:
+                log.interval(training, totals, clock)
+        stop.check(training.device)
+        if is_main() and (epoch_ended or time.monotonic() - saved_at > 60 * args.checkpoint_minutes):
+            training.save(out, identity)  # before validation, which takes long and may stop at a damaged image
+            saved_at = time.monotonic()
+        if epoch_ended:
+            finish_epoch(training, validation, log, stop, args.val_every)
+            training.start_epoch()
+        if is_main() and epoch_ended and time.monotonic() - drawn_at > CURVES_SECONDS:
+            draw_run(out)
+            drawn_at = time.monotonic()
 
 
-def parse_value(text: str, default):
-    """TEXT as the type of DEFAULT: "0.4,1" -> (0.4, 1.0)."""
-    if isinstance(default, tuple):
-        low, high = (float(part) for part in text.split(","))
-        if not 0 < low <= high <= 1:
-            raise ValueError
-        return (low, high)
-    return type(default)(text)
+def train_step(
+    training: Training, loader: Iterator[dict], clock: Clock, interruptible: AbstractContextManager, max_bad_images: int
+) -> None:
+    """One optimizer step. Until the weights move, at its end, it may be left at any moment and leaves no trace."""
+    import torch
+    from torch.nn import functional
+
+    schedule, optimizer, scaler = training.schedule, training.optimizer, training.scaler
+    device, dtype = training.device, training.dtype
+    with interruptible:
+        training.begin_step()
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr(training.step)
+        optimizer.zero_grad(set_to_none=True)
+        for micro in range(schedule.micro_batches):
+            with clock.waiting():
+                batch = next(loader)
+            training.note_bad_images(batch["bad"], max_bad_images)
+            crops = training.augmented(batch)  # paper: [(B, 3, 224, 224), (8 B, 3, 96, 96)], a sample's side by side
+            labels = batch["labels"].to(device, non_blocking=True)  # (B,)
+            targets = torch.cat([labels.repeat_interleave(len(crop) // len(labels)) for crop in crops])  # (9 B,)
+            with training.gradients_shared(micro == schedule.micro_batches - 1):
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    logits = training.forward(crops)  # (9 B, K)
+                loss = functional.cross_entropy(logits.float(), targets)
+                scaler.scale(loss / schedule.micro_batches).backward()
+            training.count(loss.detach(), logits.detach(), targets, len(labels), len(crops[0]))
+    training.require_finite_loss()
+    scaler.step(optimizer)
+    scaler.update()
+    training.end_step()
 
 
-def dataset_name(path: Path) -> str:
-    """The data folder's name; of PATH/train the parent's."""
-    path = path.resolve()
-    return path.parent.name if path.name in ("train", "shards") else path.name
+def finish_epoch(
+    training: Training, validation: Validation | None, log: RunLog | None, stop: StopSignals, val_every: int
+) -> None:
+    """Validate if it is due, and write the epoch's line."""
+    epoch = training.step // training.schedule.steps_per_epoch
+    scores: dict = {}
+    if validation is not None and (epoch % val_every == 0 or epoch == training.schedule.epochs):
+        with stop.interruptible():
+            scores = validation.scores(training.model, training.device, training.dtype, stop)
+    if log:
+        log.epoch(training, epoch, scores)
 
 
-def make_identity(recipe: dict, images: Sequence, weights: Sequence[float], seed: int) -> dict:
-    """What the final weights depend on, in plain types: a checkpoint is continued only by the same."""
-    identity = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
-    # How a step is spread over devices may change between stop and resume: only batch norm's batches feel it.
-    del identity["batch_per_device"]
-    return identity | {
-        "seed": seed,
-        "weights": list(weights),
-        "data": [f"{len(one)} images {one.fingerprint()[:16]}" for one in images],
-    }
+def export(training: Training, out: Path, name: str) -> None:
+    """RUN/<name>.pth for torchvision, evaluate.py and anyone; its existence marks the run as finished."""
+    from utils.model import export_state_dict
+    from utils.training.checkpoint import write_tensors
+    from utils.training.run_log import draw_run
+
+    draw_run(out)
+    with atomic_path(out / f"{name}.pth", fsync=True) as temporary:
+        write_tensors(temporary, export_state_dict(training.model))
 
 
-def is_finished(out: Path, name: str, identity: dict) -> bool:
-    """Whether OUT holds the exported weights of this very run."""
-    if not (out / f"{name}.pth").exists() or not (out / "args.json").exists():
-        return False
-    described = read_json(out / "args.json")
-    return (described.get("dataset"), described.get("identity")) == (name, identity)
+def time_steps(training: Training, loader: Iterator[dict], max_bad_images: int) -> str:
+    """Time some real steps and extrapolate. The weights they change are thrown away with the process."""
+    import torch
 
+    from utils.training.distributed import any_rank
+    from utils.training.run_log import Clock, duration
 
-def make_batches(images: Sequence, weights: Sequence[float], recipe: dict, seed: int):
-    from utils.training.loader import CropBatches, CropSpec
-
-    how = recipe["interpolation"]
-    crops = [CropSpec(recipe["global_size"], recipe["global_count"], recipe["global_scale"], how)]
-    if recipe["local_count"]:
-        crops.append(CropSpec(recipe["local_size"], recipe["local_count"], recipe["local_scale"], how))
-    return CropBatches(images, weights, crops, seed)
-
-
-def open_loader(training, batches, steps: range, args: argparse.Namespace):
-    """Context manager: the micro-batches of this process for optimizer steps STEPS, prepared ahead by workers."""
-    from utils.training.distributed import ranks
-    from utils.training.loader import make_loader, requests, worker_count
-
-    plan = training.plan
-    wanted = requests(steps, plan.steps_per_epoch, plan.batch_size, plan.micro_batches, ranks().rank, plan.world)
-    on_cuda = training.device.type == "cuda"
-    return make_loader(batches, wanted, worker_count(args.workers, training.device), pin=on_cuda)
-
-
-def describe_plan(args: argparse.Namespace, recipe: dict, training, images: Sequence, out: Path) -> str:
-    """Everything derived, once, before the first step."""
-    plan = training.plan
-    parameters = sum(parameter.numel() for parameter in training.model.parameters())
-    sources = ", ".join(f"{one.root} ({len(one)})" for one in images)
-    return "\n".join(
-        [
-            f"data    {plan.images} images, {len(images[0].class_ids)} classes: {sources}",
-            f"model   {recipe['arch']}, {recipe['head']} head, {parameters / 1e6:.2f} M parameters, seed {args.seed}",
-            f"device  {training.device} x {plan.world}, forward in {str(training.dtype).removeprefix('torch.')}",
-            f"batch   {plan.batch_size} images = {plan.world} process{'es' if plan.world > 1 else ''}"
-            f" x {plan.micro_batches} micro-batch{'es' if plan.micro_batches > 1 else ''} x {plan.micro_batch_size}",
-            f"steps   {plan.total_steps} = {plan.epochs} epochs x {plan.steps_per_epoch}",
-            f"lr      peak {plan.peak_lr:g} = {recipe['lr']:g} x {plan.batch_size} / 256; {plan.warmup_steps} steps"
-            f" of warm-up, then cosine to {plan.final_lr:g}",
-            f"recipe  {args.recipe}: {', '.join(f'{key}={as_text(value)}' for key, value in recipe.items())}",
-            f"run     {out}; source {snapshot()['git_commit']}",
-        ]
+    schedule, device, clock = training.schedule, training.device, Clock(0)
+    durations: list[float] = []
+    while training.step < min(TIMED_STEPS, schedule.total_steps):
+        started = time.monotonic()
+        train_step(training, loader, clock, nullcontext(), max_bad_images)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)  # the clock would be ahead of its kernels
+        durations.append(time.monotonic() - started)
+        if any_rank(sum(durations) > TIMED_SECONDS, device):  # all leave at the same step
+            break
+    seconds = statistics.median(durations[1:] or durations)  # the first step also warms up
+    return (
+        f"probe   {len(durations)} steps, median {seconds:.3f} s = {schedule.batch_size / seconds:.1f} img/s;"
+        f" {schedule.total_steps} steps take about {duration(seconds * schedule.total_steps)}"
     )
 
 
-def describe_run(args: argparse.Namespace, recipe: dict, name: str, images: Sequence, identity: dict, training) -> dict:
+def make_recipe(args: argparse.Namespace) -> dict:
+    """The chosen recipe with the command line's changes. UserError for an unknown key or a value that cannot be."""
+    options = {key: getattr(args, key) for key in ("arch", "head", "epochs", "batch_size", "batch_per_device", "lr")}
+    return changed(RECIPES[args.recipe], {key: value for key, value in options.items() if value is not None}, args.set)
+
+
+def describe_run(args: argparse.Namespace, name: str, images: Sequence, identity: dict, training: Training) -> dict:
     """RUN/args.json: what evaluate.py needs to rebuild the model, and how the run was made."""
     from utils.training.image_sets import class_names
 
-    class_ids = images[0].class_ids
+    recipe, class_ids = training.recipe, images[0].class_ids
     return {
         "arch": recipe["arch"],
         "head": recipe["head"],
@@ -367,7 +401,7 @@ def describe_run(args: argparse.Namespace, recipe: dict, name: str, images: Sequ
         "dataset": name,
         "seed": args.seed,
         "values": recipe,
-        "plan": vars(training.plan),
+        "plan": vars(training.schedule),
         "options": vars(args),
         "command": command_line(),
         "device": str(training.device),
@@ -375,108 +409,6 @@ def describe_run(args: argparse.Namespace, recipe: dict, name: str, images: Sequ
         "identity": identity,
         "environment": snapshot(),
     }
-
-
-def train(training, loader, validation, stop, out: Path, identity: dict, args: argparse.Namespace) -> None:
-    """The loop: from training.step to the end, with log lines, validation and checkpoints on the way."""
-    from utils.training.distributed import any_rank, is_main
-    from utils.training.run_log import Clock, RunLog, draw_run
-
-    plan = training.plan
-    log = RunLog(out, training.step, tensorboard=not args.no_tensorboard) if is_main() else None
-    if training.epoch_line_due():
-        if any_rank(log is not None and not log.has_epoch(training.step), training.device):  # stopped while validating
-            finish_epoch(training, validation, log, stop, args)
-        training.start_epoch()
-    clock = Clock(training.step)
-    saved_at = drawn_at = time.monotonic()
-    while training.step < plan.total_steps:
-        with stop.interruptible():
-            training.begin()
-            for micro in range(plan.micro_batches):
-                with clock.waiting():
-                    batch = next(loader)
-                training.note_bad_images(batch["bad"], args.max_bad_images)
-                training.accumulate(batch, last=micro == plan.micro_batches - 1)
-        training.update()
-        epoch_ended = training.step % plan.steps_per_epoch == 0
-        if training.step % args.log_every == 0 or epoch_ended:
-            totals = training.flush_interval()
-            if log:
-                log.interval(training, totals, clock)
-        stop.check(training.device)
-        if is_main() and (epoch_ended or time.monotonic() - saved_at > 60 * args.checkpoint_minutes):
-            training.save(out, identity)  # before validation, which takes long and may stop at a damaged image
-            saved_at = time.monotonic()
-        if epoch_ended:
-            finish_epoch(training, validation, log, stop, args)
-            training.start_epoch()
-        if is_main() and epoch_ended and time.monotonic() - drawn_at > CURVES_SECONDS:
-            draw_run(out)
-            drawn_at = time.monotonic()
-
-
-def finish_epoch(training, validation, log, stop, args: argparse.Namespace) -> None:
-    """Validate if it is due, and write the epoch's line."""
-    from utils.training.loader import worker_count
-    from utils.training.step import validate
-
-    epoch = training.step // training.plan.steps_per_epoch
-    due = validation is not None and (epoch % args.val_every == 0 or epoch == training.plan.epochs)
-    scores: dict = {}
-    if due:
-        with stop.interruptible():
-            scores = validate(training, validation, worker_count(args.workers, training.device), stop)
-    if log:
-        log.epoch(training, epoch, scores)
-
-
-def export(training, out: Path, name: str) -> None:
-    """RUN/<name>.pth for torchvision, evaluate.py and anyone; its existence marks the run as finished."""
-    from utils.model import export_state_dict
-    from utils.training.checkpoint import write_tensors
-    from utils.training.run_log import draw_run
-
-    draw_run(out)
-    with atomic_path(out / f"{name}.pth", fsync=True) as temporary:
-        write_tensors(temporary, export_state_dict(training.model))
-
-
-def probe(training, batches, args: argparse.Namespace) -> str:
-    """Time some real steps and extrapolate. The weights they change are thrown away with the process."""
-    import torch
-
-    from utils.training.distributed import any_rank
-
-    plan, device = training.plan, training.device
-    steps = range(min(PROBE_STEPS, plan.total_steps))
-    durations: list[float] = []
-    with open_loader(training, batches, steps, args) as loader:
-        for _ in steps:
-            started = time.monotonic()
-            training.begin()
-            for micro in range(plan.micro_batches):
-                training.accumulate(next(loader), last=micro == plan.micro_batches - 1)
-            training.update()
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)  # the clock would be ahead of its kernels
-            durations.append(time.monotonic() - started)
-            if any_rank(sum(durations) > PROBE_SECONDS, device):  # all leave at the same step
-                break
-    seconds = statistics.median(durations[1:] or durations)  # the first step also warms up
-    return (
-        f"probe   {len(durations)} steps, median {seconds:.3f} s = {plan.batch_size / seconds:.1f} img/s;"
-        f" {plan.total_steps} steps take about {duration(seconds * plan.total_steps)}"
-    )
-
-
-def as_text(value) -> str:
-    """(0.25, 1.0) -> "0.25,1.0", as --set reads it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def loss_curves() -> tuple[float, tuple[float, float]]:
 
 
 def run_train(*options: object) -> None:
-    command = [sys.executable, ROOT / "train.py", *map(str, options), "--device", "cpu", "--no-tensorboard"]
+    command = [sys.executable, ROOT / "train.py", *map(str, options), "--device", "cpu"]
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 
@@ -290,7 +290,7 @@ def train_data_wait() -> dict:
 def augment_share() -> dict:
     """Device-side augmentation as a share of forward + backward + augmentation, in turn on the same batch."""
     from utils.machine import resolve_device, resolve_dtype
-    from utils.training.augment import AugmentSpec, augment, draw
+    from utils.training.augment import AugmentSpec, augment, random_draws
 
     device = resolve_device("auto")
     dtype = resolve_dtype("auto", device)
@@ -309,7 +309,7 @@ def augment_share() -> dict:
     def views() -> list[torch.Tensor]:
         epoch = np.full(count, next(calls))
         return [
-            augment(images.to(device), draw(spec, f"view{i}", 0, epoch, samples, n))
+            augment(images.to(device), random_draws(spec, f"view{i}", 0, epoch, samples, n))
             for i, (images, spec, n) in enumerate(zip(pixels, specs, (1, 8), strict=True))
         ]
 

@@ -48,7 +48,6 @@ TINY = [
     "val_crop=32",
     "--log-every",
     "1",
-    "--no-tensorboard",
 ]
 STEPS = 12  # of TINY on make_images: 34 images // 8 x 3 epochs
 

@@ -116,11 +116,11 @@ def test_blur_equals_a_float64_convolution(images):
 
 
 def test_the_whole_chain_equals_pillow_per_image(images):
-    """Random parameters from `draw`, then the reference's own steps one image after the other."""
+    """Random parameters from `random_draws`, then the reference's own steps one image after the other."""
     repeat = 8
     batch = images.repeat(repeat, 1, 1, 1)
     samples = np.arange(len(batch))
-    draws = ours.draw(PAPER, "test", 3, np.zeros_like(samples), samples, 1)
+    draws = ours.random_draws(PAPER, "test", 3, np.zeros_like(samples), samples, 1)
     assert draws.flip.any() and draws.grayscale.any() and draws.solarize.any() and (draws.blur > 0).any()
     found = levels(ours.augment(batch, draws)).permute(0, 2, 3, 1).numpy()
     differences = []
@@ -151,7 +151,7 @@ def test_the_whole_chain_equals_pillow_per_image(images):
 
 def test_draws_have_the_stated_frequencies_and_ranges():
     samples = np.arange(4000)
-    draws = ours.draw(PAPER, "view", 0, np.zeros_like(samples), samples, 1)
+    draws = ours.random_draws(PAPER, "view", 0, np.zeros_like(samples), samples, 1)
     jittered = (draws.factors != [1, 1, 1, 0]).any(1)
     for name, chosen, probability in (
         ("flip", draws.flip, 0.5),
@@ -170,10 +170,10 @@ def test_draws_have_the_stated_frequencies_and_ranges():
 
 
 def test_a_sample_gets_the_same_draws_in_any_batch_and_other_ones_in_another_epoch(images):
-    together = ours.draw(PAPER, "view", 7, np.full(5, 2), np.arange(5), 3)
-    alone = ours.draw(PAPER, "view", 7, np.array([2]), np.array([4]), 3)
+    together = ours.random_draws(PAPER, "view", 7, np.full(5, 2), np.arange(5), 3)
+    alone = ours.random_draws(PAPER, "view", 7, np.array([2]), np.array([4]), 3)
     assert np.array_equal(together.factors[12:], alone.factors) and np.array_equal(together.flip[12:], alone.flip)
-    later = ours.draw(PAPER, "view", 7, np.array([3]), np.array([4]), 3)
+    later = ours.random_draws(PAPER, "view", 7, np.array([3]), np.array([4]), 3)
     assert not np.array_equal(later.factors, alone.factors)
-    crops = ours.draw(PAPER, "view", 7, np.array([2]), np.array([4]), 8)
+    crops = ours.random_draws(PAPER, "view", 7, np.array([2]), np.array([4]), 8)
     assert len({tuple(row) for row in crops.factors}) > 4  # each crop of a sample has its own

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils.storage import remove_leftovers
 from utils.training import checkpoint
 from utils.training.checkpoint import (
     NEWEST,
     PREVIOUS,
     DamagedCheckpoints,
     load_checkpoint,
-    remove_leftovers,
     save_checkpoint,
 )
 
@@ -127,12 +127,3 @@ def test_a_full_disk_is_an_oserror_as_the_command_line_expects(tmp_path, monkeyp
     with pytest.raises(OSError) as caught:
         save_checkpoint(tmp_path, state(1))
     assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
-
-
-def test_leftovers_of_a_living_writer_stay(tmp_path):
-    mine, other = tmp_path / f".{NEWEST}.{os.getpid()}.tmp", tmp_path / f".{NEWEST}.{os.getppid()}.tmp"
-    dead = tmp_path / f".{NEWEST}.999999999.tmp"
-    for path in (mine, other, dead):
-        path.write_bytes(b"x")
-    remove_leftovers(tmp_path)
-    assert not dead.exists() and not mine.exists() and other.exists()

@@ -190,8 +190,9 @@ class Refusing:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_in_a_worker_is_its_message_and_ends_the_workers(workers):
     with pytest.raises(UserError) as caught, make_loader(Refusing(), iter([0, 1]), workers, False) as batches:
-        assert next(batches) == {"item": 0} and len(multiprocessing.active_children()) == workers
-        next(batches)
+        items = iter(batches)
+        assert next(items) == {"item": 0} and len(multiprocessing.active_children()) == workers
+        next(items)
     assert str(caught.value) == "--data: item 1 cannot be read; repair it"
     assert multiprocessing.active_children() == []  # though the exception still holds the frames of the block
 
@@ -200,7 +201,7 @@ def test_requests_are_made_when_they_are_due():
     made = []
     wanted = (made.append(0) or 0 for _ in range(10**9))
     with make_loader(Refusing(), wanted, 1, False) as batches:
-        next(batches)
+        next(iter(batches))
     assert len(made) <= 4
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.training.random_numbers import permutation, uniforms
-from utils.training.schedule import learning_rate, scaled_lr
+from utils.training.step import learning_rate, scaled_lr
 
 PINNED_ORDER = [7, 1, 0, 6, 2, 3, 5, 4]
 PINNED_DRAWS = [0.6042966444313892, 0.210764308201017]

@@ -63,12 +63,12 @@ def test_a_run_of_one_process_continues_on_two(images, alone, tmp_path):
     stop = """
         import os, signal
         from utils.training.step import Training
-        update = Training.update
+        end_step = Training.end_step
         def disturbed(self):
-            update(self)
+            end_step(self)
             if self.step == 6:
                 os.kill(os.getpid(), signal.SIGTERM)
-        Training.update = disturbed
+        Training.end_step = disturbed
     """
     finish(start(*options, patch=stop), 143)
     outputs = [finish(process) for process in start_two(*options)]
@@ -77,20 +77,23 @@ def test_a_run_of_one_process_continues_on_two(images, alone, tmp_path):
 
 
 SIGNALLED_ON_RANK_1 = """
-    import os, signal, utils.training.step
+    import os, signal
     from utils.training.step import Training
-    inner = {inner}
-    def disturbed(self, *arguments, **named):
-        if os.environ["RANK"] == "1" and self.step == {step}:
+    from utils.training.validation import Validation
+    begin_step, inner = Training.begin_step, {inner}
+    seen = []
+    def began(self):
+        seen[:] = [self.step]
+        begin_step(self)
+    def disturbed(self, *arguments):
+        if os.environ["RANK"] == "1" and seen == [{step}]:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return inner(self, *arguments, **named)
-    {inner} = disturbed
+        return inner(self, *arguments)
+    Training.begin_step, {inner} = began, disturbed
 """
 
 
-@pytest.mark.parametrize(
-    ("inner", "step", "saved"), [("Training.accumulate", 5, 6), ("utils.training.step.validate", 4, 4)]
-)
+@pytest.mark.parametrize(("inner", "step", "saved"), [("Training.count", 5, 6), ("Validation.scores", 3, 4)])
 def test_a_signal_to_one_process_stops_all_at_the_same_step(images, alone, tmp_path, inner, step, saved):
     """In mid-step the others wait in a collective: nobody may leave alone."""
     options = ["--data", images, "--val", images, "--out", tmp_path / "run", *TINY, "--batch-per-device", 8]
@@ -100,7 +103,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(images, alone, tmp_p
     finish(second, 138)
     assert f"stopped by a signal; step {saved} is saved" in out
     assert weights(tmp_path / "run" / "checkpoint.pth")["step"] == saved
-    if inner == "utils.training.step.validate":  # the validation is done again
+    if inner == "Validation.scores":  # the validation is done again
         for process in start_two(*options):
             finish(process)
         assert_close(tmp_path / "run", alone)

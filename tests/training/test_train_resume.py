@@ -61,12 +61,13 @@ KILLED_BETWEEN_RENAMES = """
 SIGNALLED_IN_A_STEP = """
     import os, signal
     from utils.training.step import Training
-    accumulate = Training.accumulate
-    def disturbed(self, batch, last):
-        accumulate(self, batch, last)
+    count = Training.count  # called after each backward pass
+    def disturbed(self, *counted):
+        count(self, *counted)
+        last = len(self._counted) == self.schedule.micro_batches
         if self.step == {step} and {when}:
             os.kill(os.getpid(), signal.{name})
-    Training.accumulate = disturbed
+    Training.count = disturbed
 """
 
 
@@ -115,13 +116,14 @@ def test_a_signal_to_the_whole_group_while_validating(images, tmp_path):
     run = tmp_path / "run"
     command = ["--data", images, "--val", images, "--out", run, *TINY, "--epochs", 2]
     patch = """
-        import os, signal, utils.training.step
+        import os, signal
+        from utils.training.validation import Validation
         os.setpgrp()
-        evaluated = utils.training.step.validate
+        scores = Validation.scores
         def disturbed(*arguments):
             os.killpg(0, signal.SIGTERM)
-            return evaluated(*arguments)
-        utils.training.step.validate = disturbed
+            return scores(*arguments)
+        Validation.scores = disturbed
     """
     finish(start(*command, patch=patch), 143)
     assert weights(run / "checkpoint.pth")["step"] == 4
@@ -164,7 +166,7 @@ def test_a_damaged_checkpoint_is_passed_over(images, undisturbed, tmp_path):
 
 def test_two_runs_do_not_share_a_folder(images, tmp_path):
     run = tmp_path / "run"
-    hold = "import time; from utils.training.step import Training; Training.update = lambda self: time.sleep(60)"
+    hold = "import time; from utils.training.step import Training; Training.end_step = lambda self: time.sleep(60)"
     first = start("--data", images, "--out", run, *TINY, patch=hold)
     try:
         deadline = time.monotonic() + 60

@@ -51,7 +51,9 @@ class Draws:
     solarize: np.ndarray  # (N,) bool
 
 
-def draw(spec: AugmentSpec, purpose: str, seed: int, epochs: np.ndarray, samples: np.ndarray, crops: int) -> Draws:
+def random_draws(
+    spec: AugmentSpec, purpose: str, seed: int, epochs: np.ndarray, samples: np.ndarray, crops: int
+) -> Draws:
     """Random parameters for `crops` crops of each sample: N = len(samples) * crops, a sample's crops side by side."""
     u = uniforms(12 * crops, purpose, seed, epochs, samples).reshape(-1, 12)  # (N, 12)
     jittered = u[:, 1] < spec.jitter
@@ -74,7 +76,7 @@ def draw(spec: AugmentSpec, purpose: str, seed: int, epochs: np.ndarray, samples
 
 def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     """uint8 (N, 3, H, W) on any device -> float32 (N, 3, H, W), augmented and normalised by ImageNet's statistics."""
-    images = _flip(images, draws.flip)
+    images = _where(draws.flip, images, lambda rows: rows.flip(-1))
     touched = (draws.factors != [1.0, 1.0, 1.0, 0.0]).any() or draws.grayscale.any() or draws.blur.any()
     if not touched and not draws.solarize.any():
         return normalize(images)
@@ -95,10 +97,6 @@ def _where(chosen: np.ndarray, values: torch.Tensor, operation) -> torch.Tensor:
         return values
     rows = torch.from_numpy(np.flatnonzero(chosen)).to(values.device, non_blocking=True)
     return values.index_copy(0, rows, operation(values.index_select(0, rows)).contiguous())
-
-
-def _flip(images: torch.Tensor, chosen: np.ndarray) -> torch.Tensor:
-    return _where(chosen, images, lambda rows: rows.flip(-1))
 
 
 def _luminance(values: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from utils.cli import UserError
-from utils.storage import AlreadyOwned, atomic_path, owner_lock, require_writable
+from utils.storage import atomic_path
 
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 
@@ -59,25 +55,3 @@ def load_checkpoint(run: Path) -> tuple[dict, Path, list[str]] | None:
 
 class DamagedCheckpoints(Exception):
     """No checkpoint of the run can be read; the message names each and what is wrong with it."""
-
-
-@contextmanager
-def own_run(out: Path) -> Iterator[None]:
-    """Two commands into one --out would overwrite each other's checkpoints: the first one owns the folder."""
-    require_writable(out, "--out")
-    try:
-        with owner_lock(out / ".lock"):
-            remove_leftovers(out)
-            yield
-    except AlreadyOwned:
-        raise UserError(
-            f"--out {out}: another process is training there; wait for it or choose another --out"
-        ) from None
-
-
-def remove_leftovers(run: Path) -> None:
-    """Delete temporary files of writers that were killed."""
-    for path in run.glob(".*.tmp"):
-        pid = path.name.split(".")[-2]
-        if not (pid.isdigit() and Path(f"/proc/{pid}").exists() and int(pid) != os.getpid()):
-            path.unlink(missing_ok=True)

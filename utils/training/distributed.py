@@ -173,23 +173,17 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum TENSOR over the processes, in place, and return it. Without a group it is returned as it is."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
-    return tensor
-
-
 def sum_counts(counts: dict[str, float], device: torch.device) -> dict[str, float]:
     """Sum named counts over the processes (float64: exact up to 2^53). Every process passes the same names."""
     import torch
+    import torch.distributed as dist
 
     names = sorted(counts)
     # MPS has no float64, and never has a process group: keep its numbers on the CPU.
     where = device if device.type == "cuda" else torch.device("cpu")
-    totals = all_reduce_sum(torch.tensor([counts[name] for name in names], dtype=torch.float64, device=where))
+    totals = torch.tensor([counts[name] for name in names], dtype=torch.float64, device=where)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(totals, op=dist.ReduceOp.SUM)
     return dict(zip(names, totals.tolist(), strict=True))
 
 

@@ -228,3 +228,9 @@ def class_names(class_ids: list[str], images: list[ImageSet]) -> list[str]:
     for one in images:
         names |= {row["id"]: row["name"].split(",")[0].strip() for row in _dataset_classes(one.root.parent)}
     return [names.get(class_id, class_id) for class_id in class_ids]
+
+
+def dataset_name(path: Path) -> str:
+    """The data folder's name; of PATH/train the parent's."""
+    path = path.resolve()
+    return path.parent.name if path.name in ("train", "shards") else path.name

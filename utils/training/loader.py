@@ -7,19 +7,23 @@ resumed. A batch is asked for by its place in the epoch's order, so that skippin
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
+import re
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from utils.cli import UserError
-from utils.images import BadImage, decode_rgb, image_size, load_eval_image
+from utils.images import BadImage, decode_rgb, image_size
 from utils.training.image_sets import ImageSet
 from utils.training.random_numbers import permutation, uniforms
 
@@ -27,6 +31,7 @@ ASPECT = (3 / 4, 4 / 3)  # aspect ratios of a random crop: torchvision's RandomR
 CROP_ATTEMPTS = 10  # then the central crop, as torchvision does
 DRAWS_PER_CROP = 4 * CROP_ATTEMPTS  # area, aspect, top, left of each attempt
 MOST_WORKERS = 16  # loader processes of a GPU: at some 300 img/s each, more than a GPU trains on
+WORKER_EXIT_SECONDS = 5  # for a killed one to be gone
 SUBSTITUTES = 1000  # images tried in a row in place of a damaged one
 
 
@@ -38,6 +43,15 @@ class CropSpec:
     count: int
     scale: tuple[float, float]
     interpolation: str = "bicubic"
+
+
+def crop_specs(recipe: Mapping[str, Any]) -> list[CropSpec]:
+    """The recipe's crops, one entry a size: global ones first, then local ones if it has any."""
+    how = recipe["interpolation"]
+    crops = [CropSpec(recipe["global_size"], recipe["global_count"], recipe["global_scale"], how)]
+    if recipe["local_count"]:
+        crops.append(CropSpec(recipe["local_size"], recipe["local_count"], recipe["local_scale"], how))
+    return crops
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,13 @@ class Request:
     stop: int
 
 
-class CropBatches(torch.utils.data.Dataset):
+class Batches(Protocol):
+    """What a loader reads: a request -> a batch, or a UserError."""
+
+    def __getitem__(self, wanted: Any, /) -> dict: ...
+
+
+class CropBatches:
     """Request -> {"crops": [(B, n, s, s, 3) uint8, ...], "labels", "samples", "passes": (B,), "bad": [message]}."""
 
     def __init__(self, sets: Sequence[ImageSet], weights: Sequence[float], crops: Sequence[CropSpec], seed: int):
@@ -195,49 +215,93 @@ def requests(
             yield Request(epoch, start, start + rows)
 
 
-@contextmanager
-def make_loader(
-    batches: CropBatches | EvalBatches, wanted: Iterable[Request] | Iterable[range], workers: int, pin: bool
-) -> Iterator[Iterator[dict]]:
-    """Yield the items WANTED of BATCHES in order, each prepared ahead by one worker. The workers end with the block.
-
-    Not ended here, they outlive an error: its traceback keeps the loader alive until Python exits, which sends them
-    SIGTERM, which they ignore, and waits for them for ever.
-    """
-    loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
-        _ErrorsAsData(batches),
-        batch_size=None,
-        sampler=wanted,  # iterated once; as a list the requests of a run would take hundreds of megabytes
-        num_workers=workers,
-        pin_memory=pin,
-        prefetch_factor=2 if workers else None,
-        worker_init_fn=_ignore_signals,
-    )
-    items = iter(loader)
-    try:
-        yield map(_raise_user_error, items)
-    finally:
-        if isinstance(items, _MultiProcessingDataLoaderIter):
-            items._shutdown_workers()
-
-
-class _ErrorsAsData(torch.utils.data.Dataset):
+class _ErrorsAsItems(torch.utils.data.Dataset):
     """BATCHES, with a UserError as an item: what a worker raises arrives with its traceback for a message."""
 
-    def __init__(self, batches: CropBatches | EvalBatches):
+    def __init__(self, batches: Batches):
         self.batches = batches
 
-    def __getitem__(self, wanted) -> dict | UserError:
+    def __getitem__(self, wanted: Any) -> dict | UserError:
         try:
             return self.batches[wanted]
         except UserError as error:
             return error
 
 
-def _raise_user_error(item: dict | UserError) -> dict:
-    if isinstance(item, UserError):
-        raise item
-    return item
+class Loader:
+    """Batches prepared ahead of their reader by worker processes, which serve every pass over it."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader):
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[dict]:
+        """One pass; the workers start with the first."""
+        before = {*multiprocessing.active_children()}
+        try:
+            items = iter(self._loader)
+        except OSError as error:
+            for started in {*multiprocessing.active_children()} - before:  # it waits for work that will never come
+                _end_process(started)
+            raise UserError(
+                f"--workers {self._loader.num_workers}: a loader process cannot be started ({error.strerror}); "
+                "choose fewer, or allow more processes and memory"
+            ) from None
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing: they only read, and one may be blocked by a disk that is gone."""
+        items = self._loader._iterator
+        if isinstance(items, _MultiProcessingDataLoaderIter):
+            signal_handling._remove_worker_pids(id(items))  # torch would report each as a failure
+            items._worker_pids_set, items._shutdown = False, True
+            if hasattr(items, "_pin_memory_thread_done_event"):
+                items._pin_memory_thread_done_event.set()
+            for worker in items._workers:
+                _end_process(worker)
+
+
+def _end_process(process: multiprocessing.process.BaseProcess) -> None:
+    process.kill()
+    process.join(WORKER_EXIT_SECONDS)
+    # One that the kernel does not end, in the middle of a read from a dead server, is not waited for at exit either.
+    multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def make_loader(batches: Batches, wanted: Iterable, workers: int, pin: bool) -> Iterator[Loader]:
+    """Yield a loader of the items WANTED of BATCHES in order, each prepared by one of WORKERS processes.
+
+    WANTED is gone through once a pass; a generator allows one. The workers end with the block: later, an error's
+    traceback would keep them alive until Python exits, which sends them SIGTERM, which they ignore. UserError for a
+    batch's own UserError, and for a worker that dies or cannot start.
+    """
+    loader = Loader(
+        torch.utils.data.DataLoader(
+            _ErrorsAsItems(batches),
+            batch_size=None,
+            sampler=wanted,
+            num_workers=workers,
+            pin_memory=pin,
+            prefetch_factor=2 if workers else None,
+            persistent_workers=workers > 0,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # torch draws a seed for its workers: not from the generator that dropout uses
+        )
+    )
+    try:
+        yield loader
+    except RuntimeError as error:  # from the wait for a batch, or wherever SIGCHLD found the main thread
+        if not re.search("DataLoader worker .*(killed|exited)|shared memory", str(error)):
+            raise
+        raise UserError(
+            f"--workers {workers}: a loader process died ({' '.join(str(error).split())}); memory or /dev/shm may be "
+            "too small: choose fewer, or 0"
+        ) from None
+    finally:
+        loader.close()
 
 
 def worker_count(asked: int | None, device: torch.device) -> int:
@@ -247,26 +311,6 @@ def worker_count(asked: int | None, device: torch.device) -> int:
     if device.type == "cpu":
         return 1
     return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))  # distributed.take_own_cores
-
-
-class EvalBatches(torch.utils.data.Dataset):
-    """Numbers of images -> {"images": uint8 (B, 3, crop, crop) under the test transform, "labels": (B,)}.
-
-    A damaged image is a UserError.
-    """
-
-    def __init__(self, images: ImageSet, resize: int, crop: int):
-        self.images, self.resize, self.crop = images, resize, crop
-
-    def __getitem__(self, rows: range) -> dict:
-        pixels = torch.empty(len(rows), 3, self.crop, self.crop, dtype=torch.uint8)
-        for slot, index in zip(pixels, rows, strict=True):
-            try:
-                image = load_eval_image(self.images.read(index), self.resize, self.crop, name=self.images.name(index))
-            except BadImage as error:
-                raise UserError(f"damaged validation image {error}; repair or remove it") from None
-            slot.copy_(image)
-        return {"images": pixels, "labels": torch.from_numpy(self.images.labels[rows.start : rows.stop : rows.step])}
 
 
 def _ignore_signals(_worker: int) -> None:

@@ -1,12 +1,11 @@
-"""What a training run says: a line for people, log.jsonl, TensorBoard events where installed, curves.png."""
+"""What a training run says: its plan, a line for people, log.jsonl for machines, curves.png."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -15,12 +14,43 @@ from typing import TYPE_CHECKING
 import torch
 
 from utils.images import Curve, draw_curves
+from utils.machine import snapshot
 from utils.storage import append_jsonl, atomic_write, read_jsonl
+from utils.training.recipe import as_text
 
 if TYPE_CHECKING:
-    from utils.training.step import Totals, Training
+    from utils.training.image_sets import ImageSet
+    from utils.training.step import Training
 
 LOG, CURVES = "log.jsonl", "curves.png"
+
+
+def describe_plan(name: str, training: Training, images: Sequence[ImageSet], out: Path) -> str:
+    """Everything derived from recipe NAME and the data, once, before the first step."""
+    schedule, recipe = training.schedule, training.recipe
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    sources = ", ".join(f"{one.root} ({len(one)})" for one in images)
+    return "\n".join(
+        [
+            f"data    {schedule.images} images, {len(images[0].class_ids)} classes: {sources}",
+            f"model   {recipe['arch']}, {recipe['head']} head, {parameters / 1e6:.2f} M parameters, "
+            f"seed {training.seed}",
+            f"device  {training.device} x {schedule.world}, forward in {str(training.dtype).removeprefix('torch.')}",
+            f"batch   {schedule.batch_size} images = {schedule.world} process{'es' if schedule.world > 1 else ''}"
+            f" x {schedule.micro_batches} micro-batch{'es' if schedule.micro_batches > 1 else ''}"
+            f" x {schedule.micro_batch_size}",
+            f"steps   {schedule.total_steps} = {schedule.epochs} epochs x {schedule.steps_per_epoch}",
+            f"lr      peak {schedule.peak_lr:g} = {recipe['lr']:g} x {schedule.batch_size} / 256; "
+            f"{schedule.warmup_steps} steps of warm-up, then cosine to {schedule.final_lr:g}",
+            f"recipe  {name}: {', '.join(f'{key}={as_text(value)}' for key, value in recipe.items())}",
+            f"run     {out}; source {snapshot()['git_commit']}",
+        ]
+    )
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1:02:05"."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 class Clock:
@@ -54,7 +84,7 @@ class Clock:
 class RunLog:
     """log.jsonl: one JSON object a line, kind "train" (an interval of steps) or "epoch" (its means, validation)."""
 
-    def __init__(self, run: Path, step: int, tensorboard: bool):
+    def __init__(self, run: Path, step: int):
         """Continue the log of a run that resumes at STEP: lines of steps it will do again are dropped."""
         self.path = run / LOG
         lines = read_jsonl(self.path)
@@ -62,59 +92,53 @@ class RunLog:
         self._epochs = {line["step"] for line in kept if line["kind"] == "epoch"}
         if len(kept) != len(lines):
             atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._events = None
-        if tensorboard and importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def has_epoch(self, step: int) -> bool:
         """Whether the log that was continued has the line of the epoch that ends with STEP."""
         return step in self._epochs
 
     def write(self, kind: str, step: int, **values: float) -> None:
+        """Append a line of KIND about the steps up to STEP."""
         append_jsonl(self.path, {"kind": kind, "step": step, **values, "time": round(time.time(), 3)})
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(f"{kind}/{name}", value, step)
-            self._events.flush()
 
-    def interval(self, training: Training, totals: Totals, clock: Clock) -> None:
+    def interval(self, training: Training, totals: Mapping[str, float], clock: Clock) -> None:
         """The steps since the last line: for people and for machines."""
-        plan, step = training.plan, training.step
+        schedule, step = training.schedule, training.step
         rate, waited = clock.interval(step)
-        eta = clock.eta(step, plan.total_steps)
-        epoch, lr, memory = (step - 1) // plan.steps_per_epoch + 1, plan.lr(step - 1), peak_memory_mb(training.device)
-        self.write(
-            "train",
-            step,
-            epoch=epoch,
-            loss=totals.mean_loss,
-            top1=totals.top1,
-            lr=lr,
-            images_per_s=rate * plan.batch_size,
-            data_wait=waited,
-            eta_s=round(eta),
-            memory_mb=memory,
-            bad_images=len(training.bad_images),
-        )
+        values = {
+            "epoch": (step - 1) // schedule.steps_per_epoch + 1,
+            **means(totals),
+            "lr": schedule.lr(step - 1),
+            "images_per_s": rate * schedule.batch_size,
+            "data_wait": waited,
+            "eta_s": round(clock.eta(step, schedule.total_steps)),
+            "memory_mb": peak_memory_mb(training.device),
+            "bad_images": len(training.bad_images),
+        }
+        self.write("train", step, **values)
         print(
-            f"epoch {epoch}/{plan.epochs} step {step}/{plan.total_steps} loss {totals.mean_loss:.4f} "
-            f"top-1 {totals.top1:.1f} lr {lr:.3g} {rate * plan.batch_size:.1f} img/s data wait {100 * waited:.1f}% "
-            f"memory {memory} MB eta {timedelta(seconds=round(eta))}",
+            "epoch {epoch}/{epochs} step {step}/{steps} loss {loss:.4f} top-1 {top1:.1f} lr {lr:.3g} "
+            "{images_per_s:.1f} img/s data wait {data_wait:.1%} memory {memory_mb} MB eta {eta}".format(
+                epochs=schedule.epochs, step=step, steps=schedule.total_steps, eta=duration(values["eta_s"]), **values
+            ),
             flush=True,
         )
 
     def epoch(self, training: Training, epoch: int, scores: dict) -> None:
         """Means over epoch EPOCH (from 1) and validation's SCORES, if any."""
-        totals = training.epoch
-        self.write("epoch", training.step, epoch=epoch, loss=totals.mean_loss, top1=totals.top1, **scores)
+        self.write("epoch", training.step, epoch=epoch, **means(training.epoch), **scores)
         if scores:
             print(
                 f"epoch {epoch}: validation top-1 {scores['val_top1']:.2f} top-5 {scores['val_top5']:.2f} "
                 f"of {scores['val_n']} images",
                 flush=True,
             )
+
+
+def means(totals: Mapping[str, float]) -> dict[str, float]:
+    """Sums over images -> {"loss": mean, "top1": percent}."""
+    seen = max(1, totals["seen"])
+    return {"loss": totals["loss"] / seen, "top1": 100 * totals["correct"] / seen}
 
 
 def peak_memory_mb(device: torch.device) -> int:

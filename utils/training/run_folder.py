@@ -1,0 +1,56 @@
+"""RUN, the folder of a training run: which run it holds, whether that is finished, and who may write there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from utils.cli import UserError
+from utils.storage import AlreadyOwned, owner_lock, read_json, require_writable
+from utils.training.image_sets import ImageSet
+
+
+def make_identity(recipe: Mapping[str, Any], images: Sequence[ImageSet], weights: Sequence[float], seed: int) -> dict:
+    """What the final weights depend on, in plain types: a checkpoint is continued only by the same."""
+    identity = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
+    # How a step is spread over devices may change between stop and resume: only batch norm's batches feel it.
+    del identity["batch_per_device"]
+    return identity | {
+        "seed": seed,
+        "weights": list(weights),
+        "data": [f"{len(one)} images {one.fingerprint()[:16]}" for one in images],
+    }
+
+
+def require_same_run(saved: dict, wanted: dict, run: Path) -> None:
+    """UserError that names what differs between a checkpoint's identity and the command's."""
+    differences = [
+        f"{key} was {saved.get(key)}, now {wanted.get(key)}"
+        for key in sorted({*saved, *wanted})
+        if saved.get(key) != wanted.get(key)
+    ]
+    if differences:
+        raise UserError(f"--out {run} holds another run: {'; '.join(differences)}; choose another --out or delete it")
+
+
+def is_finished(run: Path, name: str, identity: dict) -> bool:
+    """Whether RUN holds the exported weights of this very run."""
+    if not (run / f"{name}.pth").exists() or not (run / "args.json").exists():
+        return False
+    described = read_json(run / "args.json")
+    return (described.get("dataset"), described.get("identity")) == (name, identity)
+
+
+@contextmanager
+def own_run(run: Path) -> Iterator[None]:
+    """Two commands into one --out would overwrite each other's checkpoints: the first one owns the folder."""
+    require_writable(run, "--out")
+    try:
+        with owner_lock(run / ".lock"):
+            yield
+    except AlreadyOwned:
+        raise UserError(
+            f"--out {run}: another process is training there; wait for it or choose another --out"
+        ) from None
