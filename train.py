@@ -28,13 +28,17 @@ from typing import TYPE_CHECKING
 
 from utils.cli import (
     Launch,
+    any_path,
     command_line,
     data_and_weight,
+    epoch_count,
     make_parser,
     non_negative_int,
+    one_name,
     positive_float,
     positive_int,
     run,
+    seed_number,
 )
 from utils.machine import snapshot
 from utils.storage import atomic_path, write_json
@@ -123,7 +127,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     # Data
     parser.add_argument("--data", action="append", required=True, metavar="PATH[:WEIGHT]", help="repeat to mix")
     parser.add_argument("--classes", metavar="SPEC", help="use these class folders only; SPEC as in generate.py --help")
-    parser.add_argument("--val", metavar="DIR", help="real images to validate on each epoch, DIR/<class id>/<images>")
+    parser.add_argument(
+        "--val", type=any_path, metavar="DIR", help="real images to validate on each epoch, DIR/<class id>/<images>"
+    )
     parser.add_argument("--val-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last one")
     parser.add_argument("--images-per-class", type=positive_int, metavar="N", help="first N images of each class only")
     parser.add_argument("--max-bad-images", type=non_negative_int, default=0, help="damaged images to skip over")
@@ -131,12 +137,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", choices=list(RECIPES), default="paper", help="defaults of all that follows")
     parser.add_argument("--arch", help="any torchvision classification model, or resnet10 (default: the recipe's)")
     parser.add_argument("--head", choices=CHOICES["head"], help="cosine softmax or plain linear")
-    parser.add_argument("--epochs", type=positive_int, help="passes over the data")
+    parser.add_argument("--epochs", type=epoch_count, help="passes over the data")
     parser.add_argument("--batch-size", type=positive_int, help="images of an optimizer step, over all devices")
     parser.add_argument("--batch-per-device", type=positive_int, help="images at a time on a device")
     parser.add_argument("--lr", type=positive_float, help="peak learning rate for a batch of 256; scaled linearly")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other value of the recipe")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="of weights, data order and augmentations")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of weights, data order and augmentations")
     # Device
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", default="auto", choices=["auto", "fp16", "bf16", "fp32"], help="of the forward pass")
@@ -144,8 +150,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: minutes first, then faster")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="default: where it pays")
     # Output
-    parser.add_argument("--out", metavar="RUN", help="run folder (default: runs/<dataset>)")
-    parser.add_argument("--name", help="name of the exported weights (default: the data folder's; a mix: joined by +)")
+    parser.add_argument("--out", type=any_path, metavar="RUN", help="run folder (default: runs/<dataset>)")
+    parser.add_argument(
+        "--name", type=one_name, help="name of the exported weights (default: the data folder's; a mix: joined by +)"
+    )
     parser.add_argument("--checkpoint-minutes", type=positive_float, default=15, help="also saved after each epoch")
     parser.add_argument("--log-every", type=positive_int, default=50, metavar="STEPS", help="steps between log lines")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and a time estimate; write nothing")
@@ -163,14 +171,14 @@ def main(args: argparse.Namespace) -> int:
 
 def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     """From options to exported weights: data, model, optimizer, then `train`. CLOSING ends what is opened here."""
-    from utils.training.image_sets import dataset_name, open_sources, open_validation
-    from utils.training.run_folder import is_finished, make_identity, own_run
+    from utils.training.image_sets import open_sources, open_validation
+    from utils.training.run_folder import is_finished, make_identity, own_run, run_name
 
     # ===== what to do =====
     recipe = make_recipe(args)
     paths, weights = zip(*map(data_and_weight, args.data), strict=True)
-    name = args.name or "+".join(dataset_name(path) for path in paths)
-    out = Path(args.out or f"runs/{name}")
+    name = run_name(args.name, paths)
+    out = args.out or Path("runs") / name
     images = open_sources(paths, args.images_per_class, args.classes)
     identity = make_identity(recipe, images, weights, args.seed)
     if not args.dry_run and is_finished(out, name, identity):
@@ -402,7 +410,7 @@ def describe_run(args: argparse.Namespace, name: str, images: Sequence, identity
         "seed": args.seed,
         "values": recipe,
         "plan": vars(training.schedule),
-        "options": vars(args),
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "command": command_line(),
         "device": str(training.device),
         "dtype": str(training.dtype).removeprefix("torch."),

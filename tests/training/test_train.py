@@ -16,7 +16,7 @@ from tests.training_runs import ROOT, STEPS, TINY, finish, log_without_clock, ma
 from utils.cli import UserError
 from utils.training.augment import AugmentSpec
 from utils.training.image_sets import dataset_name
-from utils.training.run_folder import is_finished
+from utils.training.run_folder import is_finished, run_name
 from utils.training.run_log import Clock
 from utils.training.step import Schedule, Training, make_schedule
 
@@ -186,6 +186,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(imag
         (["--set", "weight_decay=inf"], "at least 0"),
         (["--set", "flip=nan"], "at least 0 and at most 1"),
         (["--set", "hue=0.6"], "--set hue=0.6: must be a number, at least 0 and at most 0.5"),
+        (["--set", "epochs=1" + "0" * 30], "at least 1 and at most 100,000"),
+        (["--set", "global_size=1000000"], "at least 1 and at most 4,096"),
+        (["--name", "checkpoint"], "--name checkpoint: RUN/checkpoint.pth is what a stopped run continues from"),
+        (["--name", "checkpoint_previous"], "give another --name"),
         (["--set", "interpolation=nearest"], "--set interpolation=nearest: choose bicubic or bilinear"),
         (["--set", "head=round"], "--set head=round: choose cosine or linear"),
         (["--classes", "digits"], "differ from --classes digits: 10 missing"),
@@ -204,6 +208,35 @@ def test_mistakes_are_named(images, tmp_path, options, message):
         train.main(parse("--data", images, "--out", tmp_path / "run", *TINY, *options))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--name", "a/b"], "'a/b' cannot name a file"),
+        (["--name", "../esc"], "'../esc' cannot name a file"),
+        (["--name", "n" * 245], "is too long (245 characters); use at most 100"),
+        (["--epochs", "1" + "0" * 30], "is more than the 100,000 that are possible"),
+        (["--seed", str(2**70)], "is more than the 9,223,372,036,854,775,807 that are possible"),
+        (["--out", "o" * 300], "is too long for a path"),
+    ],
+)
+def test_what_could_only_fail_at_the_end_is_refused_at_the_door(images, capsys, options, message):
+    with pytest.raises(SystemExit) as caught:
+        parse("--data", images, *options)
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_mix_of_many_folders_needs_a_name():
+    paths = [Path(f"data/a_rather_long_name_of_a_folder_{number}") for number in range(4)]
+    with pytest.raises(UserError, match=r"--name: 'a_rather.* is too long"):
+        run_name(None, paths)
+    assert run_name(None, paths[:2]).count("+") == 1 and run_name("short", paths) == "short"
+
+
+def test_a_run_folder_in_the_home_folder(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse("--data", images, "--out=~/run").out == tmp_path / "run"
 
 
 def test_an_unwritable_run_folder_is_named(images, tmp_path):

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from utils.storage import atomic_path
-
-NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+from utils.training.run_folder import NEWEST, PREVIOUS
 
 
 def save_checkpoint(run: Path, state: dict) -> None:

@@ -207,7 +207,7 @@ def open_sources(paths: Sequence[Path], images_per_class: int | None, classes: s
     return images
 
 
-def open_validation(path: str, class_ids: list[str]) -> ImageSet:
+def open_validation(path: str | Path, class_ids: list[str]) -> ImageSet:
     """Validation images with the labels of the training classes, of which it may hold more or fewer, but not both."""
     images = FolderImages(Path(path), "--val")
     missing, extra = sorted({*class_ids} - {*images.class_ids}), sorted({*images.class_ids} - {*class_ids})

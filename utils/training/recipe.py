@@ -10,8 +10,12 @@ from utils.cli import UserError
 
 CHOICES = {"head": ("cosine", "linear"), "interpolation": ("bicubic", "bilinear")}
 LIMITS = {  # lowest and highest value; of other numbers 0 and any
-    **dict.fromkeys(("epochs", "batch_size", "batch_per_device", "global_size", "global_count"), (1, math.inf)),
-    **dict.fromkeys(("local_size", "val_resize", "val_crop"), (1, math.inf)),
+    "epochs": (1, 100_000),
+    **dict.fromkeys(("batch_size", "batch_per_device"), (1, 10**9)),
+    **dict.fromkeys(("global_size", "local_size", "val_resize", "val_crop"), (1, 4096)),  # pixels
+    "global_count": (1, 1000),
+    "local_count": (0, 1000),
+    "warmup_epochs": (0, 100_000),
     **dict.fromkeys(("momentum", "flip", "jitter", "grayscale", "global_blur", "local_blur"), (0, 1)),
     **dict.fromkeys(("global_solarize", "local_solarize"), (0, 1)),
     "hue": (0, 0.5),  # of a turn
@@ -37,7 +41,7 @@ def changed(recipe: Mapping[str, Any], options: Mapping[str, Any], settings: Seq
             raise UserError(f"--set {key}={value}: choose {' or '.join(CHOICES[key])}")
         low, high = LIMITS.get(key, (0, math.inf))
         if isinstance(value, int | float) and not (low <= value <= high and value < math.inf):
-            most = f" and at most {high}" if high < math.inf else ""
+            most = f" and at most {high:,}" if high < math.inf else ""
             raise UserError(f"--set {key}={value}: must be a number, at least {low}{most}")
     return values
 

@@ -7,9 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.cli import UserError
+from utils.cli import UserError, safe_name
 from utils.storage import AlreadyOwned, owner_lock, read_json, require_writable
-from utils.training.image_sets import ImageSet
+from utils.training.image_sets import ImageSet, dataset_name
+
+NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+
+
+def run_name(asked: str | None, paths: Sequence[Path]) -> str:
+    """What the exported weights are called: as ASKED, else after the data folders. UserError if no file can be."""
+    name = safe_name(asked or "+".join(map(dataset_name, paths)), "--name")
+    if f"{name}.pth" in (NEWEST, PREVIOUS):
+        raise UserError(f"--name {name}: RUN/{name}.pth is what a stopped run continues from; give another --name")
+    return name
 
 
 def make_identity(recipe: Mapping[str, Any], images: Sequence[ImageSet], weights: Sequence[float], seed: int) -> dict:
