@@ -171,6 +171,7 @@ def main(args: argparse.Namespace) -> int:
 
 def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     """From options to exported weights: data, model, optimizer, then `train`. CLOSING ends what is opened here."""
+    from utils.dataset.folder import known_images
     from utils.training.image_sets import open_sources, open_validation
     from utils.training.run_folder import is_finished, make_identity, own_run, run_name
 
@@ -179,7 +180,7 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     paths, weights = zip(*map(data_and_weight, args.data), strict=True)
     name = run_name(args.name, paths)
     out = args.out or Path("runs") / name
-    images = open_sources(paths, args.images_per_class, args.classes)
+    images = open_sources(paths, args.images_per_class, args.classes, known_images)
     identity = make_identity(recipe, images, weights, args.seed)
     if not args.dry_run and is_finished(out, name, identity):
         print(f"{out}/{name}.pth: finished already; delete {out} to train again")

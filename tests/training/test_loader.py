@@ -16,7 +16,7 @@ from PIL import Image
 
 from utils.cli import UserError
 from utils.images import BadImage
-from utils.storage import write_json
+from utils.storage import sha256_file, write_json
 from utils.training import loader
 from utils.training.image_sets import FolderImages, TarImages, class_names, open_images, open_sources, open_validation
 from utils.training.loader import (
@@ -353,6 +353,42 @@ def test_an_unfinished_dataset_is_used_with_a_warning(folder, tmp_path, capsys):
     write_json(out / "dataset.json", {"classes": rows})
     open_sources([out], None)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_generated_dataset_is_what_its_manifest_knows(folder, tmp_path, capsys, packed):
+    """Planted strays of every kind are left out and named; a changed byte is found."""
+    out = tmp_path / "set"
+    out.mkdir()
+    known = [
+        (class_id, {path.name: sha256_file(path) for path in sorted((folder / class_id).glob("*.jpg"))})
+        for class_id in ("n01", "n02")
+    ]
+    rows = [{"id": class_id, "name": class_id, "images": len(hashes)} for class_id, hashes in known]
+    write_json(out / "dataset.json", {"classes": rows})
+    strays = ["n01/copy of n01_000000.jpg", "n01/n01_000099.jpg", "n02/a/n02_000000.jpg"][: 2 if packed else 3]
+    for name in strays:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(jpeg(3))
+    flipped = folder / "n01" / "n01_000002.jpg"
+    data = bytearray(flipped.read_bytes())
+    data[-20] ^= 1
+    flipped.write_bytes(data)
+    if packed:
+        pack(folder, out / "shards", flat=False)
+    else:
+        folder.rename(out / "train")
+    (images,) = open_sources([out], None, None, lambda root: iter(known) if root == out else None)
+    err = capsys.readouterr().err
+    assert f"{len(strays)} files that the dataset's manifest does not know are left out: " in err
+    assert all(name in err for name in strays) and len(images) == 6 and "are missing" not in err
+    assert [images.file_name(row) for row in range(6)] == [name for _, hashes in known for name in hashes]
+    batches = batches_of(images)
+    for epoch in (0, 1):
+        (bad,) = batches[Request(epoch, 0, 6)]["bad"]  # a decodable picture: only its hash tells
+        assert "n01_000002.jpg: not the bytes that the dataset's manifest records" in bad and "--repair" in bad
+    subset = open_sources([out], 2, None, lambda root: iter(known))[0]
+    assert len(subset) == 3 and subset.read_verified(2)
 
 
 def test_damaged_images_are_named_and_replaced_by_the_next_one(folder):

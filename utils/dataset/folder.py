@@ -198,6 +198,16 @@ def open_dataset(root: str | Path) -> Dataset:
     return Dataset(root, info)
 
 
+def known_images(root: Path) -> Iterator[tuple[str, dict[str, str]]] | None:
+    """(class id, {file name: sha256}) of each class of the dataset in ROOT, by its manifests; None if there is none."""
+    if not (root / "dataset.json").is_file() or not (root / "manifest").is_dir():
+        return None
+    return (
+        (folder.id, {folder.path(index).name: entry["sha256"] for index, entry in folder.entries().items()})
+        for folder in open_dataset(root).folders
+    )
+
+
 def refuse_foreign_folder(root: Path) -> None:
     """UserError if ROOT holds files but no dataset.json: someone else's folder, or a dataset without its passport."""
     if not root.exists():

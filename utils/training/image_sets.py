@@ -6,14 +6,14 @@ import hashlib
 import os
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from utils.classes import load_classes
 from utils.cli import UserError
-from utils.images import IMAGE_SUFFIXES, BadImage, list_image_folder
+from utils.images import IMAGE_SUFFIXES, BadImage, list_image_folder, read_image
 from utils.storage import read_json
 from utils.training.distributed import print0
 
@@ -23,6 +23,7 @@ class ImageSet:
 
     def __init__(self, root: Path, class_ids: list[str], labels: np.ndarray, names: np.ndarray):
         self.root, self.class_ids, self.labels, self.names = root, class_ids, labels, names
+        self.digests: np.ndarray | None = None  # (N, 32) uint8: SHA-256 of each file, where a manifest records it
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -32,6 +33,7 @@ class ImageSet:
         return f"{self.root}/{os.fsdecode(self.names[index])}"
 
     def read(self, index: int) -> bytes:
+        """The encoded image. Raises BadImage."""
         raise NotImplementedError
 
     def locations(self) -> list[str | tuple[str, int, int]]:
@@ -41,6 +43,39 @@ class ImageSet:
     def keep(self, rows: np.ndarray) -> None:
         """Keep only ROWS."""
         self.labels, self.names = self.labels[rows], self.names[rows]
+        self.digests = self.digests[rows] if self.digests is not None else None
+
+    def keep_known(self, known: Iterable[tuple[str, Mapping[str, str]]]) -> list[str]:
+        """Keep the images of a manifest, KNOWN: (class id, {file name: sha256}) ...; the names of the others."""
+        starts = np.searchsorted(self.labels, np.arange(len(self.class_ids) + 1))
+        label_of = {class_id: label for label, class_id in enumerate(self.class_ids)}
+        digests = np.zeros((len(self), 32), np.uint8)
+        is_known = np.zeros(len(self), bool)
+        for class_id, hashes in known:
+            label = label_of.get(class_id)
+            if label is not None:
+                packed = {as_packed(name): sha256 for name, sha256 in hashes.items()}
+                for row in range(starts[label], starts[label + 1]):
+                    if sha256 := packed.get(as_packed(self.file_name(row))):
+                        digests[row], is_known[row] = np.frombuffer(bytes.fromhex(sha256), np.uint8), True
+        strays = [self.name(row) for row in np.flatnonzero(~is_known).tolist()]
+        self.digests = digests
+        self.keep(np.flatnonzero(is_known))
+        return strays
+
+    def file_name(self, row: int) -> str:
+        """The image's path below its class folder."""
+        return os.fsdecode(self.names[row]).partition("/")[2]
+
+    def read_verified(self, index: int) -> bytes:
+        """As `read`, and BadImage if a manifest records other bytes. Hashing takes a hundredth of decoding's time."""
+        data = self.read(index)
+        if self.digests is not None and hashlib.sha256(data).digest() != self.digests[index].tobytes():
+            raise BadImage(
+                f"{self.name(index)}: not the bytes that the dataset's manifest records; `python generate.py --out "
+                f"{self.root.parent} --verify` finds such images, --repair draws them again"
+            )
+        return data
 
     def limit(self, images_per_class: int) -> None:
         """Keep the first IMAGES_PER_CLASS images of every class: subsets are nested, larger ones hold smaller ones."""
@@ -72,12 +107,7 @@ class FolderImages(ImageSet):
         super().__init__(root, ids, np.array([label for _, label in samples]), names)
 
     def read(self, index: int) -> bytes:
-        path = self.name(index)
-        try:
-            with open(path, "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise BadImage(f"{path}: {error.strerror}") from None
+        return read_image(self.name(index))
 
 
 class TarImages(ImageSet):
@@ -111,7 +141,6 @@ class TarImages(ImageSet):
         self.shards = [str(shard) for shard in shards]
         self.places = np.array([row[2:] for row in found], dtype=np.int64)  # (N, 3): shard, offset, size
         self._files: dict[int, int] = {}
-        self._owner = os.getpid()
 
     def keep(self, rows: np.ndarray) -> None:
         super().keep(rows)
@@ -119,6 +148,9 @@ class TarImages(ImageSet):
 
     def locations(self) -> list[str | tuple[str, int, int]]:
         return [(self.shards[shard], offset, size) for shard, offset, size in self.places.tolist()]
+
+    def file_name(self, row: int) -> str:
+        return os.fsdecode(self.names[row]).rpartition("/")[2]
 
     def read(self, index: int) -> bytes:
         shard, offset, size = self.places[index].tolist()
@@ -128,6 +160,12 @@ class TarImages(ImageSet):
         if len(data) < size:
             raise BadImage(f"{self.name(index)}: {self.shards[shard]} is truncated")
         return data
+
+
+def as_packed(name: str) -> str:
+    """How a shard spells a file's name: WebDataset cuts at the first dot, so only the suffix has one."""
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem.replace('.', '_')}{dot}{suffix}"
 
 
 def _class_of(member: str) -> str:
@@ -189,14 +227,31 @@ def require_same_classes(found: list[str], expected: list[str], where: str, refe
         raise UserError(f"{where}: class folders differ from {reference}: {'; '.join(parts)}")
 
 
-def open_sources(paths: Sequence[Path], images_per_class: int | None, classes: str | None = None) -> list[ImageSet]:
-    """The ImageSets of --data, which must agree on their classes; an unfinished dataset is used with a warning."""
+def open_sources(
+    paths: Sequence[Path],
+    images_per_class: int | None,
+    classes: str | None = None,
+    manifests: Callable[[Path], Iterable[tuple[str, Mapping[str, str]]] | None] = lambda dataset: None,
+) -> list[ImageSet]:
+    """The ImageSets of --data, which must agree on their classes; an unfinished dataset is used with a warning.
+
+    MANIFESTS(folder) -> (class id, {file name: sha256}) ... of a generated dataset, None of any other folder. Files
+    that it does not name are left out, with a warning; the others are compared with their hashes when they are read.
+    """
     images = [open_images(path, classes=classes) for path in paths]
     for one in images:
+        dataset = one.root.parent
+        known = manifests(dataset) if one.root.name in ("train", "shards") else None
+        if known is not None and (strays := one.keep_known(known)):
+            print0(
+                f"warning: --data {one.root}: {len(strays)} files that the dataset's manifest does not know are left "
+                f"out: {', '.join(strays[:3])}{', ...' if len(strays) > 3 else ''}",
+                file=sys.stderr,
+            )
         if missing := missing_images(one):
             print0(
                 f"warning: --data {one.root}: {missing} images that dataset.json wants are missing; "
-                f"`python generate.py --out {one.root.parent} --status` shows where",
+                f"`python generate.py --out {dataset} --status` shows where",
                 file=sys.stderr,
             )
     for path, other in zip(paths[1:], images[1:], strict=True):

@@ -146,7 +146,7 @@ class CropBatches:
         for step in range(SUBSTITUTES):
             images, index = self.locate((sample + step) % len(self))
             try:
-                random_crops(images.read(index), self.crops, draws, out, images.name(index))
+                random_crops(images.read_verified(index), self.crops, draws, out, images.name(index))
             except BadImage as error:
                 bad.append(str(error))
                 continue
