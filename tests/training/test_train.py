@@ -256,6 +256,33 @@ def test_recipes_are_flat_and_complete():
     assert changed["local_scale"] == (0.05, 0.4) and changed["hue"] == 0.0
 
 
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_short_runs_warm_up_for_their_share_and_anneal(name):
+    recipe = train.RECIPES[name]
+    share = recipe["warmup_epochs"] / recipe["epochs"]
+    for epochs in (1, 3, 10):
+        short = train.make_recipe(parse("--data", "x", "--recipe", name, "--epochs", epochs))
+        schedule = make_schedule(short, 100 * short["batch_size"], 1)
+        assert schedule.warmup_steps == round(share * 100 * epochs)
+        rates = [schedule.lr(step) for step in range(schedule.total_steps)]
+        assert max(rates) == pytest.approx(schedule.peak_lr) and rates[-1] == pytest.approx(recipe["final_lr"])
+        assert rates.index(max(rates)) < 0.2 * len(rates)
+    assert train.make_recipe(parse("--data", "x", "--recipe", name)) == recipe  # at its own length, as it was
+    longer = train.make_recipe(parse("--data", "x", "--recipe", name, "--epochs", 2 * recipe["epochs"]))
+    assert longer["warmup_epochs"] == recipe["warmup_epochs"]
+    asked = train.make_recipe(parse("--data", "x", "--recipe", name, "--epochs", 4, "--set", "warmup_epochs=1.5"))
+    assert asked["warmup_epochs"] == 1.5
+
+
+@pytest.mark.parametrize(("images", "quoted"), [(130_000, 13_000), (1_281_167, 130_000), (6_500_000, 635_000)])
+def test_a_batch_of_1024_gives_the_iterations_that_are_quoted_for_the_paper(images, quoted):
+    """Deliberate Practice (ICML 2025), Table 1, rounded there to thousands; at our default four times as many."""
+    recipe = train.make_recipe(parse("--data", "x", "--batch-size", 1024))
+    schedule = make_schedule(recipe, images, 1)
+    assert schedule.total_steps == pytest.approx(quoted, rel=0.04) and schedule.peak_lr == pytest.approx(0.4)
+    assert make_schedule(train.PAPER, images, 1).total_steps == pytest.approx(4 * quoted, rel=0.04)
+
+
 def test_every_key_of_a_recipe_is_read():
     """A key that no code reads would be a lie about what was done."""
     after_the_recipes = (ROOT / "train.py").read_text().split("def get_args_parser")[1]

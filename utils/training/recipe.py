@@ -25,7 +25,9 @@ LIMITS = {  # lowest and highest value; of other numbers 0 and any
 def changed(recipe: Mapping[str, Any], options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """RECIPE with the values of OPTIONS, then of SETTINGS ("KEY=VALUE", as --set takes them).
 
-    UserError for an unknown key, a value of another type, and one out of its LIMITS or CHOICES.
+    Of a run with fewer epochs than RECIPE the warm-up shrinks in proportion, unless a setting says how long it is: else
+    ten epochs of the paper's recipe would be all warm-up. UserError for an unknown key, a value of another type, and
+    one out of its LIMITS or CHOICES.
     """
     values = {**recipe, **options}
     for text in settings:
@@ -36,6 +38,9 @@ def changed(recipe: Mapping[str, Any], options: Mapping[str, Any], settings: Seq
             values[key] = parse_value(value, values[key])
         except ValueError:
             raise UserError(f"--set {text}: {value!r} is no value for {key}, which is {values[key]!r}") from None
+    asked = {text.partition("=")[0] for text in settings}
+    if "warmup_epochs" not in asked and 0 < values["epochs"] < recipe["epochs"]:
+        values["warmup_epochs"] = recipe["warmup_epochs"] * values["epochs"] / recipe["epochs"]
     for key, value in values.items():
         if key in CHOICES and value not in CHOICES[key]:
             raise UserError(f"--set {key}={value}: choose {' or '.join(CHOICES[key])}")
@@ -57,5 +62,7 @@ def parse_value(text: str, default: Any) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """(0.25, 1.0) -> "0.25,1.0", as --set reads it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """(0.25, 1.0) -> "0.25,1", 1e-06 -> "1e-06": as --set reads it."""
+    if isinstance(value, tuple):
+        return ",".join(map(as_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

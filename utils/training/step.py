@@ -94,7 +94,7 @@ def make_schedule(recipe: Mapping[str, Any], images: int, world: int) -> Schedul
         world=world,
         steps_per_epoch=steps,
         epochs=recipe["epochs"],
-        warmup_steps=recipe["warmup_epochs"] * steps,
+        warmup_steps=round(recipe["warmup_epochs"] * steps),
         peak_lr=scaled_lr(recipe["lr"], batch),
         final_lr=recipe["final_lr"],
     )
