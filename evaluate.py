@@ -261,6 +261,7 @@ class TrainingRecord(msgspec.Struct):
 
 def recorded_images(source: checkpoints.Source) -> list[Place] | None:
     """Where the images lie that args.json says a run was trained on; None, and a line, if they cannot be found."""
+    from utils.dataset.folder import known_images
     from utils.training.image_sets import open_sources
 
     try:
@@ -269,7 +270,7 @@ def recorded_images(source: checkpoints.Source) -> list[Place] | None:
         return None
     try:
         paths = [data_and_weight(text)[0] for text in run.options.data]
-        images = open_sources(paths, run.options.images_per_class, run.options.classes)
+        images = open_sources(paths, run.options.images_per_class, run.options.classes, known_images)
         if [f"{len(one)} images {one.fingerprint()[:16]}" for one in images] != run.identity.data:
             raise UserError("they have changed since")
     except UserError as error:
