@@ -32,6 +32,7 @@ JPEG_MAGIC = b"\xff\xd8\xff"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # by content, whatever the name says
 MOST_BYTES = 512 << 20  # of an image file
 Image.MAX_IMAGE_PIXELS = None  # most_pixels() bounds instead, and can be raised
+MOST_NAMED = 12  # curves in a legend
 INK = "#7d7d7d"  # of drawn figures: grey that reads on white paper and on a dark screen alike
 
 
@@ -329,7 +330,7 @@ def draw_curves(panels: Mapping[str, tuple[str, Sequence[Curve]]], kind: str) ->
             plot.grid(color=INK, alpha=0.25, linewidth=0.6)
             for spine in plot.spines.values():
                 spine.set_color(INK)
-            if any(named):
+            if any(named) and len(named) <= MOST_NAMED:  # a longer legend would leave no room for the curves
                 plot.legend(named.values(), named.keys(), frameon=False, labelcolor=INK)
         buffer = io.BytesIO()
         options: Any = {"transparent": True, "metadata": {"Date": None}} if kind == "svg" else {"dpi": 110}

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.images import MOST_NAMED
 from utils.report.figures import COLORS, RadarLine, close_looks, contact_sheets, draw_radar, training_curves
 from utils.report.records import Row, Sidecar, provenance, read_results, read_sidecars, read_training
 from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Cell, Model, as_cell, averages, make_tables
@@ -148,7 +149,7 @@ def radar_lines(axes: Sequence[str], values: dict[str, dict[str, float]], models
         marks += [f"{len(known)} of {len(axes)} axes"] * (len(known) < len(axes))
         label = f"{model.name} ({', '.join(marks)})" if marks else model.name
         lines.append(RadarLine(label, model.color, known, dashed=bool(others and k < max(classes.values()))))
-    return lines
+    return lines[:MOST_NAMED]
 
 
 def classes_of(model: Model) -> int:
@@ -168,6 +169,8 @@ def radar_note(axes: Sequence[str], models: Sequence[Model]) -> str:
     note = "Top-5 on ImageNet's test sets, mean top-1 on the groups of transfer datasets, in percent."
     if len({*map(classes_of, models)} - {0}) > 1:
         note += " Models of fewer classes (dashed) answer an easier question: compare them among themselves only."
+    if len(models) > MOST_NAMED:
+        note += f" Of {len(models)} models the first {MOST_NAMED} are drawn."
     return note
 
 

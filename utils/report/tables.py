@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from scipy.special import stdtrit  # Student's quantiles; all of scipy.stats would take seconds to import
 
 from utils.evaluation.catalog import GROUPS, PAPERS_FIVE, SETS
 from utils.metrics import log_odds_average, mean_and_std
@@ -95,13 +96,11 @@ def difference(a: Cell, b: Cell) -> Difference | None:
     """
     value = a.value - b.value
     if a.spread is not None and b.spread is not None:
-        from scipy.stats import t
-
         parts = a.spread**2 / a.runs, b.spread**2 / b.runs
         if sum(parts) < 1e-12:  # every seed alike: the spread is below what so few images can show, not zero
             return None
         freedom = sum(parts) ** 2 / (parts[0] ** 2 / (a.runs - 1) + parts[1] ** 2 / (b.runs - 1))
-        half = float(t.ppf(0.975, freedom)) * math.sqrt(sum(parts))
+        half = float(stdtrit(freedom, 0.975)) * math.sqrt(sum(parts))
         return Difference(value, value - half, value + half, f"Welch over {a.runs} and {b.runs} seeds")
     if a.low is None or a.high is None or b.low is None or b.high is None:
         return None

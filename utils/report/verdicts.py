@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
+from scipy.special import stdtrit
+
 from utils.report.records import dataset_root, read_described, read_quality
 from utils.report.tables import Cell, Difference, Model, difference
 
@@ -141,8 +143,6 @@ def mean_difference(gaps: Sequence[float]) -> Difference | None:
     """The mean of paired differences with Student's 95 % interval; None for fewer than two."""
     if len(gaps) < 2:
         return None
-    from scipy.stats import t
-
     mean = statistics.fmean(gaps)
-    half = float(t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    half = float(stdtrit(len(gaps) - 1, 0.975)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
     return Difference(mean, mean - half, mean + half, "Student")
