@@ -75,7 +75,7 @@ LAUNCH = $(strip $(PY) $(if $(filter-out inline,$(LAUNCHER)),-m utils.launch $(L
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock | cksum | cut -d' ' -f1)
 DEV_STAMP := $(VENV)/.installed-dev-$(shell cat requirements.lock requirements-dev.lock | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test lint bench generate train evaluate pipeline docker clean lock check-prompts
+.PHONY: help setup demo test fuzz lint bench generate train evaluate pipeline docker clean lock check-prompts
 help: ## this text
 	@printf 'imagenet-sd: can synthetic images replace real ones?\n\nusage: make TARGET [VARIABLE=value ...]\n\n'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -169,6 +169,9 @@ pipeline: $(STAMP) ## generate, verify, train, evaluate; on slurm queued at once
 # check-prompts needs Debian's wordnet-base; tests/test_build_tables.py says so where it is absent.
 test: $(DEV_STAMP) $(if $(wildcard /usr/share/wordnet/data.noun),check-prompts) ## every test, with coverage
 	$(PY) -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered -q
+
+fuzz: $(DEV_STAMP) ## ten minutes of damaged files at every reader, and three times as many random kills
+	FUZZ_SECONDS=30 KILLS=3 $(PY) -m pytest -n 2 --dist worksteal -q --timeout 1800 tests/test_fuzz.py tests/test_kills.py
 
 check-prompts: $(DEV_STAMP) ## rebuild prompts/*.tsv from WordNet and compare byte for byte
 	$(PY) prompts/build_tables.py --check
