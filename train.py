@@ -41,7 +41,7 @@ from utils.cli import (
     seed_number,
 )
 from utils.machine import snapshot
-from utils.storage import atomic_path, write_json
+from utils.storage import atomic_path, read_json, sha256_file, write_json
 from utils.training.distributed import take_own_cores
 from utils.training.recipe import CHOICES, changed
 
@@ -244,7 +244,7 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     stop.install()  # not sooner: until now a signal may end the process, there is nothing to save
     if processes.is_main:
         closing.enter_context(own_run(out))
-    for line in training.resume(out, identity):
+    for line in training.resume(out, identity, images):
         distributed.print0(line)
     training.require_same_step(out)
     if processes.is_main:
@@ -355,7 +355,7 @@ def finish_epoch(
 
 
 def export(training: Training, out: Path, name: str) -> None:
-    """RUN/<name>.pth for torchvision, evaluate.py and anyone; its existence marks the run as finished."""
+    """RUN/<name>.pth for torchvision, evaluate.py and anyone; with its sha256 in args.json the run is finished."""
     from utils.model import export_state_dict
     from utils.training.checkpoint import write_tensors
     from utils.training.run_log import draw_run
@@ -363,6 +363,8 @@ def export(training: Training, out: Path, name: str) -> None:
     draw_run(out)
     with atomic_path(out / f"{name}.pth", fsync=True) as temporary:
         write_tensors(temporary, export_state_dict(training.model))
+    described = read_json(out / "args.json") | {"weights_sha256": sha256_file(out / f"{name}.pth")}
+    write_json(out / "args.json", described)
 
 
 def time_steps(training: Training, loader: Iterator[dict], max_bad_images: int) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -113,6 +115,51 @@ def test_a_run_is_finished_under_its_own_name_only(finished, images):
     (run / "other.pth").write_bytes(b"")
     assert is_finished(run, "shapes", identity) and not is_finished(run, "other", identity)
     (run / "other.pth").unlink()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "empty"])
+def test_damaged_weights_do_not_count_as_finished(finished, images, tmp_path, damage):
+    """They are exported again from the checkpoint; where there is none, the run says so and trains nothing."""
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    weights_file = run / "shapes.pth"
+    good = weights_file.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 4
+    weights_file.write_bytes({"truncated": good[:-1000], "one bit": bytes(flipped), "empty": b""}[damage])
+    identity = json.loads((run / "args.json").read_text())["identity"]
+    assert not is_finished(run, "shapes", identity)
+    if damage == "one bit":
+        finish(start("--data", images, "--out", run, *TINY))
+        assert weights_file.read_bytes() == good and is_finished(run, "shapes", identity)
+        weights_file.write_bytes(bytes(flipped))
+    for path in run.glob("checkpoint*.pth"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"shapes\.pth is damaged: its sha256 is not that in args\.json; restore it"):
+        train.main(parse("--data", images, "--out", run, *TINY))
+
+
+def test_images_that_changed_between_stop_and_resume_are_named(tmp_path):
+    data = make_images(tmp_path / "data", {"n01": 8, "n02": 8})
+    run = tmp_path / "run"
+    options = ["--data", data, "--out", run, *TINY, "--epochs", 2, "--checkpoint-minutes", "0.00001"]
+    killed = """
+        import os
+        from utils.training.step import Training
+        Training.flush_interval = lambda self: os.kill(os.getpid(), 9)
+    """
+    finish(start(*options, "--log-every", 2, patch=killed), -9)
+    victim = data / "n02" / "n02_000003.jpg"
+    good, times = victim.read_bytes(), victim.stat().st_mtime_ns
+    flipped = bytearray(good)
+    flipped[-30] ^= 1
+    victim.write_bytes(flipped)  # as long as it was
+    _, err = finish(start(*options), 2)
+    assert f"1 images are not what they were when this run was last saved, e.g. {victim}; put them back" in err
+    victim.write_bytes(good)
+    os.utime(victim, ns=(times, times))
+    copy = Path(shutil.copytree(data, tmp_path / "copies" / "data", copy_function=shutil.copy))
+    out, _ = finish(start("--data", copy, *options[2:]))
+    assert "the images have new dates and their old sizes, as a copy has" in out and "resuming from" in out
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(images, tmp_path):

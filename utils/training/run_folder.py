@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from utils.cli import UserError, safe_name
-from utils.storage import AlreadyOwned, owner_lock, read_json, require_writable
+from utils.storage import AlreadyOwned, owner_lock, read_json, require_writable, sha256_file
 from utils.training.image_sets import ImageSet, dataset_name
 
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
@@ -45,12 +47,40 @@ def require_same_run(saved: dict, wanted: dict, run: Path) -> None:
         raise UserError(f"--out {run} holds another run: {'; '.join(differences)}; choose another --out or delete it")
 
 
+def require_same_images(images: ImageSet, before: np.ndarray, now: np.ndarray) -> str | None:
+    """UserError if some of IMAGES have changed between the stamps BEFORE and NOW; a line if they are another copy.
+
+    Where most have a new time and all their old size somebody has copied them. Shards know no times.
+    """
+    resized = before[:, 0] != now[:, 0]
+    redated = (before[:, 1] != now[:, 1]) & (before[:, 1] != 0) & (now[:, 1] != 0)
+    changed = np.flatnonzero(resized | redated)
+    if not len(changed):
+        return None
+    if redated.mean() > 0.5 and not resized.any():
+        return (
+            f"--data {images.root}: the images have new dates and their old sizes, as a copy has: they are not compared"
+        )
+    raise UserError(
+        f"--data {images.root}: {len(changed)} images are not what they were when this run was last saved, e.g. "
+        f"{images.name(int(changed[0]))}; put them back, or choose another --out"
+    )
+
+
 def is_finished(run: Path, name: str, identity: dict) -> bool:
-    """Whether RUN holds the exported weights of this very run."""
-    if not (run / f"{name}.pth").exists() or not (run / "args.json").exists():
+    """Whether RUN holds the exported weights of this very run. UserError if they are damaged beyond help."""
+    weights = run / f"{name}.pth"
+    if not weights.exists() or not (run / "args.json").exists():
         return False
     described = read_json(run / "args.json")
-    return (described.get("dataset"), described.get("identity")) == (name, identity)
+    if (described.get("dataset"), described.get("identity")) != (name, identity):
+        return False
+    whole = described.get("weights_sha256") in (None, sha256_file(weights))  # runs of before did not record it
+    if not whole and not any((run / checkpoint).exists() for checkpoint in (NEWEST, PREVIOUS)):
+        raise UserError(
+            f"{weights} is damaged: its sha256 is not that in args.json; restore it, or delete it to train again"
+        )
+    return whole
 
 
 @contextmanager

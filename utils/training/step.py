@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +24,10 @@ from utils.cli import UserError
 from utils.training import checkpoint
 from utils.training.augment import AugmentSpec, augment, random_draws
 from utils.training.distributed import ranks, sum_counts
+from utils.training.image_sets import ImageSet
 from utils.training.loader import CropBatches, make_loader, requests
 from utils.training.random_numbers import uniforms
-from utils.training.run_folder import require_same_run
+from utils.training.run_folder import require_same_images, require_same_run
 
 COUNTS = ("loss", "correct", "seen")
 
@@ -118,6 +119,7 @@ class Training:
     interval: Counter[str] = field(default_factory=Counter)  # of this process, since the last log line
     epoch: Counter[str] = field(default_factory=Counter)  # of all processes, up to the last log line
     bad_images: list[str] = field(default_factory=list)
+    stamps: list[np.ndarray] = field(default_factory=list)  # of each image set, as it is on the disk: rank 0's
 
     def __post_init__(self) -> None:
         # Batch norm's running statistics: the only state that a forward pass changes.
@@ -221,14 +223,18 @@ class Training:
             "interval": [self.interval[name] for name in COUNTS],
             "epoch": [self.epoch[name] for name in COUNTS],
             "bad_images": self.bad_images,
+            "stamps": [torch.from_numpy(stamps) for stamps in self.stamps],
         }
         checkpoint.save_checkpoint(run, state)
 
-    def resume(self, run: Path, identity: dict) -> list[str]:
+    def resume(self, run: Path, identity: dict, images: Sequence[ImageSet]) -> list[str]:
         """Continue from RUN's newest undamaged checkpoint, if it has one; returns lines to show.
 
-        UserError if the checkpoint belongs to another run (the differences are named) or if all are damaged.
+        UserError if the checkpoint belongs to another run (the differences are named), if all are damaged, or if IMAGES
+        have changed since it was saved, which rank 0 looks at.
         """
+        if ranks().is_main:
+            self.stamps = [one.stamps() for one in images]
         try:
             found = checkpoint.load_checkpoint(run)
         except checkpoint.DamagedCheckpoints as error:
@@ -245,8 +251,10 @@ class Training:
         if ranks().is_main:  # the other processes' part of the interval was not saved: its means are rank 0's alone
             self.interval = Counter(dict(zip(COUNTS, state["interval"], strict=True)))
             self.bad_images = state["bad_images"]
-        lines = [f"damaged checkpoint passed over: {problem}" for problem in problems]
-        return [*lines, f"resuming from {path} at step {self.step} of {self.schedule.total_steps}"]
+        lines: list[str | None] = [f"damaged checkpoint passed over: {problem}" for problem in problems]
+        for one, before, now in zip(images, state.get("stamps", []), self.stamps, strict=False):
+            lines.append(require_same_images(one, before.numpy(), now))
+        return [*filter(None, lines), f"resuming from {path} at step {self.step} of {self.schedule.total_steps}"]
 
     def require_same_step(self, run: Path) -> None:
         """UserError on every process unless all stand at the same step: each has read RUN by itself."""
