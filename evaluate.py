@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from utils.cli import Launch, UserError, data_and_weight, make_parser, non_negative_int, positive_int, run
+from utils.dataset.folder import known_images
 from utils.evaluation import checkpoints
 from utils.evaluation.catalog import choose, list_sets, read_all
 from utils.evaluation.jobs import Job, Settings, number_format, with_v2_mean
@@ -107,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
         how = (args.device, args.dtype, args.interpolation, args.batch_size, args.workers)
         network = dataset_quality.Network(args.checkpoint[0], *how) if args.checkpoint else None
         out = Path(args.out or args.dataset_report)
-        return dataset_quality.run(args.dataset_report, args.real, network, out, args.dry_run)
+        return dataset_quality.run(args.dataset_report, args.real, network, out, args.dry_run, known_images)
     if args.report:
         return draw_report(args)
     for option, needs in (("real", "dataset_report"), ("title", "report"), ("show_data", "report")):
@@ -261,7 +262,6 @@ class TrainingRecord(msgspec.Struct):
 
 def recorded_images(source: checkpoints.Source) -> list[Place] | None:
     """Where the images lie that args.json says a run was trained on; None, and a line, if they cannot be found."""
-    from utils.dataset.folder import known_images
     from utils.training.image_sets import open_sources
 
     try:
@@ -315,7 +315,8 @@ def draw_report(args: argparse.Namespace) -> int:
             raise UserError(f"--show-data {spec}: expected NAME=DIR")
         shown.append((name, Path(folder)))
     results = [Path(path) for path in args.report]
-    for path in write_report(results, Path(args.out or results[0].parent), title=args.title, show_data=shown):
+    out = Path(args.out or results[0].parent)
+    for path in write_report(results, out, args.title, shown, known_images):
         print(f"written: {path}")
     return 0
 

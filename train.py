@@ -419,6 +419,7 @@ def describe_run(args: argparse.Namespace, name: str, images: Sequence, identity
         "command": command_line(),
         "device": str(training.device),
         "dtype": str(training.dtype).removeprefix("torch."),
+        "sources": [{"path": str(one.root.resolve()), "synthetic": one.synthetic} for one in images],
         "identity": identity,
         "environment": snapshot(),
     }

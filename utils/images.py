@@ -8,18 +8,17 @@ import io
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from utils.cli import UserError
-from utils.storage import read_jsonl, read_regular
+from utils.storage import read_regular
 
 if TYPE_CHECKING:
     import torch
@@ -165,32 +164,23 @@ def list_image_folder(root: str | Path, option: str = "--data") -> tuple[list[st
     return ids, samples
 
 
-class _ManifestLine(msgspec.Struct):
-    id: str
-    index: int
+def drop_strays(
+    samples: Sequence[tuple[str, int]], known: Iterable[tuple[str, Iterable[str]]] | None, option: str
+) -> list[tuple[str, int]]:
+    """SAMPLES (path, label) without those that the manifests of a generated dataset do not know, which are named.
 
-
-def drop_strays(dataset: str | Path, samples: Sequence[tuple[str, int]], option: str) -> list[tuple[str, int]]:
-    """SAMPLES (path, label) without the images that the manifests of the generated DATASET do not know.
-
-    Drawing, packing, training and looking then count the same images. The strays are named on stderr. A folder without
-    manifests and dataset.json is no generated dataset: all its images count.
+    KNOWN: (class id, file names) ... of its manifests; None for other folders, of which all images count.
     """
-    dataset = Path(dataset)
-    if not (dataset / "manifest").is_dir() or not (dataset / "dataset.json").is_file():
+    if known is None:
         return list(samples)
-    known = {
-        f"{line.id}_{line.index:06d}"
-        for manifest in (dataset / "manifest").glob("*.jsonl")
-        for line in read_jsonl(manifest, _ManifestLine)
-    }
-    kept = [sample for sample in samples if Path(sample[0]).stem in known]
-    if len(kept) < len(samples) and os.environ.get("RANK", "0") == "0":
-        strays = [path for path, _ in samples if Path(path).stem not in known]
-        few = ", ".join(strays[:3]) + (", ..." if len(strays) > 3 else "")
-        print(
-            f"{option}: {len(strays)} images that no manifest of {dataset} knows are left out: {few}", file=sys.stderr
-        )
+    names = {(class_id, name) for class_id, its in known for name in its}
+    kept: list[tuple[str, int]] = []
+    strays: list[tuple[str, int]] = []
+    for sample in samples:
+        (kept if Path(sample[0]).parts[-2:] in names else strays).append(sample)
+    if strays:
+        few = ", ".join(path for path, _ in strays[:3]) + (", ..." if len(strays) > 3 else "")
+        print(f"{option}: {len(strays)} images that no manifest knows are left out: {few}", file=sys.stderr)
     return kept
 
 

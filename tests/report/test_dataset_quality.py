@@ -1,5 +1,7 @@
 """A look at a dataset: measures against their definitions, planted faults found, bad input refused."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,8 +9,11 @@ from scipy.linalg import sqrtm
 
 import evaluate
 from utils.cli import run
+from utils.dataset.folder import known_images
 from utils.report import dataset_quality as report
+from utils.report.dataset_quality import Folder
 from utils.storage import append_jsonl, read_json, write_json
+from utils.training.image_sets import open_sources
 
 
 def call(*arguments):
@@ -171,17 +176,29 @@ def test_strays_of_a_generated_dataset_are_named_and_left_out(tmp_path, capsys):
         for index in range(5):
             (data / f"train/{class_id}/{index:03}.png").rename(data / f"train/{class_id}/{class_id}_{index:06}.png")
             if index < 4:
-                append_jsonl(data / f"manifest/{class_id}.jsonl", {"id": class_id, "index": index, "bytes": 1})
+                append_jsonl(
+                    data / f"manifest/{class_id}.jsonl", {"id": class_id, "index": index, "bytes": 1, "sha256": ""}
+                )
     (data / "train/fig").mkdir()
     Image.new("RGB", (48, 48)).save(data / "train/fig/mine.png")
     assert images_of(data, tmp_path / "look") == 11  # without a dataset.json it is anybody's folder
-    write_json(data / "dataset.json", {"classes": [{"id": "apple", "name": "apple, fruit"}, {"id": "pear"}]})
+    rows = [{"id": "apple", "name": "apple, fruit", "images": 5}, {"id": "pear", "name": "", "images": 5}]
+    info = {
+        "format": "imagenet-sd dataset 1",
+        "classes": rows,
+        "model": {},
+        "recipe": {"format": "png", "batch_size": 5},
+    }
+    write_json(data / "dataset.json", info)
     capsys.readouterr()
     assert images_of(data, tmp_path / "look") == 8
     said = capsys.readouterr().err
-    assert (
-        "--dataset-report: 3 images that no manifest of" in said and "apple_000004.png" in said and "mine.png" in said
-    )
+    assert "--dataset-report: 3 images that no manifest knows are left out: " in said
+    assert "apple_000004.png" in said and "mine.png" in said
+    shutil.rmtree(data / "train/fig")
+    (trained,) = open_sources([data], None, None, known_images)
+    looked_at = Folder(str(data), "--dataset-report", known_images)
+    assert [trained.name(row) for row in range(len(trained))] == [path for path, _ in looked_at.samples]
 
 
 def images_of(data, out):

@@ -47,6 +47,7 @@ def test_a_run_writes_what_it_promises(finished, images):
     assert {"checkpoint.pth", "checkpoint_previous.pth", "shapes.pth", "args.json", "log.jsonl", "curves.png"} <= names
     assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     described = json.loads((run / "args.json").read_text())
+    assert [source["synthetic"] for source in described["sources"]] == [False]
     assert described["class_ids"] == ["n01", "n02", "n03"] and described["dataset"] == "shapes"
     assert (described["arch"], described["head"], described["image_size"], described["resize"]) == (
         "resnet10",

@@ -25,7 +25,7 @@ from utils.cli import UserError, command_line
 from utils.evaluation import checkpoints
 from utils.images import BadImage, decode_rgb, drop_strays, list_image_folder
 from utils.machine import snapshot
-from utils.report.figures import strip
+from utils.report.figures import Manifests, strip
 from utils.report.records import read_described
 from utils.storage import require_writable, write_json, write_page
 
@@ -56,11 +56,13 @@ class Network:
     workers: int
 
 
-def run(dataset: str, real_folder: str | None, network: Network | None, out: Path, dry_run: bool) -> int:
+def run(
+    dataset: str, real_folder: str | None, network: Network | None, out: Path, dry_run: bool, manifests: Manifests
+) -> int:
     """`evaluate.py --dataset-report DATASET [--real DIR] [--checkpoint MODEL]`. Returns the exit code."""
     # ===== finding the images =====
-    synthetic = Folder(dataset, "--dataset-report")
-    real = Folder(real_folder, "--real") if real_folder else None
+    synthetic = Folder(dataset, "--dataset-report", manifests)
+    real = Folder(real_folder, "--real", manifests) if real_folder else None
     if real and not network:
         raise UserError("--real: comparing with real images needs features; give --checkpoint MODEL, such as resnet50")
     if real and not set(real.ids) & set(synthetic.ids):
@@ -125,11 +127,11 @@ def run(dataset: str, real_folder: str | None, network: Network | None, out: Pat
 class Folder:
     """Images by class: ids, (path, label) samples without strays, and the rows of each class."""
 
-    def __init__(self, folder: str, option: str) -> None:
+    def __init__(self, folder: str, option: str, manifests: Manifests) -> None:
         self.folder = Path(folder)
         train = self.folder / "train"
         ids, samples = list_image_folder(train if train.is_dir() else self.folder, option)
-        self.samples = drop_strays(self.folder, samples, option)
+        self.samples = drop_strays(samples, manifests(self.folder), option)
         labels = np.array([label for _, label in self.samples])
         rows = {class_id: np.flatnonzero(labels == label) for label, class_id in enumerate(ids)}
         self.rows = {class_id: its for class_id, its in rows.items() if len(its)}

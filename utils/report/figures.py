@@ -6,7 +6,7 @@ import base64
 import io
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from utils.images import INK, BadImage, Curve, contact_sheet, decode_rgb, draw_c
 from utils.report.records import Sidecar, read_described, read_epochs
 from utils.storage import atomic_path, read_jsonl
 
+# (folder) -> (class id, file names) ... of a generated dataset's manifests, None for other folders
+Manifests = Callable[[Path], Iterable[tuple[str, Iterable[str]]] | None]
 MAX_CLASSES = 20  # classes that a page still shows whole
 SHEET_COLUMNS, SHEET_SIDE = 10, 64  # images a class and source; pixels of each
 # The paper's page draws the model of real images in blue and that of synthetic ones in red, whatever their order. Each
@@ -128,7 +130,7 @@ def shares(matrix: np.ndarray | None) -> list[list[dict[str, Any]]] | None:
 # ===== pictures =====
 
 
-def contact_sheets(shown: Sequence[tuple[str, Path]]) -> list[dict[str, Any]]:
+def contact_sheets(shown: Sequence[tuple[str, Path]], manifests: Manifests) -> list[dict[str, Any]]:
     """[{id, name, strips: [{source, prompt, picture}]}]: the same classes of several datasets, one under the other.
 
     Images are taken at even distances through a class; pictures are data URIs of one WebP strip each.
@@ -137,7 +139,7 @@ def contact_sheets(shown: Sequence[tuple[str, Path]]) -> list[dict[str, Any]]:
     for source, folder in shown:
         root = folder / "train" if (folder / "train").is_dir() else folder
         ids, samples = list_image_folder(root, "--show-data")
-        samples = drop_strays(folder, samples, "--show-data")
+        samples = drop_strays(samples, manifests(folder), "--show-data")
         described = read_described(folder)
         names = described.names if described else {}
         for label, class_id in enumerate(ids):

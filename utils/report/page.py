@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.images import MOST_NAMED
-from utils.report.figures import COLORS, RadarLine, close_looks, contact_sheets, draw_radar, training_curves
+from utils.report.figures import COLORS, Manifests, RadarLine, close_looks, contact_sheets, draw_radar, training_curves
 from utils.report.records import Row, Sidecar, provenance, read_results, read_sidecars, read_training
 from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Cell, Model, as_cell, averages, make_tables
 from utils.report.verdicts import headline
@@ -30,12 +30,17 @@ FEWEST_AXES = 3  # of a radar plot: two would be a line
 
 
 def write_report(
-    results: Sequence[Path], out: Path, title: str | None = None, show_data: Sequence[tuple[str, Path]] = ()
+    results: Sequence[Path],
+    out: Path,
+    title: str | None = None,
+    show_data: Sequence[tuple[str, Path]] = (),
+    manifests: Manifests = lambda folder: None,
 ) -> list[Path]:
     """Write OUT/report.html, OUT/report.md and, where at least three axes are known, OUT/radar.{svg,png}.
 
     RESULTS: results.jsonl files. SHOW_DATA: (name, class-folder root or generated dataset) pairs whose images are set
-    side by side, class by class. Returns the files written. Raises UserError on a missing or empty results file.
+    side by side, class by class; MANIFESTS tells which files of a generated dataset are its images. Returns the files
+    written. Raises UserError on a missing or damaged file.
     """
     rows = read_results(results)
     models = group_models(rows)
@@ -48,7 +53,7 @@ def write_report(
         "nothing_recorded": NOTHING_RECORDED,
         "curves": training_curves({model.name: (model.color, model.runs) for model in models}),
         "looks": close_looks({model.name: model.sidecars for model in models}),
-        "sheets": contact_sheets(show_data),
+        "sheets": contact_sheets(show_data, manifests),
         **provenance([one for model in models for one in model.folders], [folder for _, folder in show_data]),
     }
     written = [out / "report.html", out / "report.md"]

@@ -29,6 +29,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether the images are a generated dataset's, which has a dataset.json."""
+        return self.root.name in ("train", "shards") and (self.root.parent / "dataset.json").is_file()
+
     def name(self, index: int) -> str:
         """The image's path as a person would look for it."""
         return f"{self.root}/{os.fsdecode(self.names[index])}"
