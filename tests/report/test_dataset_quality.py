@@ -177,7 +177,8 @@ def test_strays_of_a_generated_dataset_are_named_and_left_out(tmp_path, capsys):
             (data / f"train/{class_id}/{index:03}.png").rename(data / f"train/{class_id}/{class_id}_{index:06}.png")
             if index < 4:
                 append_jsonl(
-                    data / f"manifest/{class_id}.jsonl", {"id": class_id, "index": index, "bytes": 1, "sha256": ""}
+                    data / f"manifest/{class_id}.jsonl",
+                    {"id": class_id, "index": index, "bytes": 1, "sha256": "00" * 32},
                 )
     (data / "train/fig").mkdir()
     Image.new("RGB", (48, 48)).save(data / "train/fig/mine.png")
