@@ -18,12 +18,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.classes import FACTOR, images_per_class, load_classes
-from utils.cli import Launch, UserError, command_line, make_parser, positive_float, positive_int, run
+from utils.cli import (
+    Launch,
+    UserError,
+    any_path,
+    command_line,
+    make_parser,
+    positive_float,
+    positive_int,
+    run,
+    seed_number,
+)
 from utils.dataset import folder as datasets
 from utils.dataset import inspection
 from utils.dataset.folder import Dataset, in_chunk
@@ -54,7 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--names", choices=NAMES, default="first", help="of a class: its first name or all")
     parser.add_argument("--images-per-class", type=image_count, default="imagenet", metavar="N|imagenet|Nx",
                         help="a number, as many as the real class, or 10x as many ...; may grow")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another dataset")
+    parser.add_argument("--seed", type=seed_number, default=0, help="another seed, another dataset")
     # How to draw it
     parser.add_argument("--recipe", choices=list(RECIPES), default="paper", help="sets the next three options")
     parser.add_argument("--guidance-scale", type=positive_float, help="1 is none (paper: 2, fast: 2)")
@@ -67,12 +77,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="commit or tag of a hub id")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", choices=("auto", "fp16", "bf16", "fp32"), default="auto", help="number format")
-    parser.add_argument("--attention", choices=("auto", "xformers", "sdpa"), default="auto", help="attention kernels")
+    parser.add_argument("--attention", choices=("auto", "sdpa", "xformers"), default="auto",
+                        help="kernels; auto: the fastest")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at start, then faster")
     parser.add_argument("--batch-size", type=auto_or_positive, default="auto", metavar="N|auto",
                         help="images drawn together; auto keeps the folder's, else suits the device")  # fmt: skip
     # What to keep
-    parser.add_argument("--out", help="dataset folder (default: data/<classes>_sd)")
+    parser.add_argument("--out", type=any_path, help="dataset folder (default: data/<classes>_sd)")
     parser.add_argument("--format", choices=FORMATS, default="jpg", help=f"of the images; jpg: quality {QUALITY}")
     parser.add_argument("--save-size", type=positive_int, metavar="PIXELS", help="store with this shorter side")
     parser.add_argument("--safety", choices=("redraw", "keep", "off"),
@@ -86,7 +97,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     mode.add_argument("--repair", action="store_true", help="verify, then draw again what is damaged or missing")
     mode.add_argument("--preview", action="store_true", help="write contact sheets and OUT/index.html, a gallery")
     mode.add_argument("--pack", action="store_true", help="write a complete dataset as WebDataset tar shards too")
-    mode.add_argument("--reproduce", type=Path, metavar="DATASET.JSON",
+    mode.add_argument("--reproduce", type=any_path, metavar="DATASET.JSON",
                       help="draw a sample of that dataset again, as it records, and compare")  # fmt: skip
     parser.add_argument("--sample", type=positive_int, default=50, metavar="N", help="images for --reproduce to draw")
     parser.add_argument("--rate", type=positive_float, metavar="IMAGES_PER_S", help="of one GPU, for --dry-run's hours")
@@ -97,27 +108,34 @@ def main(args: argparse.Namespace) -> int:
     """Draw what is asked and not here yet, or do what one of the modes says. Returns the exit code."""
     # ===== checking the request =====
     table, template = load_classes(args.classes), parse_template(args.prompt)
-    out = Path(args.out or f"data/{table.name}_sd")
+    out = args.out or Path(f"data/{table.name}_sd")
     for whole in LAUNCH.whole:
         if args.chunk and getattr(args, whole):
             raise UserError(f"--chunk: --{whole} takes all classes together; leave --chunk out")
     if args.status or args.verify or args.preview or args.pack:
         return look_at(datasets.open_dataset(out), args)
     if args.reproduce:
-        choices = {"dtype": chosen(args.dtype), "attention": chosen(args.attention), "batch_size": args.batch_size}
+        asked = {"dtype": args.dtype, "attention": args.attention, "batch_size": args.batch_size}
+        choices = {key: value for key, value in asked.items() if value != "auto"}
         return reproduction.reproduce(
             args.reproduce, args.sample, args.seed, args.model, args.revision, args.device, choices, draw
         )
-    model, counts = args.model or DEFAULT_MODEL, images_per_class(table, args.images_per_class)
     datasets.refuse_foreign_folder(out)
-    existing = datasets.open_dataset(out) if (out / "dataset.json").exists() else None
-    recipe = asked_recipe(args, table.sha256, template.text).settle(existing, counts)
+    existing = datasets.open_dataset(out) if args.repair or (out / "dataset.json").exists() else None
+    model, revision = args.model or DEFAULT_MODEL, args.revision
+    if args.repair and existing:  # by the folder's own record, whatever the options say
+        table, recipe = reproduction.recorded_classes(existing), Recipe.of(existing)
+        template, counts = parse_template(recipe.prompt), {folder.id: folder.count for folder in existing.folders}
+        model, revision = (model, revision) if args.model else reproduction.recorded_model(existing)
+    else:
+        counts = images_per_class(table, args.images_per_class)
+        recipe = asked_recipe(args, table.sha256, template.text).settle(existing, counts)
     if args.dry_run:
-        plan.show_plan(recipe, model, args.revision, table, template, counts, args.chunk, out, args.device, args.rate)
+        plan.show_plan(recipe, model, revision, table, template, counts, args.chunk, out, args.device, args.rate)
         return 0
 
     # ===== finding the model =====
-    folder = find_pipeline(model, args.revision)
+    folder = find_pipeline(model, revision)
     recipe = recipe.with_model(folder)
     require_writable(out, "--out")
     about: dict[str, Any] = {
@@ -148,16 +166,15 @@ def main(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     recipe = recipe.with_device(device)
     sampler = loading.load_sampler(folder, recipe, device)
-    batch_size = recipe.batch_size or loading.choose_batch_size(sampler)
+    settled = replace(recipe, batch_size=recipe.batch_size or loading.choose_batch_size(sampler))
+    about |= {"recipe": settled.record(), "unet_forwards_per_image": sampler.forwards_per_image}
+    if device.type == "cuda" and not existing and args.attention == "auto":
+        about["attention_ms"] = loading.attention_ms(device, sampler.dtype)
 
     # ===== drawing =====
-    about |= {
-        "recipe": replace(recipe, batch_size=batch_size).record(),
-        "unet_forwards_per_image": sampler.forwards_per_image,
-        "environment": snapshot(),
-    }
-    dataset = datasets.create_dataset(out, about)
-    recipe = recipe.settle(dataset, counts)  # another process may have been first: its batch size counts
+    dataset = datasets.create_dataset(out, about | {"environment": snapshot()})
+    # Another process may have been first: its batch size counts.
+    recipe = replace(recipe, attention=None).settle(dataset, counts)
     sampler.denoising.size = recipe.batch_size or 1
     session = drawing.Session(dataset, in_chunk(dataset.folders, args.chunk), recipe)
     with session.bar:
@@ -191,19 +208,17 @@ def draw(
         pixels, faults = sampler.decode(latents)
         return pixels.numpy(), faults, sampler.flagged(pixels) if recipe.safety != "off" else [None] * len(pixels)
 
-    with drawing.encoders(on_cpu=sampler.device.type == "cpu") as pool:
+    def write(batch: Batch, pixels, faults, flags):
+        """The files; ({index: manifest entry}, {index: why it must be drawn again})."""
+        return drawing.write_images(batch, recipe, pixels, faults, flags, beside_unet=sampler.device.type == "cpu")
 
-        def write(batch: Batch, pixels, faults, flags):
-            """The files; ({index: manifest entry}, {index: why it must be drawn again})."""
-            return drawing.write_images(batch, recipe, pool, pixels, faults, flags)
-
-        for batch, (entries, rejected) in drawing.overlapped(batches, denoise, decode, write, sampler):
-            attempt = batch
-            while rejected:
-                attempt = attempt.again(rejected, recipe.seed)
-                more, rejected = write(attempt, *decode(denoise(attempt)))
-                entries |= more
-            yield batch, entries
+    for batch, (entries, rejected) in drawing.overlapped(batches, denoise, decode, write, sampler):
+        attempt = batch
+        while rejected:
+            attempt = attempt.again(rejected, recipe.seed)
+            more, rejected = write(attempt, *decode(denoise(attempt)))
+            entries |= more
+        yield batch, entries
 
 
 # ===== the request =====
@@ -220,11 +235,6 @@ def image_count(text: str) -> int | str:
     return positive_int(text)
 
 
-def auto_or_positive(text: str) -> int | None:
-    """Of --batch-size; "auto" -> None."""
-    return None if text == "auto" else positive_int(text)
-
-
 def chunk(text: str) -> tuple[int, int]:
     """ "3/8" -> (3, 8)"""
     try:
@@ -236,18 +246,16 @@ def chunk(text: str) -> tuple[int, int]:
     return part, parts
 
 
-def chosen(text: str) -> str | None:
-    """ "auto" -> None"""
-    return None if text == "auto" else text
+def auto_or_positive(text: str) -> int | str:
+    """Of --batch-size."""
+    return text if text == "auto" else positive_int(text)
 
 
 def asked_recipe(args: argparse.Namespace, classes_sha256: str, prompt: str) -> Recipe:
     """The recipe as the command line has it; None where the folder, the model or the device decides ("auto")."""
-    names = ("images_per_class", "names", "seed", "scheduler", "steps", "guidance_scale", "height", "width", "compile")
-    names += ("batch_size", "safety", "format", "save_size")
-    options = {name: getattr(args, name) for name in names}
-    options |= {"dtype": chosen(args.dtype), "attention": chosen(args.attention)}
-    return Recipe.asked(args.recipe, classes=classes_sha256, prompt=prompt, **options)
+    names = [key.name for key in fields(Recipe) if key.name in args]
+    options = {name: None if getattr(args, name) == "auto" else getattr(args, name) for name in names}
+    return Recipe.asked(args.recipe, **options | {"classes": classes_sha256, "prompt": prompt})
 
 
 # ===== instead of drawing =====

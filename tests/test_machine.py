@@ -124,3 +124,21 @@ def test_fp32_is_no_tf32():
     torch.backends.cudnn.allow_tf32 = True  # torch's default
     machine.resolve_dtype("fp32", torch.device("cpu"))
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("device", "here", "lacks"),
+    [
+        ("cpu", ("gcc",), r"no C\+\+ compiler \(g\+\+\)"),
+        ("cuda", ("g++",), r"no C compiler \(gcc\)"),
+        ("cuda", ("gcc",), r"no Python\.h \(python3-dev\)"),
+    ],
+)
+def test_the_tools_of_compile_are_asked_for_at_the_door(monkeypatch, tmp_path, device, here, lacks):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name if name in here else None)
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match=f"--compile: {lacks} here"):
+        machine.require_compiler(torch.device(device))
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    (tmp_path / "Python.h").touch()
+    machine.require_compiler(torch.device(device))

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from utils.cli import UserError
+from utils.machine import COMPILERS
 from utils.model import (
-    COMPILERS,
     TEMPERATURE,
     CosineLinear,
     MultiCrop,

@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import sysconfig
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +33,7 @@ OUT_OF_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "unable to find an engine",  # cuDNN, whose engines all need more: pytorch #108645
 )
+COMPILERS = ("g++", "c++", "clang++")  # on a CPU torch.compile needs one of them
 PACKAGES = ("torch", "torchvision", "xformers", "diffusers", "transformers", "numpy", "pillow", "simplejpeg")
 
 
@@ -176,3 +179,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     )
+
+
+def require_compiler(device: torch.device) -> None:
+    """UserError if torch.compile lacks a tool on DEVICE, which it would miss only minutes later, at the first step."""
+    if device.type == "cuda":  # Triton builds its launchers with a C compiler
+        lacking = "" if any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))) else "C compiler (gcc)"
+        if not lacking and not Path(sysconfig.get_path("include"), "Python.h").is_file():
+            lacking = "Python.h (python3-dev)"
+    else:  # inductor writes C++
+        lacking = "" if any(map(shutil.which, (os.environ.get("CXX", "c++"), *COMPILERS))) else "C++ compiler (g++)"
+    if lacking:
+        raise UserError(
+            f"--compile: no {lacking} here, which torch.compile needs; install Debian's package or leave it out"
+        )

@@ -7,7 +7,6 @@ into an unmodified torchvision model.
 from __future__ import annotations
 
 import difflib
-import shutil
 from collections.abc import Sequence
 from typing import cast
 
@@ -17,10 +16,10 @@ from torch import nn
 from torch.nn import functional
 
 from utils.cli import UserError
+from utils.machine import require_compiler
 
 HEADS = ("cosine", "linear")
 TEMPERATURE = 0.1  # of the cosine softmax: t-ReX defaults
-COMPILERS = ("g++", "c++", "clang++")  # torch.compile needs one of them
 SMALL = "resnet10"  # the demo's network
 
 
@@ -117,8 +116,7 @@ def refuse_sizes(model: nn.Module, sizes: Sequence[int]) -> None:
 
 def compiled(forward: nn.Module) -> nn.Module:
     """torch.compile, refused at the door where it could only fail at the first step."""
-    if not any(map(shutil.which, COMPILERS)):
-        raise UserError("--compile: no C++ compiler here, which torch.compile needs; install g++ or leave it out")
+    require_compiler(next(forward.parameters()).device)
     return cast(nn.Module, torch.compile(forward))
 
 

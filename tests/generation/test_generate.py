@@ -170,7 +170,7 @@ def test_verify_finds_a_flipped_byte_and_repair_mends_it(tmp_path, tiny, referen
     assert call(out, tiny, "--verify") == 2
     output = capsys.readouterr()
     assert f"{TWO}: 1 damaged: 6" in output.out and "--repair" in output.err
-    assert call(out, tiny, "--repair") == 0
+    assert run(generate.main, generate.get_args_parser(), ["--out", str(out), "--repair"]) == 0  # by its own record
     assert files_of(out) == reference
     assert call(out, tiny, "--verify") == 0
 
@@ -340,6 +340,9 @@ def test_bad_requests_are_one_line_and_leave_nothing(tmp_path, tiny, capsys, opt
         ["--images-per-class", "0x"],
         ["--images-per-class", "1.5x"],
         ["--images-per-class", "x"],
+        ["--seed", str(2**70)],
+        ["--out", "x" * 300],
+        ["--reproduce", "x" * 300],
         ["--steps", "x"],
         ["--chunk", "3/3"],
         ["--chunk", "1"],
@@ -360,7 +363,7 @@ def test_unknown_keys_of_a_recipe_are_refused(tmp_path, tiny, monkeypatch, capsy
 
 
 def test_looking_at_no_dataset_says_so(tmp_path, tiny, capsys):
-    for option in ("--status", "--verify", "--preview", "--pack"):
+    for option in ("--status", "--verify", "--preview", "--pack", "--repair"):
         assert call(tmp_path / "none", tiny, option) == 2
         assert "no dataset here" in capsys.readouterr().err
 
@@ -558,6 +561,13 @@ def test_a_full_disk_stops_cleanly_and_the_same_command_goes_on(small_disk, tiny
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     assert call(out, tiny) == 0
     assert files_of(out) == reference
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, tiny, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert call("~/out", tiny, images=1) == 0
+    assert (tmp_path / "out" / "dataset.json").is_file() and not (tmp_path / "~").exists()
 
 
 def test_folder_that_is_a_file_or_someone_elses_is_refused(tmp_path, tiny, capsys):

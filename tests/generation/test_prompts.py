@@ -375,6 +375,17 @@ def test_a_tokenizer_saved_by_transformers_counts_alike(tmp_path):
     assert new.max_tokens == old.max_tokens
 
 
+def test_a_tokenizer_that_cuts_and_pads_counts_what_is_there(tmp_path):
+    """models/digits-sd, as many others, has both saved in its tokenizer.json: 279 tokens would count as 77."""
+    settings = json.loads((ROOT / "models/digits-sd/tokenizer/tokenizer.json").read_text())
+    assert settings["truncation"] and settings["padding"]
+    counter = token_counter(str(ROOT / "models/digits-sd"))
+    assert counter("zero") < 10 and counter("zero, " * 100) > 200
+    table = ClassTable("birds", (ClassRow("jay", "jay", "", "zero " * 100),))
+    (warning,) = prompt_warnings(table, parse_template("c, d_c"), count_tokens=counter)
+    assert "CLIP reads 77; cut off: 'zero zero" in warning
+
+
 def test_half_a_tokenizer_is_none(tmp_path):
     folder = save_tokenizer(tmp_path / "model" / "tokenizer")
     (folder / "merges.txt").unlink()

@@ -59,6 +59,14 @@ def test_a_set_may_grow_and_never_shrink():
         Recipe(images_per_class=6).settle(made, {"cat": 6})
 
 
+def test_other_attention_kernels_continue_a_set_and_what_may_change_is_told(capsys):
+    made = existing(Recipe(attention="xformers"))
+    assert Recipe().settle(made, COUNTS).attention == "xformers" and not capsys.readouterr().err
+    assert Recipe(attention="sdpa").settle(made, COUNTS).attention == "sdpa"
+    said = capsys.readouterr().err
+    assert "drawn with --attention xformers; with sdpa low bits" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [

@@ -232,7 +232,9 @@ def create_dataset(root: Path, info: dict[str, Any]) -> Dataset:
             write_json(root / "dataset.json", {"format": FORMAT, **info})
         dataset = open_dataset(root)
         larger = enlarged(dataset, info)
-        same = all(larger.recipe.get(key, value) == value for key, value in info["recipe"].items())
+        same = all(
+            larger.recipe.get(key, value) == value for key, value in info["recipe"].items() if key != "attention"
+        )
         if same and larger is not dataset:
             write_json(root / "dataset.json", larger.info)
     return open_dataset(root)

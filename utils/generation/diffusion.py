@@ -57,16 +57,14 @@ class Portions:
 class Sampler:
     """A loaded pipeline, on its device and in its number format."""
 
-    def __init__(
-        self, pipeline, recipe: Recipe, device: torch.device, dtype: torch.dtype, batch_size: int = 1, compiled=False
-    ):
+    def __init__(self, pipeline, recipe: Recipe, device: torch.device, dtype: torch.dtype):
         self.pipeline, self.recipe, self.device, self.dtype = pipeline, recipe, device, dtype
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.layout = memory_format(device, dtype)
         self.factor = pipeline.vae_scale_factor
         self.height, self.width = recipe.height or 512, recipe.width or 512
-        self.compiled = compiled  # the UNet is a program for one number of images
-        self.denoising = Portions(batch_size, device, "--height and --width", fixed=compiled)
+        # A compiled UNet is a program for one number of images.
+        self.denoising = Portions(recipe.batch_size or 1, device, "--height and --width", fixed=recipe.compile)
         self.decoding = Portions(max(1, DECODE_PIXELS // (self.height * self.width)), device, "--height and --width")
         self.checking = Portions(CHECKED_IMAGES, device, "--batch-size, or use --safety off")
         self.scheduler = build_scheduler(recipe.scheduler, pipeline.scheduler.config)
@@ -111,7 +109,7 @@ class Sampler:
         def portion(start: int, end: int) -> torch.Tensor:
             """A compiled UNet gets always as many: it would be compiled anew, for minutes, for the last batch of a
             class and for every number of redraws, and dynamo gives up after eight sizes."""
-            surplus = self.denoising.size - (end - start) if self.compiled else 0
+            surplus = self.denoising.size - (end - start) if self.denoising.fixed else 0
             padded = torch.cat([latents[start:end], *[latents[end - 1 : end]] * surplus])
             return self._denoise(padded, [*texts[start:end], *[texts[end - 1]] * surplus], on_step)[: end - start]
 

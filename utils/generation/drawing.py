@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -134,7 +134,7 @@ class Session:
         self.bar.update(len(entries))
 
     def summary(self, sampler: Sampler) -> dict[str, Any]:
-        """The line of sessions.jsonl: images, seconds, images/s, UNet forwards, device, images denoised at once."""
+        """The line of sessions.jsonl: images, seconds, images/s, UNet forwards, device and so on."""
         self.bar.close()
         seconds = time.monotonic() - self.started
         return {
@@ -143,6 +143,7 @@ class Session:
             "images_per_s": round(self.images / seconds, 3),
             "unet_forwards": sampler.forwards_per_image * self.draws,
             "device": str(sampler.device),
+            "attention": sampler.recipe.attention,
             "micro_batch": sampler.denoising.size,  # less than the batch size where memory ran out
         }
 
@@ -185,22 +186,13 @@ def overlapped(
 # ===== files =====
 
 
-def encoders(on_cpu: bool) -> ThreadPoolExecutor:
-    """Threads that encode and write images; the encoders of JPEG, PNG and WebP free Python's lock."""
-    return ThreadPoolExecutor(1 if on_cpu else min(8, os.cpu_count() or 1))
-
-
 def write_images(
-    batch: Batch,
-    recipe: Recipe,
-    pool: Executor,
-    pixels: np.ndarray,
-    faults: list[str],
-    flags: list[bool | None],
+    batch: Batch, recipe: Recipe, pixels: np.ndarray, faults: list[str], flags: list[bool | None], beside_unet: bool
 ) -> tuple[dict[int, dict], dict[int, list[str]]]:
     """({index: manifest entry} of the images written, {index: reasons so far} of those to be drawn again).
 
-    PIXELS: uint8 (B, H, W, 3); FAULTS: what is wrong with each image, or ""; FLAGS: what the safety checker says.
+    PIXELS: uint8 (B, H, W, 3); FAULTS: what is wrong with each image, or ""; FLAGS: what the safety checker says;
+    BESIDE_UNET: on the CPU that it denoises on, so that one thread must do.
     """
     rejected: dict[int, list[str]] = {}
     accepted = []
@@ -237,7 +229,8 @@ def write_images(
             "sha256": sha256_bytes(data),
         }
 
-    return dict(pool.map(save, accepted)), rejected
+    with ThreadPoolExecutor(1 if beside_unet else min(8, os.cpu_count() or 1)) as pool:  # encoders free Python's lock
+        return dict(pool.map(save, accepted)), rejected
 
 
 def encode_image(pixels: np.ndarray, kind: str, save_size: int | None) -> bytes:

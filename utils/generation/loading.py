@@ -1,11 +1,11 @@
-"""Making a Sampler: loading a checked pipeline, and choosing attention kernels and batch size by device."""
-
-from __future__ import annotations
+"""Making a Sampler: a checked pipeline is loaded; attention kernels and batch size are chosen by device."""
 
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle CPU threads sleep: a shared machine stays usable
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums on every run, also with two streams
@@ -13,30 +13,32 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums on 
 import diffusers
 import torch
 import transformers
+from diffusers.models.attention_processor import XFormersAttnProcessor
 
 from utils.cli import UserError
 from utils.generation.diffusion import Sampler, spans
 from utils.generation.pipeline import PipelineFolder
 from utils.generation.recipe import Recipe
-from utils.machine import is_out_of_memory, memory_format, resolve_device, resolve_dtype
+from utils.machine import memory_format, require_compiler, resolve_device, resolve_dtype
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CPU_LATENTS = 6400  # batch x latent area on a CPU: 100 images of 8x8 latents, 1 of 64x64; larger gained nothing
-MOST_IMAGES_A_BATCH = 64  # CUDA: more images gain nothing and lose more to a kill
-FILLED = 0.8  # CUDA: share of its memory that a batch may take; decoding beside the next batch needs some
-HEAD_SIZES = (40, 64, 80, 160, 512)  # of attention: the UNets of SD 1.x (40, 80, 160) and 2.x (64), and their VAE (512)
-WORTHWHILE = 1.03  # CUDA: a doubled batch must draw this many times faster to be taken
+# CUDA: memory in GB -> images of 512 px in 16-bit numbers; on an A100 16 draw at 97 % of the rate of 64 (diffusers'
+# figures), and more would lose more to a kill. A table, for a trial's answer would change with its noise.
+IMAGES_BY_MEMORY = ((22, 16), (15, 8), (10, 4), (7, 2), (0, 1))
+MOST_IMAGES = 64  # in a batch, of whatever size
+# Size of an attention head -> its tokens at 512 px: the UNets of SD 1.x (40, 80, 160) and 2.x (64), and the VAE (512)
+HEADS = {40: 4096, 64: 4096, 80: 1024, 160: 256, 512: 4096}
+WORTHWHILE = 1.05  # xformers must be this many times faster: a measurement is off by less
 
 
 def load_sampler(folder: PipelineFolder, recipe: Recipe, device: torch.device) -> Sampler:
-    """Load FOLDER for drawing by RECIPE, settled with the model and DEVICE.
-
-    UserError if its weights do not fit its settings or the recipe's attention cannot run here.
-    """
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    """Load FOLDER for drawing by RECIPE, settled with the model and DEVICE; UserError if its weights do not fit."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    if recipe.compile:
+        require_compiler(device)
     dtype = resolve_dtype(recipe.dtype or "auto", device)
     without_checker = {} if recipe.safety != "off" else {"safety_checker": None, "feature_extractor": None}
     try:
@@ -44,30 +46,32 @@ def load_sampler(folder: PipelineFolder, recipe: Recipe, device: torch.device) -
             folder.path, dtype=dtype, local_files_only=True, requires_safety_checker=False, **without_checker
         )
     except Exception as error:  # each library raises its own kinds for the same trouble
-        raise UserError(
-            f"--model {folder.name} cannot be loaded: {str(error).splitlines()[0]}; copy or download it again"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--model {folder.name} cannot be loaded: {reason}; copy or download it again") from error
     pipeline.to(device)
     for part in (pipeline.unet, pipeline.vae):
         part.to(memory_format=memory_format(device, dtype))
-    if recipe.attention == "xformers":
-        use_xformers(pipeline, device)
+        if recipe.attention == "xformers":  # not diffusers' own switch, which first tries it on the GPU numbered 0
+            part.set_attn_processor(XFormersAttnProcessor())
     if recipe.compile:
         pipeline.unet.compile(dynamic=False)  # Sampler gives it one batch size
-    return Sampler(pipeline, recipe, device, dtype, recipe.batch_size or 1, compiled=recipe.compile)
+    return Sampler(pipeline, recipe, device, dtype)
 
 
 # ===== choices by device =====
 
 
 def resolve_attention(name: str, device: torch.device, dtype: torch.dtype = torch.float16) -> str:
-    """`auto` is xformers on CUDA where its operators run, else torch's scaled_dot_product_attention."""
-    if name == "sdpa":
-        return name
+    """`auto` is torch's scaled_dot_product_attention ("sdpa") unless xformers is faster on this card."""
+    if name == "sdpa" or (name == "auto" and device.type != "cuda"):
+        return "sdpa"
     fault = xformers_fault(device, dtype)
     if name == "xformers" and fault:
-        raise UserError(f"--attention xformers: {fault}; use --attention sdpa or auto")
-    return "sdpa" if fault else "xformers"
+        raise UserError(f"--attention xformers: {fault}; use --attention sdpa")
+    if name == "xformers" or fault:
+        return "sdpa" if fault else name
+    sdpa, xformers = (sum(times.values()) for times in attention_ms(device, dtype).values())
+    return "xformers" if WORTHWHILE * xformers < sdpa else "sdpa"
 
 
 def xformers_fault(device: torch.device, dtype: torch.dtype) -> str:
@@ -77,9 +81,8 @@ def xformers_fault(device: torch.device, dtype: torch.dtype) -> str:
     try:
         from xformers.ops import memory_efficient_attention
 
-        # diffusers asks for float32 before it takes xformers, whatever the models' own number format is.
-        for kind, size in [(torch.float32, HEAD_SIZES[0]), *((dtype, size) for size in HEAD_SIZES)]:
-            query = torch.zeros(1, 8, 1, size, dtype=kind, device=device)  # (images, tokens, heads, head size)
+        for size in HEADS:
+            query = torch.zeros(1, 8, 1, size, dtype=dtype, device=device)  # (images, tokens, heads, head size)
             memory_efficient_attention(query, query, query).cpu()  # waits: a kernel may fail late
     except Exception as error:  # built for another torch, CUDA or GPU: it fails in many ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -87,37 +90,32 @@ def xformers_fault(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def use_xformers(pipeline, device: torch.device) -> None:
-    try:
-        pipeline.enable_xformers_memory_efficient_attention()
-    except Exception as error:
-        raise UserError(
-            f"--attention xformers fails on {device} ({str(error).splitlines()[0]}); use --attention sdpa"
-        ) from error
+@cache
+def attention_ms(device: torch.device, dtype: torch.dtype) -> dict[str, dict[int, float]]:
+    """{"sdpa" and "xformers": {head size: milliseconds}} of one attention of two images, 8 heads (the VAE's has 1)."""
+    from xformers.ops import memory_efficient_attention
+
+    found: dict[str, dict[int, float]] = {"sdpa": {}, "xformers": {}}
+    for size, tokens in HEADS.items():
+        query = torch.randn(2, tokens, 1 if size == 512 else 8, size, device=device).to(dtype)
+        heads_first = query.transpose(1, 2)  # a view, as diffusers gives it
+        kernels: dict[str, Callable[[], object]] = {
+            "sdpa": lambda q=heads_first: torch.nn.functional.scaled_dot_product_attention(q, q, q),  # type: ignore[misc]
+            "xformers": lambda q=query: memory_efficient_attention(q, q, q),  # type: ignore[misc]
+        }
+        for name, kernel in kernels.items():
+            found[name][size] = round(1000 * seconds_of(kernel, device, 9), 4)
+    return found
 
 
 def choose_batch_size(sampler: Sampler) -> int:
-    """Images a batch when the user leaves it to us: by size on a CPU, by trial on a GPU. Recorded, then kept.
-
-    On a GPU the batch doubles as long as it fits and draws at least WORTHWHILE times faster.
-    """
+    """Images a batch when the user leaves it to us: by image size and memory. Recorded, then kept."""
     area = (sampler.height // sampler.factor) * (sampler.width // sampler.factor)
     if sampler.device.type != "cuda":
         return max(1, min(CPU_LATENTS // area, 100))
-    best, best_rate, size = 1, 0.0, 1
-    total = torch.cuda.get_device_properties(sampler.device).total_memory
-    while size <= MOST_IMAGES_A_BATCH:
-        try:
-            rate = size / seconds_of_a_step(sampler, size)[0]
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            torch.cuda.empty_cache()
-            break
-        if rate < WORTHWHILE * best_rate or torch.cuda.max_memory_reserved(sampler.device) > FILLED * total:
-            break
-        best, best_rate, size = size, rate, size * 2
-    return best
+    memory_gb = torch.cuda.get_device_properties(sampler.device).total_memory / 1e9
+    images = next(images for least_gb, images in IMAGES_BY_MEMORY if memory_gb >= least_gb)
+    return max(1, min(images * 64 * 64 * 2 // (area * sampler.dtype.itemsize), MOST_IMAGES))
 
 
 def measured_rate(folder: PipelineFolder, recipe: Recipe, device_name: str) -> tuple[float, str, str]:
@@ -129,41 +127,34 @@ def measured_rate(folder: PipelineFolder, recipe: Recipe, device_name: str) -> t
     recipe = replace(recipe.with_device(device), safety="off", compile=False)
     sampler = load_sampler(folder, recipe, device)
     size = recipe.batch_size or choose_batch_size(sampler)
-    guided, decode = seconds_of_a_step(sampler, size)
-    seconds = guided * sampler.forwards_per_image / 2 + decode
+    step, decode = seconds_of_a_step(sampler, size)
     how = f"measured here, {recipe.dtype} in batches of {size}, from one step and one decode"
-    return size / seconds, "CPU" if device.type == "cpu" else "GPU", how
+    unit = "CPU" if device.type == "cpu" else "GPU"
+    return size / (step * sampler.forwards_per_image / 2 + decode), unit, how
 
 
 @torch.inference_mode()
 def seconds_of_a_step(sampler: Sampler, size: int) -> tuple[float, float]:
-    """Seconds of one guided UNet forward and of one decode of SIZE images, each after one that warms up."""
+    """Seconds of one guided UNet forward and of one decode of SIZE images."""
     latents = sampler.initial_latents(range(size)).to(sampler.device)
     scaled = torch.cat([latents, latents]).to(sampler.dtype, memory_format=sampler.layout)
     text = sampler.embedding("").expand(2 * size, -1, -1)
-    step = sampler.scheduler.timesteps[0].to(sampler.device)
-
-    def forward() -> None:
+    time_step = sampler.scheduler.timesteps[0].to(sampler.device)
+    parts = [latents[start:end] for start, end in spans(size, sampler.decoding.size)]
+    return (
         # forward(): never the compiled UNet, which would be compiled for every size that is tried.
-        sampler.unet.forward(scaled, step, encoder_hidden_states=text, return_dict=False)
-
-    def decode() -> None:
-        for start, end in spans(size, sampler.decoding.size):
-            sampler._decode(latents[start:end])
-
-    return _seconds(forward, sampler.device), _seconds(decode, sampler.device)
+        seconds_of(lambda: sampler.unet.forward(scaled, time_step, encoder_hidden_states=text), sampler.device),
+        seconds_of(lambda: [sampler._decode(part) for part in parts], sampler.device),
+    )
 
 
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    """Of WORK, the second time."""
-    for _ in range(2):
-        _wait(device)
+def seconds_of(work: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """The median of WORK, run TIMES times after once to warm up."""
+    seconds = []
+    for _ in range(times + 1):
         started = time.perf_counter()
         work()
-        _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])

@@ -157,6 +157,8 @@ class TokenCounter:
         from transformers import CLIPTokenizer  # a second to import, but it brings no torch
 
         self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        self._tokenizer.backend_tokenizer.no_truncation()  # which some models save in it
+        self._tokenizer.backend_tokenizer.no_padding()
         self.max_tokens = min(int(self._tokenizer.model_max_length), CLIP_MAX_TOKENS)
 
     def __call__(self, text: str) -> int:

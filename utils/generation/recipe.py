@@ -7,6 +7,7 @@ A recipe starts as the command line asks for it. What was left open (None) is fi
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -105,16 +106,24 @@ class Recipe:
     def settle(self, existing: Dataset | None, counts: Mapping[str, int]) -> Recipe:
         """With what was left open taken from the EXISTING dataset; UserError with a diff if it has another recipe.
 
-        COUNTS: {class id: images wanted}. A set may grow, as image k stays image k, but never shrink.
+        COUNTS: {class id: images wanted}. A set may grow, as image k stays image k, but never shrink. Other attention
+        kernels are allowed, as not every card has those of the record, and told.
         """
         if existing is None:
             return self
-        recorded = {"chroma": self.chroma} | existing.recipe  # not recorded by the first version, but the same
+        recorded = {
+            "chroma": self.chroma,
+            "attention": self.attention,
+        } | existing.recipe  # chroma: not in the first version
         if all(counts.get(folder.id, 0) >= folder.count for folder in existing.folders):
             recorded["images_per_class"] = self.images_per_class
         left_open = [key.name for key in fields(self) if key.metadata["auto"] and getattr(self, key.name) is None]
         taken: dict[str, Any] = {name: recorded.get(name) for name in left_open}
         settled = replace(self, **taken)
+        if recorded["attention"] != settled.attention:
+            print(f"note: {existing.root} was drawn with --attention {recorded['attention']}; with {settled.attention} "
+                  "low bits of its other images may differ", file=sys.stderr)  # fmt: skip
+            recorded["attention"] = settled.attention
         refuse_difference(existing, recorded, settled.record(), "recipe")
         return settled
 

@@ -60,7 +60,7 @@ def reproduce(
 ) -> int:
     """Draw about SAMPLE images of the dataset of RECORD again with DRAW (generate.py's), and print how they compare.
 
-    The MODEL (None: as recorded) and CHOICES (dtype, attention, batch_size; None: as recorded) may differ from the
+    The MODEL (None: as recorded) and CHOICES (of dtype, attention, batch_size) may differ from the
     record, to see what that does; they are then listed with the other differences. Returns the exit code: 0 if all
     images are byte-equal or near-equal, else 1.
     """
@@ -70,10 +70,7 @@ def reproduce(
     recorded, drawn_with = Recipe.of(dataset), dataset.info["model"]
     table, template = recorded_classes(dataset), parse_template(recorded.prompt)
     chosen = choose_batches(dataset, sample, seed)
-    if model:
-        folder = find_pipeline(model, revision)
-    else:
-        folder = find_pipeline(drawn_with["id"], None if Path(drawn_with["id"]).is_dir() else drawn_with["revision"])
+    folder = find_pipeline(*(model, revision) if model else recorded_model(dataset))
     hashes = folder.hashes(recorded.safety != "off")
     for name, _, _ in differences(drawn_with["files"], hashes):
         raise UserError(f"--model {folder.name} is not the model {dataset.root} was drawn with: {name} differs")
@@ -95,7 +92,7 @@ def reproduce(
 
 def own_recipe(recorded: Recipe, device: torch.device, choices: dict[str, Any]) -> Recipe:
     """What is done otherwise than RECORDED: as chosen, or because DEVICE cannot do it as recorded."""
-    given = {key: value for key, value in choices.items() if value is not None}
+    given = dict(choices)
     for key, of_a_gpu in (("dtype", "fp16"), ("attention", "xformers")):
         if device.type != "cuda" and getattr(recorded, key) == of_a_gpu:
             given.setdefault(key, None)
@@ -150,6 +147,12 @@ def recorded_classes(dataset: Dataset) -> ClassTable:
             f"--reproduce {dataset.root}: dataset.json was changed: its classes are not those of its recipe"
         )
     return table
+
+
+def recorded_model(dataset: Dataset) -> tuple[str, str | None]:
+    """(folder or hub id, revision) of the model DATASET was drawn with."""
+    name, revision = dataset.info["model"]["id"], dataset.info["model"]["revision"]
+    return name, None if Path(name).is_dir() else revision
 
 
 def differences(recorded: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
