@@ -301,3 +301,13 @@ def test_a_class_folder_that_is_not_utf8_is_named(tmp_path):
     Path(os.fsdecode(folder + b"/a.jpg")).write_bytes(b"x")
     with pytest.raises(UserError, match=r"caf\\udce9' is not UTF-8"):
         list_image_folder(tmp_path)
+
+
+@pytest.mark.parametrize("quality", [60, 95])
+def test_cmyk_jpegs_are_read_as_pillow_reads_them(quality):
+    """As the transfer suite does: libjpeg-turbo's own conversion is up to two levels off."""
+    ink = np.random.default_rng(0).integers(0, 256, (9, 9, 4), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(ink, "CMYK").resize((90, 70), Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality)
+    wanted = np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB"))
+    assert np.array_equal(images.decode_rgb(file.getvalue()), wanted)

@@ -57,10 +57,11 @@ def decode_rgb(
     jpeg = data[:3] == JPEG_MAGIC
     try:
         if jpeg:
-            with contextlib.suppress(ValueError):  # CMYK and a few odd JPEGs in the wild: Pillow knows them
-                height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            with contextlib.suppress(ValueError):  # a few odd JPEGs in the wild: Pillow knows them
+                height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
                 _refuse_huge(width, height, name)
-                return simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=min_height, min_width=min_width)
+                if colorspace not in ("CMYK", "YCCK"):  # of which libjpeg-turbo's RGB is a level or two off Pillow's
+                    return simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=min_height, min_width=min_width)
         with _open(data, name) as image:
             image.load()  # a truncated file raises here
             if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
