@@ -259,7 +259,10 @@ def test_a_report_says_why_it_has_no_radar_plot(tmp_path):
 
 
 def test_counts_over_seeds_are_told_apart_from_images(tmp_path):
-    look = records.Sidecar("d", "x", ["k"], ["k"], [records.ClassScore("k", 89, 100.0)], [[89]])
+    scores = [records.ClassScore("k", 89, 100.0)]
+    look = records.Sidecar(
+        dataset="d", checkpoint_sha256="x", class_ids=["k"], class_names=["k"], per_class=scores, confusion=[[89]]
+    )
     (shown,) = figures.close_looks({"real": [look] * 3})
     assert shown["classes"][0]["n"] == 89 and shown["models"][0]["runs"] == 3
     assert shown["models"][0]["confusion"][0][0]["count"] == 267

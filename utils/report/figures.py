@@ -23,11 +23,11 @@ from utils.storage import atomic_path, read_jsonl
 Manifests = Callable[[Path], Iterable[tuple[str, Iterable[str]]] | None]
 MAX_CLASSES = 20  # classes that a page still shows whole
 SHEET_COLUMNS, SHEET_SIDE = 10, 64  # images a class and source; pixels of each
-# The paper's page draws the model of real images in blue and that of synthetic ones in red, whatever their order. Each
-# pair of shades can be told apart by colour-blind readers.
+# The paper's page draws the model of real images in blue and that of synthetic ones in red, whatever their order. The
+# first two shades of each can be told apart by colour-blind readers.
 COLORS = {
-    "real": ("#2166ac", "#67a9cf", "#053061"),
-    "synthetic": ("#d6303a", "#f4a582", "#7f0d1a"),
+    "real": ("#2166ac", "#67a9cf", "#053061", "#35978f"),
+    "synthetic": ("#d6303a", "#f4a582", "#7f0d1a", "#e7298a", "#b15928"),
     "mixed": ("#7b3294", "#b58bc9"),
     "": ("#e08214", "#1b9e77", "#8c6d31", "#555555"),  # not known, such as a model of torchvision
 }
@@ -56,7 +56,7 @@ def close_looks(models: Mapping[str, Sequence[Sidecar]]) -> list[dict[str, Any]]
     """
     looks: dict[str, dict[str, Any]] = {}
     for name, sidecars in models.items():
-        for found in sidecars:
+        for found in (one for one in sidecars if one.per_class):
             look = looks.setdefault(found.dataset, {"dataset": found.dataset, "models": {}, "names": {}})
             look["names"] |= dict(zip(found.class_ids, found.class_names, strict=True))
             mine = look["models"].setdefault(

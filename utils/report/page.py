@@ -14,7 +14,7 @@ from typing import Any
 
 from utils.images import MOST_NAMED
 from utils.report.figures import COLORS, Manifests, RadarLine, close_looks, contact_sheets, draw_radar, training_curves
-from utils.report.records import Row, Sidecar, provenance, read_results, read_sidecars, read_training
+from utils.report.records import Row, Sidecar, provenance, read_described, read_results, read_sidecars, read_training
 from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Cell, Model, as_cell, averages, make_tables
 from utils.report.verdicts import headline
 from utils.storage import atomic_write, require_writable, write_page
@@ -45,6 +45,9 @@ def write_report(
     rows = read_results(results)
     models = group_models(rows)
     require_writable(out, "--out")
+    described = [found for _, folder in show_data if (found := read_described(folder))]
+    trainings = [training for model in models for training in model.trainings]
+    sidecars = [sidecar for model in models for sidecar in model.sidecars]
     page: dict[str, Any] = {
         "title": title or "Can synthetic images replace real ones?",
         "headline": headline(models),
@@ -54,7 +57,7 @@ def write_report(
         "curves": training_curves({model.name: (model.color, model.runs) for model in models}),
         "looks": close_looks({model.name: model.sidecars for model in models}),
         "sheets": contact_sheets(show_data, manifests),
-        **provenance([one for model in models for one in model.folders], [folder for _, folder in show_data]),
+        **provenance([*described, *trainings, *sidecars]),
     }
     written = [out / "report.html", out / "report.md"]
     axes, values = radar_values(models)
@@ -84,8 +87,6 @@ def group_models(rows: Iterable[Row]) -> list[Model]:
                 row.folder, read_sidecars(Path(row.folder)) if row.folder not in sidecars else []
             )
             model.sidecars += [one for one in beside if one.checkpoint_sha256 == row.checkpoint_sha256]
-        if Path(row.folder) not in model.folders and not model.published:
-            model.folders.append(Path(row.folder))
         run = run_of(row)
         if run and run not in model.runs:
             model.runs.append(run)

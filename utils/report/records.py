@@ -56,6 +56,13 @@ class Row(msgspec.Struct):
         return self.key, self.protocol
 
 
+class Made(msgspec.Struct):
+    """How a file was made, as dataset.json, args.json and eval/*.json record it."""
+
+    command: str = ""
+    environment: dict[str, Any] = {}
+
+
 class Source(msgspec.Struct):
     """A folder that a run was trained on."""
 
@@ -71,7 +78,7 @@ class Plan(msgspec.Struct, frozen=True):
     epochs: int | None = None
 
 
-class Training(msgspec.Struct):
+class Training(Made):
     """What a report needs of a run's args.json."""
 
     options: dict[str, Any] = {}
@@ -108,7 +115,7 @@ class DescribedClass(msgspec.Struct):
     name: str = ""
 
 
-class Described(msgspec.Struct):
+class Described(Made):
     """What a report needs of a dataset.json."""
 
     classes: list[DescribedClass] = []
@@ -142,7 +149,7 @@ class ClassScore(msgspec.Struct):
     top1: float | None = None  # none without images
 
 
-class Sidecar(msgspec.Struct):
+class Sidecar(Made, kw_only=True):
     """What a report needs of eval/<dataset>.<checkpoint>.json: the close look at one result."""
 
     dataset: str
@@ -174,13 +181,6 @@ class Epoch(msgspec.Struct, tag_field="kind", tag="epoch"):
     epoch: int
     loss: float
     top1: float
-
-
-class Made(msgspec.Struct):
-    """How a file was made, as dataset.json, args.json and eval/*.json record it."""
-
-    command: str = ""
-    environment: dict[str, Any] = {}
 
 
 def read_results(paths: Sequence[Path]) -> list[Row]:
@@ -258,9 +258,8 @@ def read_quality(dataset: Path) -> Quality | None:
 
 
 def read_sidecars(folder: Path) -> list[Sidecar]:
-    """The close looks beside a results.jsonl; those of linear probes hold no classes and are left out."""
-    found = (read_json(path, Sidecar, JUDGE_AGAIN) for path in sorted((folder / "eval").glob("*.json")))
-    return [sidecar for sidecar in found if sidecar.per_class]
+    """The close looks beside a results.jsonl; those of linear probes hold no classes."""
+    return [read_json(path, Sidecar, JUDGE_AGAIN) for path in sorted((folder / "eval").glob("*.json"))]
 
 
 def read_epochs(run: Path) -> list[Epoch]:
@@ -268,16 +267,11 @@ def read_epochs(run: Path) -> list[Epoch]:
     return read_jsonl(run / "log.jsonl", Epoch)
 
 
-def provenance(runs: Sequence[Path], datasets: Sequence[Path]) -> dict[str, Any]:
-    """{"commands": [...], "versions": {...}} as the files beside the results recorded them, in the flow's order."""
-    files = [folder / "dataset.json" for folder in datasets] + [run / "args.json" for run in runs]
-    files += [path for run in runs for path in sorted((run / "eval").glob("*.json"))]
-    made = [read_json(path, Made) for path in files if path.is_file()]
+def provenance(made: Sequence[Made]) -> dict[str, Any]:
+    """{"commands": [...], "versions": {...}} as MADE, in the flow's order, recorded them; the last environment."""
     environment: dict[str, Any] = next((one.environment for one in reversed(made) if one.environment), {})
-    packages = environment.get("packages", {})
-    versions = {name: version for name, version in packages.items() if version}
+    versions = {name: version for name, version in environment.get("packages", {}).items() if version}
     for key in ("python", "git_commit", "image_digest", "cpu", "cores", "gpus", "driver"):
-        if environment.get(key):
-            value = environment[key]
+        if value := environment.get(key):
             versions[key.replace("_", " ")] = ", ".join(value) if isinstance(value, list) else value
     return {"commands": list(dict.fromkeys(one.command for one in made if one.command)), "versions": versions}

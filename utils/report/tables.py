@@ -135,7 +135,6 @@ class Model:
     steps: int | None = None  # of the optimizer
     runs: list[Path] = field(default_factory=list)  # folders of train.py's runs
     trainings: list[Training] = field(default_factory=list)  # their args.json
-    folders: list[Path] = field(default_factory=list)  # of its results.jsonl
     checkpoints: set[str] = field(default_factory=set)  # sha256
     sidecars: list[Sidecar] = field(default_factory=list)
     cells: dict[tuple[str, str], Cell] = field(default_factory=dict)  # (dataset, metric)
