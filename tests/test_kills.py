@@ -37,20 +37,20 @@ import evaluate, generate, train
 import utils.evaluation.probes, utils.generation.diffusion, utils.training.step
 from utils.cli import run
 
-def fork(script, argv, environment):
+def fork(script, argv, environment, said):
     child = os.fork()
     if child:
         return child
     os.setpgrp()  # its loader workers die with it, as on a cluster
     os.environ |= environment
-    for stream in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os._exit(run(script.main, script.get_args_parser(), argv))
 
 for line in sys.stdin:
     order = json.loads(line)
     started = time.monotonic()
-    children = [fork(globals()[name], argv, environment) for name, argv, environment in order["runs"]]
+    children = [fork(globals()[name], argv, environment, order["said"]) for name, argv, environment in order["runs"]]
     if order["kill_after_s"] is not None:
         time.sleep(order["kill_after_s"])
         for child in children:
@@ -66,10 +66,10 @@ class Forker:
         self.process = subprocess.Popen([sys.executable, "-c", FORKER], cwd=ROOT, text=True, **pipes)
 
     def run(
-        self, *runs: tuple, kill_after_s: float | None = None, killed: int | None = None
+        self, *runs: tuple, kill_after_s: float | None = None, said: str | Path = "/dev/null"
     ) -> tuple[list[int], float]:
-        """(exit codes, seconds) of (script, arguments, environment) at the same time; the first KILLED of them die."""
-        order = {"runs": runs, "kill_after_s": kill_after_s, "killed": killed or len(runs)}
+        """(exit codes, seconds) of (script, arguments, environment) at the same time; stderr goes to SAID."""
+        order = {"runs": runs, "kill_after_s": kill_after_s, "said": str(said)}
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
