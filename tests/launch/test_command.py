@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from utils.cli import UserError, run
-from utils.launch import checks, command, processes, slurm, submission
+from utils.launch import checks, command, processes, slurm
 from utils.launch.site import site_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,7 +163,7 @@ def test_the_partitions_limit_is_the_time_limit_unless_one_is_given(monkeypatch,
 def test_chunks_fit_into_the_largest_array_each_once(monkeypatch, chunks, processes, array_size, elements, longest):
     monkeypatch.chdir(ROOT)
     stage = stage_of("slurm", "--chunks", str(chunks), "--processes", str(processes), *DIGITS, "out")
-    tasks = submission.tasks_of(stage, array_size)
+    tasks = slurm.tasks_of(stage, array_size)
     assert len(tasks) == elements <= array_size and max(len(task.chunks) for task in tasks) == longest
     assert [chunk for task in tasks for chunk in task.chunks] == list(range(chunks))
     assert {task.processes for task in tasks} == {processes}
@@ -308,14 +308,12 @@ def stage_of(launcher: str, *words: str) -> command.Stage:
 
 def test_a_job_without_chunks_has_a_process_a_gpu(monkeypatch):
     monkeypatch.chdir(ROOT)
-    tasks = submission.tasks_of(stage_of("slurm", "--gpus-per-node", "4", *DIGITS, "out"))
+    tasks = slurm.tasks_of(stage_of("slurm", "--gpus-per-node", "4", *DIGITS, "out"))
     assert [(task.processes, task.chunks, task.of) for task in tasks] == [(4, (0, 1, 2, 3), 4)]
     for alone in (["--chunk", "1/8"], ["--chunk=1/8"], ["--preview"], ["--reproduce", "x/dataset.json"]):
-        (task,) = submission.tasks_of(stage_of("slurm", "--gpus-per-node", "4", *DIGITS, "out", *alone))
+        (task,) = slurm.tasks_of(stage_of("slurm", "--gpus-per-node", "4", *DIGITS, "out", *alone))
         assert task.chunks is None, alone
-    (task,) = submission.tasks_of(
-        stage_of("slurm", "--gpus-per-node", "4", "--chunks", "1", *DIGITS, "out", "--verify")
-    )
+    (task,) = slurm.tasks_of(stage_of("slurm", "--gpus-per-node", "4", "--chunks", "1", *DIGITS, "out", "--verify"))
     assert task.chunks is None
 
 
@@ -332,8 +330,8 @@ def test_chunks_of_what_cannot_be_cut_are_refused(monkeypatch, own, message):
 def run_team(capsys, *scripts: str) -> list[str]:
     """The lines that processes running SCRIPTS print through the launcher."""
     team = [processes.Process(f"p{number}", (sys.executable, "-c", text)) for number, text in enumerate(scripts)]
-    for outcome in processes.Team(team, len(team)).run():
-        assert outcome.code == 0, outcome
+    processes.Team(team, len(team)).run()
+    assert [process.code for process in team] == [0] * len(team)
     return capsys.readouterr().out.splitlines()
 
 
@@ -390,7 +388,7 @@ def test_a_copy_of_a_script_under_another_name_behaves_like_the_original(
     site.write_text(f"qos = 'all'\n[{name}]\nqos = 'long'\n")
     for script in (ROOT / f"{name}.py", copy):
         stage = stage_of("slurm", "--gpus-per-node", "4", "--site", str(site), str(script), *options)
-        (task,) = submission.tasks_of(stage)
+        (task,) = slurm.tasks_of(stage)
         assert (stage.mode, task.processes, task.chunks, task.of, task.ranks) == expected
         assert stage.args.qos == "long"
     site.write_text(f"[{name}]\nqos = 'long'\n[my_own]\nqos = 'mine'\n")  # a copy may have a table of its own too

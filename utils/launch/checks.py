@@ -1,7 +1,5 @@
 """What SLURM would refuse late, or accept and lose, is refused here before anything is queued: one line, one remedy."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil
@@ -76,14 +74,23 @@ def fill_in(args: Namespace, cluster: Cluster) -> None:
         args.mem_gb = memory_mb // 1024
 
 
-def check_cluster(
-    args: Namespace, cluster: Cluster, flags: Sequence[str], folder: Path, outputs: Sequence[Path]
-) -> None:
-    """ARGS: the launcher's options, FLAGS: the same as sbatch's, FOLDER: for logs, OUTPUTS: where the script writes."""
-    check_time_limit(args, cluster)
-    if not all(node["NodeHostName"] == socket.gethostname() for node in cluster.nodes):
-        for option, path in [("--log-dir", folder), *(("--out", output) for output in outputs)]:
-            require_shared(option, path)
+def check_cluster(args: Namespace, cluster: Cluster, flags: Sequence[str], folders: dict[str, Path]) -> None:
+    """ARGS: the launcher's options, FLAGS: the same as sbatch's, FOLDERS: option -> a folder that it names."""
+    for name, limit in cluster.limits_min.items():
+        if args.timeout_min > limit:  # sbatch accepts it, and the job waits for ever (reason PartitionTimeLimit)
+            raise UserError(
+                f"--timeout-min {args.timeout_min}: partition {name} allows {limit:.0f} at most; "
+                "give less (a job that reaches its limit saves and is requeued) or another --partition"
+            )
+    if args.signal_delay_s >= args.timeout_min * 60:
+        when = f"a job lasts {args.timeout_min} min (--timeout-min), so it would be stopped at its start"
+        raise UserError(f"--signal-delay-s {args.signal_delay_s}: {when}; give less")
+    elsewhere = any(node["NodeHostName"] != socket.gethostname() for node in cluster.nodes)
+    for option, path in folders.items():
+        resolved = path.resolve()  # a job finds nothing in a /tmp of its node's own, and what it writes there is lost
+        if elsewhere and any(resolved.is_relative_to(folder) for folder in LOCAL_FOLDERS):
+            own = f"each node has its own /{resolved.parts[1]}"
+            raise UserError(f"{option} {path}: {own}; choose a folder that all share")
     for node in cluster.nodes if args.nodes > 1 else ():
         names = (node["NodeName"], node.get("NodeAddr", ""))
         if not any(map(resolves, names)):
@@ -91,35 +98,21 @@ def check_cluster(
                 f"--nodes {args.nodes}: node {names[0]} (address {names[1]}) does not resolve here, so it cannot "
                 f"be the master address; mend DNS or /etc/hosts, or leave it out with --exclude {names[0]}"
             )
-    check_image("--container-image", args.container_image)
-    check_image("--apptainer", args.apptainer)
+    for option, image in (("--container-image", args.container_image), ("--apptainer", args.apptainer)):
+        # Names of a registry (docker://..., user/name:tag) are left to the runtime.
+        is_file = image and "://" not in image and (image[0] in "/." or image.endswith((".sif", ".sqsh")))
+        if is_file and not Path(image).exists():
+            raise UserError(f"{option} {image}: no such file; docs/cluster.md shows how to make it from the Dockerfile")
     for job in args.after:
         if subprocess.run(["scontrol", "show", "job", job], capture_output=True).returncode:
-            raise UserError(
-                f"--after {job}: SLURM knows no such job, and forgets those that ended minutes ago; "
-                "leave it out if that one has succeeded"
-            )
+            known = "SLURM knows no such job, and forgets those that ended minutes ago"
+            raise UserError(f"--after {job}: {known}; leave it out if that one has succeeded")
     refused = subprocess.run(["sbatch", "--test-only", *flags, "--wrap", "true"], capture_output=True, text=True)
     if refused.returncode:
         message = last_line(refused.stderr)
         # MaxSubmitJobs of the user, the account or the quality of service: an array counts with all its elements.
         fewer = "; give fewer --chunks, or more --processes a node" if "submit limit" in message else ""
         raise UserError(f"sbatch refuses these options: {message}{fewer} ({shlex.join(flags)})")
-
-
-def check_time_limit(args: Namespace, cluster: Cluster) -> None:
-    """sbatch accepts a job longer than its partition allows, and it waits for ever (reason PartitionTimeLimit)."""
-    for name, limit in cluster.limits_min.items():
-        if args.timeout_min > limit:
-            raise UserError(
-                f"--timeout-min {args.timeout_min}: partition {name} allows {limit:.0f} at most; "
-                "give less (a job that reaches its limit saves and is requeued) or another --partition"
-            )
-    if args.signal_delay_s >= args.timeout_min * 60:
-        raise UserError(
-            f"--signal-delay-s {args.signal_delay_s}: a job lasts {args.timeout_min} min (--timeout-min), so it "
-            "would be stopped at its start; give less"
-        )
 
 
 def minutes(limit: str) -> float:
@@ -136,29 +129,12 @@ def fields(line: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
-def require_shared(option: str, path: Path) -> None:
-    """Every node has a /tmp of its own: a job there finds nothing, and what it writes is lost."""
-    resolved = path.resolve()
-    if any(resolved.is_relative_to(folder) for folder in LOCAL_FOLDERS):
-        raise UserError(f"{option} {path}: each node has its own /{resolved.parts[1]}; choose a folder that all share")
-
-
-def check_image(option: str, image: str | None) -> None:
-    """An image given as a file must be there; names of a registry (docker://..., user/name:tag) the runtime finds."""
-    if image is None or "://" in image:
-        return
-    is_file = image.startswith(("/", ".")) or image.endswith((".sif", ".sqsh"))
-    if is_file and not Path(image).exists():
-        raise UserError(f"{option} {image}: no such file; docs/cluster.md shows how to make it from the Dockerfile")
-
-
 def ask(*command: str) -> str:
     """The output of one of SLURM's programs; its refusal is a UserError."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise UserError(
-            f"`{shlex.join(command)}` failed: {last_line(result.stderr)}; is the cluster up, seen from here?"
-        )
+        said = last_line(result.stderr)
+        raise UserError(f"`{shlex.join(command)}` failed: {said}; is the cluster up, seen from here?")
     return result.stdout
 
 

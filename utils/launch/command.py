@@ -13,8 +13,6 @@ A submitted job returns the prompt and prints how to watch it; --wait stays unti
 again continues, whatever ended it. docs/cluster.md tells the rest.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -24,9 +22,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.cli import Launch, UserError, make_parser, non_negative_int, positive_float, positive_int
-from utils.launch.processes import Process, Team, chunk_processes, local_ranks, report, share, visible_gpus
+from utils.launch.processes import Process, Team, chunk_processes, local_ranks, share, visible_gpus
 from utils.launch.site import site_options
 
 THEN = "--then"
@@ -41,60 +40,47 @@ class Stage:
     args: argparse.Namespace
     command: tuple[str, ...]
     mode: str
-    outputs: tuple[Path, ...]  # folders that it writes
+    out: str | Path | None  # the folder that it writes
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The launcher's options; the script and its own options end up in `command`, unread."""
     parser = make_parser(__doc__)
     parser.prog = "python -m utils.launch"
-    parser.add_argument("--launcher", choices=("inline", "local", "slurm"), default="inline", help="where to run")
-    parser.add_argument("--site", type=Path, metavar="FILE.toml", help="a cluster's options (docs/cluster.md)")
-    parser.add_argument("--watch", type=Path, metavar="FOLDER", help="wait for jobs queued earlier (their log folder)")
-    parser.add_argument("--chunks", type=positive_int, help="generate.py: chunks of classes (slurm: an array)")
-    parser.add_argument(
-        *("--processes", "--tasks-per-node"), type=positive_int, help="processes at once on a node (one a GPU, else 1)"
-    )
-    parser.add_argument("--nodes", type=positive_int, default=1, help="train.py: nodes of the DDP job")
+    add = parser.add_argument
+    add("--launcher", choices=("inline", "local", "slurm"), default="inline", help="where to run")
+    add("--site", type=Path, metavar="FILE.toml", help="a cluster's options (docs/cluster.md)")
+    add("--watch", type=Path, metavar="FOLDER", help="wait for jobs queued earlier (their log folder)")
+    add("--chunks", type=positive_int, help="generate.py: chunks of classes (slurm: an array)")
+    processes = "processes at once on a node (one a GPU, else 1)"
+    add("--processes", "--tasks-per-node", type=positive_int, help=processes)
+    add("--nodes", type=positive_int, default=1, help="train.py: nodes of the DDP job")
 
-    slurm = parser.add_argument_group("slurm")
-    slurm.add_argument("--wait", action="store_true", help="stay until the jobs end, exit as they do")
-    slurm.add_argument("--dry-run", action="store_true", help="check all, print the jobs, queue nothing")
-    slurm.add_argument("--partition", help="partition, or several with commas")
-    slurm.add_argument("--account", help="account that is charged")
-    slurm.add_argument("--qos", help="quality of service")
-    slurm.add_argument("--constraint", help="node features, e.g. a100")
-    slurm.add_argument("--exclude", help="nodes to keep off, e.g. n[3-5]")
-    slurm.add_argument("--gpus-per-node", type=non_negative_int, default=1, help="GPUs of a job on each node; 0: CPU")
-    slurm.add_argument(
-        *("--cpus-per-task",), type=positive_int,
-        help="CPU cores for each process (its GPUs' share of the smallest node; without GPUs 1)",
-    )  # fmt: skip
-    slurm.add_argument(
-        *("--mem-gb",), type=positive_float,
-        help="memory of a node's processes together (their GPUs' share of the smallest node; without GPUs SLURM's own)",
-    )  # fmt: skip
-    slurm.add_argument(
-        "--timeout-min", type=positive_int, help="minutes until a job is requeued (the partition's limit; without 240)"
-    )
-    slurm.add_argument("--array-parallelism", type=positive_int, default=64, help="array elements at once, at most")
-    slurm.add_argument(
-        *("--after",), action="append", default=[], type=job_id, metavar="JOBID", help="start when that job succeeded"
-    )
-    slurm.add_argument("--max-requeues", type=non_negative_int, default=20, help="time-outs until a job is given up")
-    slurm.add_argument(
-        *("--signal-delay-s",), type=positive_int, default=90,
-        help="seconds before the time limit at which jobs save and requeue",
-    )  # fmt: skip
-    slurm.add_argument("--log-dir", type=Path, help="logs, on a shared disk (runs/launch/TIME-SCRIPT)")
-    slurm.add_argument("--container-image", help="run in this image through pyxis/enroot")
-    slurm.add_argument("--container-mounts", action="append", default=[], metavar="HOST:INSIDE", help="further mounts")
-    slurm.add_argument("--apptainer", metavar="IMAGE.sif", help="run in this image through Apptainer")
-    slurm.add_argument("--setup", action="append", default=[], metavar="LINE", help="shell line the job begins with")
-    slurm.add_argument(
-        *("--sbatch",), action="append", default=[], type=key_value, metavar="KEY=VALUE",
-        help="any further option of sbatch",
-    )  # fmt: skip
+    add = parser.add_argument_group("slurm").add_argument
+    several: dict[str, Any] = {"action": "append", "default": []}
+    add("--wait", action="store_true", help="stay until the jobs end, exit as they do")
+    add("--dry-run", action="store_true", help="check all, print the jobs, queue nothing")
+    add("--partition", help="partition, or several with commas")
+    add("--account", help="account that is charged")
+    add("--qos", help="quality of service")
+    add("--constraint", help="node features, e.g. a100")
+    add("--exclude", help="nodes to keep off, e.g. n[3-5]")
+    add("--gpus-per-node", type=non_negative_int, default=1, help="GPUs of a job on each node; 0: CPU")
+    share = "its GPUs' share of the smallest node"
+    add("--cpus-per-task", type=positive_int, help=f"CPU cores for each process ({share}; without GPUs 1)")
+    add("--mem-gb", type=positive_float, help=f"memory of a node's processes together ({share}; without GPUs SLURM's)")
+    add("--timeout-min", type=positive_int, help="minutes until a job is requeued (the partition's limit, else 240)")
+    add("--array-parallelism", type=positive_int, default=64, help="array elements at once, at most")
+    add("--after", **several, type=job_id, metavar="JOBID", help="start when that job succeeded")
+    add("--max-requeues", type=non_negative_int, default=20, help="time-outs until a job is given up")
+    before = "seconds before the time limit at which jobs save and requeue"
+    add("--signal-delay-s", type=positive_int, default=90, help=before)
+    add("--log-dir", type=Path, help="logs, on a shared disk (runs/launch/TIME-SCRIPT)")
+    add("--container-image", help="run in this image through pyxis/enroot")
+    add("--container-mounts", **several, metavar="HOST:INSIDE", help="further mounts")
+    add("--apptainer", metavar="IMAGE.sif", help="run in this image through Apptainer")
+    add("--setup", **several, metavar="LINE", help="shell line that the job begins with")
+    add("--sbatch", **several, type=key_value, metavar="KEY=VALUE", help="any further option of sbatch")
 
     parser.add_argument("command", nargs=argparse.REMAINDER, help="script.py and its options [--then ...]")
     return parser
@@ -131,7 +117,7 @@ def main(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
     # ===== running them =====
     if launcher == "slurm":
-        from utils.launch.submission import run_on_slurm  # submitit costs start-up time
+        from utils.launch.slurm import run_on_slurm  # submitit costs start-up time
 
         return run_on_slurm(stages)
     if launcher == "inline" and len(stages) == 1:
@@ -173,34 +159,31 @@ def read_stage(options: Sequence[str], piece: Sequence[str], first: bool) -> Sta
     script = args.command[0]
     how, script_parser = load_script(script)
     if args.site:
-        tables = (how.table, Path(script).stem)
-        args = parser.parse_args([*site_options(args.site, tables, parser), *options, *piece])
+        args = parser.parse_args([*site_options(args.site, (how.table, Path(script).stem), parser), *options, *piece])
     refuse_unused(parser, args, [*options, *own_options])
     refuse_control_characters(args)
     script_args = script_parser.parse_args(args.command[1:])
 
     mode, several = how.runs_as, (args.chunks or 1) > 1
-    if mode != "chunks" and args.chunks:
-        if "--chunks" in names_of([*options, *own_options] if first else own_options):
-            raise UserError(f"--chunks {args.chunks}: {script} has no --chunk; give --nodes and --processes instead")
-        args.chunks = None
     if mode != "ranks" and args.nodes > 1:
         raise UserError(f"--nodes {args.nodes}: {script} is no DDP job; give --chunks and --array-parallelism instead")
-    if mode == "chunks":
-        own_chunk = "--chunk" in names_of(args.command)
-        whole = [name for name in how.whole if getattr(script_args, name)]
-        if several and own_chunk:
-            raise UserError("--chunk is given by the launcher; leave it out, or leave --chunks out")
-        if several and whole:
+    if mode != "chunks":
+        if args.chunks and "--chunks" in names_of([*options, *own_options] if first else own_options):
+            raise UserError(f"--chunks {args.chunks}: {script} has no --chunk; give --nodes and --processes instead")
+        args.chunks = None
+    elif whole := [name for name in how.whole if getattr(script_args, name)]:
+        if several:
             raise UserError(f"--chunks {args.chunks}: --{whole[0]} takes all classes together; leave --chunks out")
-        if own_chunk or whole:
-            args.chunks = 1
+        args.chunks = 1
+    elif "--chunk" in names_of(args.command):
+        if several:
+            raise UserError("--chunk is given by the launcher; leave it out, or leave --chunks out")
+        args.chunks = 1
     if args.container_image and args.apptainer:
         raise UserError("--container-image and --apptainer: give one of them")
     if args.launcher == "slurm":
         args.processes = 1 if mode == "single" else args.processes or max(1, args.gpus_per_node)
-    out = getattr(script_args, "out", None)
-    return Stage(Path(script).stem, args, tuple(args.command), mode, (Path(out),) if out else ())
+    return Stage(Path(script).stem, args, tuple(args.command), mode, getattr(script_args, "out", None))
 
 
 def names_of(words: Iterable[str]) -> list[str]:
@@ -213,24 +196,18 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, wor
 
     A site file may describe a cluster and yet serve `local`; --chunks 1 and the like change nothing anywhere.
     """
-    if args.launcher == "slurm":
-        return
     (slurm,) = (group for group in parser._action_groups if group.title == "slurm")
     users = {option: "slurm" for action in slurm._group_actions for option in action.option_strings}
-    if args.nodes > 1:
-        users["--nodes"] = "slurm"
+    users |= {"--nodes": "slurm"} if args.nodes > 1 else {}
     if args.launcher == "inline":
-        users["--site"] = "local or slurm"
-        if (args.chunks or 1) > 1:
-            users["--chunks"] = "local or slurm"
-        if (args.processes or 1) > 1:
-            users |= dict.fromkeys(["--processes", "--tasks-per-node"], "local or slurm")
+        several = (args.processes or 1) > 1
+        given = {"--site": args.site, "--chunks": (args.chunks or 1) > 1, "--processes": several}
+        given["--tasks-per-node"] = several
+        users |= {option: "local or slurm" for option, used in given.items() if used}
     for option in names_of(words):
-        if option in users:
-            raise UserError(
-                f"{option}: --launcher {args.launcher} does not use it; "
-                f"give --launcher {users[option]}, or leave it out"
-            )
+        if option in users and args.launcher != "slurm":
+            instead = f"give --launcher {users[option]}, or leave it out"
+            raise UserError(f"{option}: --launcher {args.launcher} does not use it; {instead}")
 
 
 def refuse_control_characters(args: argparse.Namespace) -> None:
@@ -238,12 +215,11 @@ def refuse_control_characters(args: argparse.Namespace) -> None:
 
     It would end a line of the batch script and begin one that SLURM or the shell reads as its own.
     """
-    script = {"script": args.command[0]}
-    for name, value in {**vars(args), "command": None, **script}.items():
+    for name, value in {**vars(args), "command": args.command[0]}.items():
         for part in value if isinstance(value, list) else [value]:
             text = "=".join(part) if isinstance(part, tuple) else str(part)
             if not text.isprintable():
-                option = name if name == "script" else f"--{name.replace('_', '-')}"
+                option = "script" if name == "command" else f"--{name.replace('_', '-')}"
                 raise UserError(f"{option} {text!r}: holds a line break or control character; give plain text")
 
 
@@ -285,8 +261,8 @@ def run_here(stage: Stage, launcher: str) -> int:
     if count > 1:
         # Each process would else start a thread for every core.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    outcomes = team.run()
-    if team.stopped_by is not None and any(outcome.code != 0 for outcome in outcomes):
+    team.run()
+    if team.stopped_by is not None and team.failed():
         print("launch: stopped; the same command continues", file=sys.stderr)
         return 128 + team.stopped_by
-    return report(outcomes)
+    return team.report()

@@ -4,8 +4,6 @@ Used by the launcher on this machine and, inside a SLURM job, on every node: a p
 DDP rank.
 """
 
-from __future__ import annotations
-
 import ctypes
 import io
 import os
@@ -31,22 +29,65 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Process:
-    """One command: LABEL names it to people ("chunk 3/8"), ENV is added to this process's environment."""
+    """One command: LABEL names it to people ("chunk 3/8"), ENV is added to this process's environment.
+
+    CODE is how it ended, as a shell reports it (128 + n for signal n); None before that, or if it was never started.
+    """
 
     label: str
     command: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
+    code: int | None = None
+    device: str | None = None  # its entry of CUDA_VISIBLE_DEVICES
+    tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))  # its last lines
 
+    def start(self, alone: bool) -> None:
+        """Start it. ALONE it has the terminal; of several, each line that it prints is shown behind its label."""
+        pipe = None if alone else subprocess.PIPE
+        visible = {} if self.device is None else {"CUDA_VISIBLE_DEVICES": self.device}
+        self.popen = subprocess.Popen(
+            self.command,
+            env={**os.environ, **visible, **self.env},
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=subprocess.STDOUT if pipe else None,
+            preexec_fn=_die_with_parent,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        if pipe:
+            self._reader.start()
 
-@dataclass(frozen=True)
-class Outcome:
-    """How PROCESS ended: CODE as a shell reports it (128 + n for signal n), None if it was never started."""
+    def has_ended(self) -> bool:
+        """Whether it has ended and its last lines are printed; its code is then known."""
+        status = self.popen.poll()
+        if status is not None and self._reader.ident:
+            self._reader.join(timeout=5)  # a grandchild may hold the pipe open; do not wait for it
+        self.code = 128 - status if status is not None and status < 0 else status
+        return status is not None
 
-    process: Process
-    code: int | None
-    tail: tuple[str, ...] = ()
+    def _read(self) -> None:
+        """Print lines as they end; of a progress bar (redraws begin with \\r) its state now and then, and the last."""
+        assert isinstance(self.popen.stdout, io.BufferedReader)
+        rest, bar, bar_at = b"", "", -float("inf")
+        while data := self.popen.stdout.read1():
+            *lines, rest = (rest + data).split(b"\n")
+            for line in map(last_state, lines):
+                self.tail.append(line)
+                if not bar or line != bar:  # not the end of a bar that stands there already
+                    self._print(line)
+                bar = ""
+            if b"\r" in rest and (state := last_state(rest)) and time.monotonic() >= bar_at + PROGRESS_S:
+                bar, bar_at = state, time.monotonic()
+                self._print(bar)
+            rest = rest[rest.rfind(b"\r", 0, -1) + 1 :]
+        if (line := last_state(rest)) and line != bar:  # a process that was killed ends no line
+            self.tail.append(line)
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        print(f"[{self.label}] {line}", flush=True)
 
 
 @dataclass
@@ -61,41 +102,50 @@ class Team:
     parallel: int
     together: bool = False
     devices: Sequence[str] = ()
-    stopped_by: int | None = field(default=None, init=False)
-    _kill_at: float = field(default=float("inf"), init=False)
-    _running: dict[int, _Child] = field(default_factory=dict, init=False)
+    stopped_by: int | None = None
+    _kill_at: float = float("inf")  # finite once the team is being ended
+    _running: list[Process] = field(default_factory=list)
 
-    def run(self) -> list[Outcome]:
+    def run(self) -> None:
         """Run all to their end. Signal handlers are set for that time, so this is called from the main thread."""
         before = {number: signal.signal(number, self._on_signal) for number in FORWARDED}
+        waiting, idle = deque(self.processes), deque(self.devices)
         try:
-            return self._run()
+            while self._running or (waiting and self._kill_at == float("inf")):
+                while waiting and len(self._running) < self.parallel and self._kill_at == float("inf"):
+                    process = waiting.popleft()
+                    process.device = idle.popleft() if idle else None
+                    process.start(alone=len(self.processes) == 1)
+                    self._running.append(process)
+                    if self.stopped_by is not None:  # the signal came while this one was being started
+                        process.popen.send_signal(self.stopped_by)
+                for process in [process for process in self._running if process.has_ended()]:
+                    self._running.remove(process)
+                    idle += [] if process.device is None else [process.device]
+                    if process.code and self.together and self._kill_at == float("inf"):
+                        self._send(signal.SIGTERM)
+                if time.monotonic() > self._kill_at:
+                    self._send(signal.SIGKILL)
+                time.sleep(0.05)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _run(self) -> list[Outcome]:
-        outcomes = [Outcome(process, None) for process in self.processes]
-        idle_devices = deque(self.devices)
-        waiting = deque(range(len(self.processes)))
-        while self._running or (waiting and self._kill_at == float("inf")):
-            while waiting and len(self._running) < self.parallel and self._kill_at == float("inf"):
-                index = waiting.popleft()
-                device = idle_devices.popleft() if idle_devices else None
-                self._running[index] = _Child(self.processes[index], device, alone=len(self.processes) == 1)
-                if self.stopped_by is not None:  # the signal came while this one was being started
-                    self._running[index].popen.send_signal(self.stopped_by)
-            for index, child in list(self._running.items()):
-                if (code := child.finished()) is not None:
-                    del self._running[index]
-                    idle_devices += [] if child.device is None else [child.device]
-                    outcomes[index] = Outcome(child.process, code, tuple(child.tail))
-                    if code and self.together and self._kill_at == float("inf"):
-                        self._send(signal.SIGTERM)
-            if time.monotonic() > self._kill_at:
-                self._send(signal.SIGKILL)
-            time.sleep(0.05)
-        return outcomes
+    def failed(self) -> list[Process]:
+        """Those that did not end well, or were not started."""
+        return [process for process in self.processes if process.code != 0]
+
+    def report(self) -> int:
+        """Say which processes failed and how to run each again; the exit code is the first failure's, 0 without one."""
+        for process in self.failed():
+            again = shlex.join(part for part in process.command if part != "-u")
+            ending = "was not started" if process.code is None else f"ended with exit code {process.code}"
+            if process.code == 128 + signal.SIGKILL:
+                ending += " (killed; out of memory? give more with --mem-gb)"
+            last = [f"launch:   | {line}" for line in process.tail]
+            lines = [f"launch: {process.label} {ending}", *last, f"launch:   run it again alone: {again}"]
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
+        return next((process.code for process in self.failed() if process.code), int(bool(self.failed())))
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.stopped_by is None or number == signal.SIGINT:
@@ -104,64 +154,11 @@ class Team:
 
     def _send(self, number: int) -> None:
         self._kill_at = min(self._kill_at, time.monotonic() + GRACE_S)
-        for child in list(self._running.values()):
-            child.popen.send_signal(number)  # does nothing to one that has ended
+        for process in list(self._running):
+            process.popen.send_signal(number)  # does nothing to one that has ended
 
 
-class _Child:
-    """A started process; of several, each line it prints goes to this process's output behind its label."""
-
-    def __init__(self, process: Process, device: str | None, alone: bool) -> None:
-        self.process = process
-        self.device = device
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        pipe = None if alone else subprocess.PIPE
-        visible = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
-        self.popen = subprocess.Popen(
-            process.command,
-            env={**os.environ, **visible, **process.env},
-            stdin=subprocess.DEVNULL,
-            stdout=pipe,
-            stderr=subprocess.STDOUT if pipe else None,
-            preexec_fn=_die_with_parent,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True) if pipe else None
-        if self._reader:
-            self._reader.start()
-
-    def finished(self) -> int | None:
-        """Its exit code as a shell reports it, once it has ended and its last lines are printed."""
-        code = self.popen.poll()
-        if code is None:
-            return None
-        if self._reader:
-            self._reader.join(timeout=5)  # a grandchild may hold the pipe open; do not wait for it
-        return 128 - code if code < 0 else code
-
-    def _read(self) -> None:
-        """Print lines as they end; of a progress bar (redraws begin with \\r) its state now and then, and the last."""
-        assert isinstance(self.popen.stdout, io.BufferedReader)
-        rest, bar, bar_at = b"", "", -float("inf")
-        while data := self.popen.stdout.read1():
-            *lines, rest = (rest + data).split(b"\n")
-            for line in map(_last_state, lines):
-                self.tail.append(line)
-                if not bar or line != bar:  # not the end of a bar that stands there already
-                    self._print(line)
-                bar = ""
-            if b"\r" in rest and (state := _last_state(rest)) and time.monotonic() >= bar_at + PROGRESS_S:
-                bar, bar_at = state, time.monotonic()
-                self._print(bar)
-            rest = rest[rest.rfind(b"\r", 0, -1) + 1 :]
-        if (line := _last_state(rest)) and line != bar:  # a process that was killed ends no line
-            self.tail.append(line)
-            self._print(line)
-
-    def _print(self, line: str) -> None:
-        print(f"[{self.process.label}] {line}", flush=True)
-
-
-def _last_state(line: bytes) -> str:
+def last_state(line: bytes) -> str:
     """What a terminal would show of LINE: what stands behind its last \\r that is not its end."""
     return line.decode(errors="replace").rstrip().rpartition("\r")[2]
 
@@ -170,22 +167,6 @@ def _die_with_parent() -> None:
     """In the child: be ended when the launcher dies, even by SIGKILL, so that no orphan keeps a GPU or a lock."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def report(outcomes: Sequence[Outcome]) -> int:
-    """Say which processes failed and how to run each again; the exit code is the first failure's, 0 without one."""
-    failed = [outcome for outcome in outcomes if outcome.code != 0]
-    for outcome in failed:
-        again = shlex.join(part for part in outcome.process.command if part != "-u")
-        ending = "was not started" if outcome.code is None else f"ended with exit code {outcome.code}"
-        if outcome.code == 128 + signal.SIGKILL:
-            ending += " (killed; out of memory? give more with --mem-gb)"
-        print(f"launch: {outcome.process.label} {ending}", file=sys.stderr)
-        for line in outcome.tail:
-            print(f"launch:   | {line}", file=sys.stderr)
-        print(f"launch:   run it again alone: {again}", file=sys.stderr, flush=True)
-    codes = [outcome.code for outcome in failed if outcome.code]
-    return codes[0] if codes else int(bool(failed))
 
 
 # ===== what the processes are =====

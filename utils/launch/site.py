@@ -9,8 +9,6 @@ for that script only, and for copies of it. The command line wins over the file.
     nodes = 2
 """
 
-from __future__ import annotations
-
 import argparse
 import tomllib
 from collections.abc import Sequence
@@ -51,13 +49,11 @@ def site_options(path: Path, tables: Sequence[str], parser: argparse.ArgumentPar
             if key not in known:
                 where, names = f"[{table}] " if table else "", ", ".join(sorted(known))
                 raise UserError(f"--site {path}: {where}{key} is not an option; the known ones are {names}")
+            repeated = isinstance(known[key], argparse._AppendAction)
+            if isinstance(value, list) != repeated:
+                raise UserError(
+                    f"--site {path}: {key} takes {'a list, [...]' if repeated else 'one value, not a list'}"
+                )
             if table in ("", *tables):
-                options += _arguments(path, key, value, known[key])
+                options += [f"{known[key].option_strings[0]}={entry}" for entry in (value if repeated else [value])]
     return options
-
-
-def _arguments(path: Path, key: str, value: Any, action: argparse.Action) -> list[str]:
-    repeated = isinstance(action, argparse._AppendAction)
-    if isinstance(value, list) != repeated:
-        raise UserError(f"--site {path}: {key} takes {'a list, [...]' if repeated else 'one value, not a list'}")
-    return [f"{action.option_strings[0]}={entry}" for entry in (value if repeated else [value])]

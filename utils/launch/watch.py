@@ -1,32 +1,57 @@
 """Following submitted jobs from the queue and the log folder, and saying at the end what a person needs to know."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import msgspec
 
 from utils.cli import UserError
 from utils.launch.checks import fields
+from utils.launch.processes import last_state
 from utils.storage import read_json
 
 RECORD = "launch.json"
-LOG_LINES = 10
+LOG_LINES, LOG_BYTES = 10, 20_000  # of a failed job's log
 # Between a job's leaving the queue and the last file of its node being seen here (network file systems cache names).
 SETTLE_S = 10
 ORDINARY_WAITS = ("None", "Priority", "Resources", "Dependency", "JobArrayTaskLimit", "BeginTime")
+EXIT = msgspec.defstruct("Exit", [("code", Annotated[int, msgspec.Meta(ge=0, le=255)])])  # what a Task leaves
 POLL_S = (1, 15)  # first and longest pause between two questions to the queue
+
+
+class Element(msgspec.Struct):
+    """A job or array element: what it draws, the shell lines that do it alone; its stage's name, and its id ("7_2")."""
+
+    label: str
+    commands: list[str]
+    name: str = ""
+    job: str = ""
+
+
+class Queued(msgspec.Struct):
+    """A stage of launch.json, whose content is {"cwd": folder, "stages": [...]}."""
+
+    name: str
+    job: Annotated[str, msgspec.Meta(pattern="^[0-9]+$")]
+    elements: list[Element]
 
 
 def watch(folder: Path) -> int:
     """Wait until every job recorded in FOLDER has left the queue; report. 0, or the first failure's exit code."""
     if not (folder / RECORD).exists():
         raise UserError(f"--watch {folder}: no {RECORD} there; give the folder that the launcher printed (--log-dir)")
-    elements = [element for stage in read_json(folder / RECORD)["stages"] for element in _elements(stage)]
+    kind = msgspec.defstruct("Record", [("stages", list[Queued])])
+    elements = []
+    for stage in read_json(folder / RECORD, kind, "follow the jobs with squeue; their logs lie beside it").stages:
+        for index, element in enumerate(stage.elements):
+            element.name, element.job = stage.name, f"{stage.job}_{index}" if len(stage.elements) > 1 else stage.job
+            elements.append(element)
     shown, pause = "", float(POLL_S[0])
     while True:
         queue = queued_states()
@@ -34,23 +59,14 @@ def watch(folder: Path) -> int:
         if summary != shown:
             print(f"launch: {summary}", flush=True)
             shown, pause = summary, float(POLL_S[0])
-        if not any(element["job"] in queue for element in elements):
+        if not any(element.job in queue for element in elements):
             break
         time.sleep(pause)
         pause = min(pause * 1.3, POLL_S[1])
     deadline = time.monotonic() + SETTLE_S
-    while any(exit_code(folder, e["job"]) is None for e in elements) and time.monotonic() < deadline:
+    while any(exit_code(folder, element.job) is None for element in elements) and time.monotonic() < deadline:
         time.sleep(0.5)
     return _report(folder, elements)
-
-
-def _elements(stage: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry a job or array element: {"job": "7_2", "name", "label", "commands": [shell lines]}."""
-    several = len(stage["elements"]) > 1
-    return [
-        {"job": f"{stage['job']}_{index}" if several else stage["job"], "name": stage["name"], **element}
-        for index, element in enumerate(stage["elements"])
-    ]
 
 
 def queued_states() -> dict[str, str]:
@@ -67,9 +83,11 @@ def queued_states() -> dict[str, str]:
         except subprocess.TimeoutExpired:
             continue
         if result.returncode == 0:
-            rows = [line.split("|", 2) for line in result.stdout.splitlines() if line.strip()]
-            to_act_on = lambda state, reason: state == "PENDING" and reason not in ORDINARY_WAITS  # noqa: E731
-            return {job: f"{state} ({reason})" if to_act_on(state, reason) else state for job, state, reason in rows}
+            states = {}
+            for job, state, reason in (line.split("|", 2) for line in result.stdout.splitlines() if line.strip()):
+                ordinary = state != "PENDING" or reason in ORDINARY_WAITS
+                states[job] = state if ordinary else f"{state} ({reason})"
+            return states
         if attempt == 0:
             print("launch: the queue does not answer, asking again", file=sys.stderr, flush=True)
         time.sleep(3)
@@ -77,8 +95,14 @@ def queued_states() -> dict[str, str]:
 
 
 def exit_code(folder: Path, job: str) -> int | None:
-    """What the Task of JOB left at its end: a failure of any of its nodes, else node 0's success, else None."""
-    codes = {path.name: read_json(path)["code"] for path in sorted(folder.glob(f"{job}-node*.exit.json"))}
+    """What the Task of JOB left at its end: a failure of any of its nodes, else node 0's success, else None.
+
+    A damaged file counts as none: the job is then reported as one that did not finish.
+    """
+    codes: dict[str, int] = {}
+    for path in sorted(folder.glob(f"{job}-node*.exit.json")):
+        with suppress(UserError):
+            codes[path.name] = read_json(path, EXIT).code
     return next(filter(None, codes.values()), codes.get(f"{job}-node0.exit.json"))
 
 
@@ -87,33 +111,36 @@ def log_file(folder: Path, job: str) -> Path:
     return folder / f"{job}_0_log.out"
 
 
-def _summary(folder: Path, elements: Sequence[dict[str, Any]], queue: dict[str, str]) -> str:
+def _summary(folder: Path, elements: Sequence[Element], queue: dict[str, str]) -> str:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for element in elements:
-        state = queue.get(element["job"])
+        state = queue.get(element.job)
         if state is None:
-            code = exit_code(folder, element["job"])
+            code = exit_code(folder, element.job)
             state = "ended" if code is None else "failed" if code else "done"
-        counts[element["name"]][state.replace("PENDING", "waiting").replace("RUNNING", "running")] += 1
+        counts[element.name][state.replace("PENDING", "waiting").replace("RUNNING", "running")] += 1
     return "; ".join(f"{name}: " + ", ".join(f"{n} {s}" for s, n in sorted(v.items())) for name, v in counts.items())
 
 
-def _report(folder: Path, elements: Sequence[dict[str, Any]]) -> int:
+def _report(folder: Path, elements: Sequence[Element]) -> int:
     failures = []
     for element in elements:
-        code = exit_code(folder, element["job"])
-        if code == 0:
+        code = exit_code(folder, element.job)
+        state = _last_state(element.job) if code is None else ""
+        if code == 0 or state == "COMPLETED":  # the latter without a file of its own: the log folder's disk was full
             continue
         failures.append(code or 1)
-        how = f"failed with exit code {code}" if code else f"did not finish ({_last_state(element['job'])})"
-        title = " ".join(filter(None, (element["name"], element["label"], f"(job {element['job']})")))
-        log = log_file(folder, element["job"])
-        if log.exists():
-            last = [line.split("\r")[-1] for line in log.read_text(errors="replace").splitlines()[-LOG_LINES:]]
-            lines = [f"launch: the last lines of {log}:", *(f"  | {line}" for line in last)]
+        how = f"failed with exit code {code}" if code else f"did not finish ({state})"
+        title = " ".join(filter(None, (element.name, element.label, f"(job {element.job})")))
+        log = log_file(folder, element.job)
+        if log.is_file():
+            with open(log, "rb") as file:
+                file.seek(max(0, log.stat().st_size - LOG_BYTES))
+                last = file.read().rstrip().split(b"\n")[-LOG_LINES:]
+            lines = [f"launch: the last lines of {log}:", *(f"  | {last_state(line)}" for line in last)]
         else:
             lines = [f"launch: no {log.name} in {folder}: it never ran, or its node cannot see that folder"]
-        lines += [f"launch: run it again alone: {command}" for command in element["commands"]]
+        lines += [f"launch: run it again alone: {command}" for command in element.commands]
         print(f"\nlaunch: {title} {how}", *lines, sep="\n", file=sys.stderr)
     if not failures:
         print(f"launch: all {len(elements)} jobs done", flush=True)

@@ -6,6 +6,7 @@ interruptions cheap and countable; test_scripts.py runs the real scripts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -312,7 +313,7 @@ def test_a_gpu_comes_with_its_share_of_the_node_and_the_partitions_time(cluster,
     lines = script.read_text().splitlines()
     for line in (f"--cpus-per-task={CORES // GPUS}", "--mem=3072M", "--time=60", "--gpus-per-node=1"):
         assert f"#SBATCH {line}" in lines  # half of 8000 MB, in whole GB
-    assert f"1 GPUs, {CORES // GPUS} cores, 3 GB, 60 min" in result.stdout
+    assert f"nodes 1, time 60, gpus-per-node 1, cpus-per-task {CORES // GPUS}, mem 3072M" in result.stdout
 
 
 def test_two_gpus_come_with_the_whole_node_and_a_site_file_says_otherwise(cluster, here):
@@ -348,6 +349,45 @@ def test_a_token_in_a_setup_line_lies_in_a_file_that_the_user_alone_can_read(clu
     assert "hunter2" not in result.stdout + result.stderr
 
 
+# ===== a full disk below the logs =====
+
+
+@pytest.fixture
+def small_disk(here):
+    """A disk of 64 kB at logs/, and a function that fills what is left of it."""
+    (here / "logs").mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", here / "logs"], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"mounting a small tmpfs is not permitted here: {mount.stderr.strip()}")
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), open(here / "logs/filler", "ab", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+
+    yield fill
+    subprocess.run(["umount", "--lazy", here / "logs"], check=True)
+
+
+def test_a_full_disk_for_the_logs_queues_nothing(cluster, here, small_disk):
+    small_disk()
+    result = launch(cluster, here, *CPU, "--chunks", "3", "draw.py", "--out", "out", "--then", "draw.py", "--out", "b")
+    assert result.returncode == 2 and "disk is full" in result.stderr, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and "logs" in result.stderr
+    wait_for(lambda: not cluster.jobs())
+    assert not (here / "out").exists() and not (here / "b").exists()
+
+
+def test_work_is_done_though_the_logs_disk_fills_meanwhile(cluster, here, small_disk):
+    submit(cluster, here, "draw.py", "--out", "out", *PACE)
+    wait_for(lambda: len(list((here / "out").glob("[0-9]*.txt"))) >= 2)
+    small_disk()
+    finish(cluster, here)
+    assert complete(here / "out", 24) and not list((here / "logs").glob("*.exit.json"))
+
+
 def test_the_clusters_own_processes_end_with_it():
     if not os.environ.get("REQUIRE_SLURM"):
         pytest.importorskip("tests.launch.slurm.cluster")
@@ -379,7 +419,8 @@ def test_make_pipeline_chains_generation_training_and_evaluation(cluster, tmp_pa
 
     done = make(
         "pipeline", "LAUNCHER=slurm", "PARTITION=low", "CHUNKS=2", "NODES=2", "GPUS=0", "WAIT=1", "DATASET=tiny",
-        "TIMEOUT_MIN=20", "TRAIN_ARGS=--recipe demo --epochs 1", "EVALUATE_ARGS=--test tiny=data/tiny/train",
+        "TIMEOUT_MIN=20", "TRAIN_ARGS=--recipe demo --epochs 1",
+        "EVALUATE_ARGS=--test tiny=data/tiny/train --no-leak-check",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     results = [json.loads(line) for line in (tmp_path / "runs/tiny/results.jsonl").read_text().splitlines()]
