@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.classes import FACTOR, images_per_class, load_classes
 from utils.cli import (
+    LONGEST_NAME,
     Launch,
     UserError,
     any_path,
@@ -124,7 +125,7 @@ def main(args: argparse.Namespace) -> int:
     existing = datasets.open_dataset(out) if args.repair or (out / "dataset.json").exists() else None
     model, revision = args.model or DEFAULT_MODEL, args.revision
     if args.repair and existing:  # by the folder's own record, whatever the options say
-        table, recipe = reproduction.recorded_classes(existing), Recipe.of(existing)
+        table, recipe = existing.table, Recipe.of(existing)
         template, counts = parse_template(recipe.prompt), {folder.id: folder.count for folder in existing.folders}
         model, revision = (model, revision) if args.model else reproduction.recorded_model(existing)
     else:
@@ -139,7 +140,7 @@ def main(args: argparse.Namespace) -> int:
     recipe = recipe.with_model(folder)
     require_writable(out, "--out")
     about: dict[str, Any] = {
-        "name": out.name,
+        "name": out.resolve().name.lstrip(". ")[:LONGEST_NAME] or "dataset",
         "recipe": recipe.record(),
         "model": {"id": folder.name, "revision": folder.revision, "files": folder.hashes(recipe.safety != "off")},
         "classes": [

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from utils.classes import ClassRow, ClassTable
 from utils.cli import UserError
 from utils.dataset import folder as datasets
 from utils.dataset import inspection
@@ -20,7 +21,21 @@ from utils.dataset.shards import write_shards
 from utils.storage import AlreadyOwned, sha256_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = {"format": "jpg", "batch_size": 4, "steps": 50, "dtype": "fp32"}
+MODEL = {"id": "m", "revision": None, "files": {"unet/weights": "0" * 64}}
+
+
+def record_of(name: str, classes: list[dict], **recipe) -> dict:
+    """What generate.py records of a dataset, shortened."""
+    rows = tuple(ClassRow(row["id"], row["name"], row["hypernym"], row["definition"]) for row in classes)
+    recipe = {"name": "paper", "classes": ClassTable("x", rows).sha256, "prompt": "c"} | recipe
+    recipe = {
+        "images_per_class": classes[0]["images"],
+        "scheduler": "pndm",
+        "steps": 50,
+        "guidance_scale": 2.0,
+    } | recipe
+    recipe = {"format": "jpg", "batch_size": 4} | recipe
+    return {"name": name, "recipe": recipe, "model": MODEL, "classes": classes, "environment": {}, "command": "x"}
 
 
 def entry_of(folder: ClassFolder, index: int, data: bytes, **changes) -> dict:
@@ -48,8 +63,7 @@ def dataset(tmp_path):
     classes = [
         {"id": f"n0{k}", "name": "cat, kitty", "hypernym": "", "definition": "a pet", "images": 10} for k in range(3)
     ]
-    info = {"name": "cats", "recipe": RECIPE, "model": {"id": "m"}, "classes": classes, "environment": {}}
-    made = datasets.create_dataset(tmp_path / "cats", info)
+    made = datasets.create_dataset(tmp_path / "cats", record_of("cats", classes))
     for class_folder in made.folders:
         fill(class_folder, range(10))
     return made
@@ -152,7 +166,7 @@ def test_a_class_has_one_owner(folder):
 
 
 def test_the_first_of_two_creators_wins(dataset):
-    again = datasets.create_dataset(dataset.root, dataset.info | {"recipe": RECIPE | {"batch_size": 8}})
+    again = datasets.create_dataset(dataset.root, dataset.info | {"recipe": dataset.recipe | {"batch_size": 8}})
     assert again.recipe["batch_size"] == 4
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.dataset.test_folder import record_of
 from utils.dataset import folder as datasets
 from utils.dataset.gallery import write_gallery
 from utils.generation.drawing import encode_image
@@ -25,8 +26,8 @@ def dataset(tmp_path_factory):
         {"id": f"n{k:02d}", "name": name, "hypernym": "thing", "definition": definition, "images": 30}
         for k, (name, definition) in enumerate(zip(NAMES, DEFINITIONS, strict=True))
     ]
-    recipe = {"format": "jpg", "batch_size": 30, "scheduler": "pndm", "steps": 50, "guidance_scale": 2.0, "prompt": "c"}
-    info = {"name": "zoo <1>", "recipe": recipe, "model": {"id": "some/model"}, "classes": rows, "environment": {}}
+    info = record_of("zoo <1>", rows, batch_size=30)
+    info["model"] = info["model"] | {"id": "some/model"}
     dataset = datasets.create_dataset(tmp_path_factory.mktemp("data") / "zoo", info)
     rng = np.random.default_rng(0)
     for folder, row in zip(dataset.folders, rows, strict=True):

@@ -8,6 +8,7 @@ from PIL import Image
 from scipy.linalg import sqrtm
 
 import evaluate
+from tests.dataset.test_folder import record_of
 from utils.cli import run
 from utils.dataset.folder import known_images
 from utils.report import dataset_quality as report
@@ -183,14 +184,8 @@ def test_strays_of_a_generated_dataset_are_named_and_left_out(tmp_path, capsys):
     (data / "train/fig").mkdir()
     Image.new("RGB", (48, 48)).save(data / "train/fig/mine.png")
     assert images_of(data, tmp_path / "look") == 11  # without a dataset.json it is anybody's folder
-    rows = [{"id": "apple", "name": "apple, fruit", "images": 5}, {"id": "pear", "name": "", "images": 5}]
-    info = {
-        "format": "imagenet-sd dataset 1",
-        "classes": rows,
-        "model": {},
-        "recipe": {"format": "png", "batch_size": 5},
-    }
-    write_json(data / "dataset.json", info)
+    rows = [{"id": i, "name": i, "hypernym": "", "definition": "", "images": 5} for i in ("apple", "pear")]
+    write_json(data / "dataset.json", {"format": "imagenet-sd dataset 1"} | record_of("x", rows, format="png"))
     capsys.readouterr()
     assert images_of(data, tmp_path / "look") == 8
     said = capsys.readouterr().err

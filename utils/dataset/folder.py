@@ -1,8 +1,7 @@
-"""A synthetic dataset on disk: dataset.json, one manifest a class, image files; what is done, missing or damaged.
+"""A synthetic dataset on disk: dataset.json, one manifest a class, image files; what is done and what is open.
 
-    OUT/dataset.json            recipe, model, classes, where it was made, counts
-    OUT/manifest/<id>.jsonl     one line an image, sorted by index: id, index, prompt, seed, attempt, rejected, safety,
-                                bytes, sha256
+    OUT/dataset.json            recipe, model, classes, where it was made, counts; its copy is OUT/.dataset.json
+    OUT/manifest/<id>.jsonl     one line an image, sorted by index: see Entry
     OUT/train/<id>/<id>_<index:06d>.<suffix>
     OUT/sessions.jsonl          one line a finished process: images, seconds, images/s, micro_batch (denoised at once)
     OUT/.locks/                 empty files; flock marks the classes that a living process draws
@@ -15,18 +14,22 @@ line (drawn again, byte for byte) or half a last line (cut off). Imports no torc
 from __future__ import annotations
 
 import datetime
-import errno
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from stat import S_ISREG
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-from utils.cli import UserError
+from msgspec import Meta, Struct
+
+from utils.classes import ClassRow, ClassTable, images_per_class, safe_id
+from utils.cli import UserError, safe_name
 from utils.machine import snapshot
 from utils.storage import (
     AlreadyOwned,
@@ -35,16 +38,83 @@ from utils.storage import (
     owner_lock,
     read_json,
     read_jsonl,
+    remove_leftovers,
     write_json,
 )
 
 FORMAT = "imagenet-sd dataset 1"
+COPY = ".dataset.json"
 SUFFIXES = {"jpg": ".jpg", "png": ".png", "webp": ".webp"}
+MOST_IMAGES = 10_000_000  # of a class
+TAIL = 1 << 18  # bytes at the end of a manifest that hold its last line: a prompt has at most some 12,000 characters
+
+
+class Entry(TypedDict):
+    """A line of a manifest."""
+
+    id: str
+    index: int
+    prompt: NotRequired[str]
+    seed: NotRequired[int]
+    attempt: NotRequired[int]  # 0 if the first draw was kept
+    rejected: NotRequired[list[str]]  # why each earlier one was not
+    safety: NotRequired[bool | None]  # what the safety checker says
+    bytes: int
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class ClassRecord(Struct):
+    """A class in dataset.json; texts are bounded as the cells of a class table."""
+
+    id: str
+    name: Annotated[str, Meta(max_length=4000)]
+    hypernym: Annotated[str, Meta(max_length=4000)]
+    definition: Annotated[str, Meta(max_length=4000)]
+    images: Annotated[int, Meta(ge=0, le=MOST_IMAGES)]
+
+
+class RecipeRecord(Struct):
+    """Of the recipe in dataset.json what is read here; utils/generation/recipe.py has all of it."""
+
+    classes: str
+    prompt: str
+    images_per_class: int | str
+    scheduler: str
+    steps: int
+    guidance_scale: float
+    batch_size: Annotated[int, Meta(ge=1, le=MOST_IMAGES)]
+    format: Literal["jpg", "png", "webp"]
+
+
+class ModelRecord(Struct):
+    """The model in dataset.json."""
+
+    id: str
+    revision: str | None
+    files: dict[str, str]  # {path: sha256}
+
+
+class Record(Struct):
+    """dataset.json, without what is only for people."""
+
+    format: Literal["imagenet-sd dataset 1"]
+    name: str
+    recipe: RecipeRecord
+    model: ModelRecord
+    classes: Annotated[list[ClassRecord], Meta(min_length=1)]
+    environment: dict[str, Any]
+
+
+class SessionRecord(Struct):
+    """Of a line of sessions.jsonl what is added up."""
+
+    images: Annotated[int, Meta(ge=0)]
+    seconds: Annotated[float, Meta(ge=0)]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset folder and what its dataset.json says."""
+    """A dataset folder and what its dataset.json says, see Record."""
 
     root: Path
     info: dict[str, Any]
@@ -58,6 +128,12 @@ class Dataset:
         """One for each class, in label order."""
         suffix, batch = SUFFIXES[self.recipe["format"]], self.recipe["batch_size"]
         return [ClassFolder(self.root, row["id"], row["images"], suffix, batch) for row in self.info["classes"]]
+
+    @cached_property
+    def table(self) -> ClassTable:
+        """The class table that it was drawn from."""
+        keys = ("id", "name", "hypernym", "definition")
+        return ClassTable(self.info["name"], tuple(ClassRow(*map(row.get, keys)) for row in self.info["classes"]))
 
     @property
     def images(self) -> int:
@@ -97,33 +173,29 @@ class ClassFolder:
         with owner_lock(self.root / ".locks" / f"{self.id}.lock"):
             yield
 
-    def entries(self) -> dict[int, dict]:
-        """{index: manifest line}, sorted; torn, foreign and surplus lines are left out, the last of two wins."""
-        entries = {}
-        for entry in read_jsonl(self.manifest):
-            if not isinstance(entry, dict) or not entry.keys() >= {"id", "index", "bytes", "sha256"}:
-                continue
-            if entry["id"] == self.id and isinstance(entry["index"], int) and 0 <= entry["index"] < self.count:
-                entries[entry["index"]] = entry
-        return dict(sorted(entries.items()))
+    def entries(self) -> dict[int, Any]:
+        """{index: Entry}, sorted; torn, foreign and surplus lines are left out, the last of two wins."""
+        lines = read_jsonl(self.manifest, Entry)
+        mine = {line["index"]: line for line in lines if line["id"] == self.id and 0 <= line["index"] < self.count}
+        return dict(sorted(mine.items()))
 
-    def files(self) -> dict[str, os.stat_result]:
-        """{file name: stat} of what lies in the class folder, temporary files left out."""
-        try:
-            with os.scandir(self.images) as found:
-                return {entry.name: entry.stat() for entry in found if not entry.name.endswith(".tmp")}
-        except FileNotFoundError:
-            return {}
+    def files(self) -> dict[str, os.stat_result | None]:
+        """{file name: stat} of the class folder without temporary files; None for what is no regular file."""
+        found: dict[str, os.stat_result | None] = {}
+        for entry in os.scandir(self.images) if self.images.is_dir() else ():
+            if not entry.name.endswith(".tmp"):
+                try:
+                    status = entry.stat()
+                except OSError:  # a dangling symlink, or gone meanwhile
+                    status = None
+                found[entry.name] = status if status and S_ISREG(status.st_mode) else None
+        return found
 
-    def done(self) -> dict[int, dict]:
-        """{index: manifest line} of the images whose file is there in full size."""
-        files = self.files()
-        entries = self.entries()
-        return {
-            index: entry
-            for index, entry in entries.items()
-            if (stat := files.get(self.path(index).name)) and stat.st_size == entry["bytes"]
-        }
+    def done(self) -> dict[int, Any]:
+        """{index: Entry} of the images whose file is there in full size."""
+        files, entries = self.files(), self.entries()
+        stats = {index: files.get(self.path(index).name) for index in entries}
+        return {index: entry for index, entry in entries.items() if (s := stats[index]) and s.st_size == entry["bytes"]}
 
     def open_batches(self) -> list[range]:
         """Batches of which an image is missing or has another size: to be drawn, each as a whole."""
@@ -139,38 +211,28 @@ class ClassFolder:
                 leftover.unlink(missing_ok=True)
         self.rewrite(self.entries())
 
-    def rewrite(self, entries: dict[int, dict]) -> None:
+    def rewrite(self, entries: dict[int, Any]) -> None:
         """Make ENTRIES the manifest, sorted by index; untouched if it says so already."""
         data = b"".join(as_line(entry) for _, entry in sorted(entries.items()))
         if data != (self.manifest.read_bytes() if self.manifest.exists() else b""):
             atomic_write(self.manifest, data, fsync=True)
 
-    def commit(self, batch: list[dict]) -> None:
+    def commit(self, batch: list[Any]) -> None:
         """Record the entries of a batch whose files are written: appended, or merged if later ones are there."""
-        size, last = self._end()
-        if last >= batch[0]["index"]:
+        if self._last_index() >= batch[0]["index"]:
             self.rewrite(self.entries() | {entry["index"]: entry for entry in batch})
-            return
-        data = b"".join(map(as_line, batch))
-        descriptor = os.open(self.manifest, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            if os.write(descriptor, data) != len(data):
-                os.ftruncate(descriptor, size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.manifest))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        else:
+            append_jsonl(self.manifest, *batch, fsync=True)
 
-    def _end(self) -> tuple[int, int]:
-        """(bytes of the manifest, index of its last line or -1): reads the end only, as a class may be large."""
+    def _last_index(self) -> int:
+        """The index of the manifest's last line, or -1: reads the end only, as a class may be large."""
         try:
             with open(self.manifest, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - 65536))  # a line is a few hundred bytes
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
                 lines = file.read().splitlines()
         except FileNotFoundError:
-            return 0, -1
-        return size, json.loads(lines[-1])["index"] if lines else -1
+            return -1
+        return json.loads(lines[-1])["index"] if lines else -1
 
 
 def in_chunk(items: list, chunk: tuple[int, int] | None) -> list:
@@ -179,7 +241,8 @@ def in_chunk(items: list, chunk: tuple[int, int] | None) -> list:
     return items[part::parts]
 
 
-def as_line(entry: dict) -> bytes:
+def as_line(entry: Any) -> bytes:
+    """An entry as `append_jsonl` writes it."""
     return (json.dumps(entry, ensure_ascii=False) + "\n").encode()
 
 
@@ -187,15 +250,38 @@ def as_line(entry: dict) -> bytes:
 
 
 def open_dataset(root: str | Path) -> Dataset:
-    """The dataset in ROOT; UserError if there is none."""
+    """The dataset in ROOT. UserError if there is none, or dataset.json is not what generate.py wrote.
+
+    Ids and names become paths, so they are checked here, where they enter.
+    """
     root = Path(root)
     path = root / "dataset.json"
-    if not path.is_file():
-        raise UserError(f"--out {root}: no dataset here (no dataset.json); draw one first, or name its folder")
-    info = read_json(path)
-    if not isinstance(info, dict) or info.get("format") != FORMAT or not {"recipe", "classes", "model"} <= info.keys():
-        raise UserError(f"--out {root}: dataset.json was not written by this version; choose another --out")
-    return Dataset(root, info)
+    if not path.exists():
+        remedy = way_back(root, "draw one first, or name its folder")
+        raise UserError(f"--out {root}: no dataset here (no dataset.json); {remedy}")
+    remedy = way_back(root, "restore it from a copy")
+    read_json(path, Record, remedy)  # refuses what is of another type
+    dataset = Dataset(root, read_json(path))
+    safe_name(dataset.info["name"], f"{path}, name")
+    for row in dataset.info["classes"]:
+        safe_id(row["id"], f"{path}, classes")
+    counts = {folder.id: folder.count for folder in dataset.folders}
+    if len(counts) < len(dataset.folders) or dataset.table.sha256 != dataset.recipe["classes"]:
+        raise UserError(f"--out {root}: dataset.json was changed: its classes are not those of its recipe; {remedy}")
+    if counts != images_per_class(dataset.table, dataset.recipe["images_per_class"]):
+        raise UserError(f"--out {root}: dataset.json was changed: its images a class are not its recipe's; {remedy}")
+    return dataset
+
+
+def write_record(root: Path, info: dict[str, Any]) -> None:
+    """dataset.json, and the copy that helps where it is damaged or deleted. The caller has the lock."""
+    write_json(root / "dataset.json", info)
+    write_json(root / COPY, info)
+
+
+def way_back(root: Path, otherwise: str) -> str:
+    """What to do about a damaged or missing dataset.json: without it the images are of no known recipe."""
+    return f"`cp {root / COPY} {root / 'dataset.json'}` brings it back" if (root / COPY).is_file() else otherwise
 
 
 def known_images(root: Path) -> Iterator[tuple[str, dict[str, str]]] | None:
@@ -209,7 +295,7 @@ def known_images(root: Path) -> Iterator[tuple[str, dict[str, str]]] | None:
 
 
 def refuse_foreign_folder(root: Path) -> None:
-    """UserError if ROOT holds files but no dataset.json: someone else's folder, or a dataset without its passport."""
+    """UserError if ROOT holds files but no dataset.json: somebody else's folder, or a dataset that has lost it."""
     if not root.exists():
         return
     if not root.is_dir():
@@ -218,7 +304,8 @@ def refuse_foreign_folder(root: Path) -> None:
         entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and entry.name != "lost+found"
     ]
     if foreign and "dataset.json" not in foreign:
-        raise UserError(f"--out {root} holds {foreign[0]!r} but no dataset.json; choose an empty or new folder")
+        remedy = way_back(root, "choose an empty or new folder")
+        raise UserError(f"--out {root} holds {foreign[0]!r} but no dataset.json; {remedy}")
 
 
 def create_dataset(root: Path, info: dict[str, Any]) -> Dataset:
@@ -226,17 +313,20 @@ def create_dataset(root: Path, info: dict[str, Any]) -> Dataset:
 
     Returns what is there then: another process may have been first.
     """
+    if any(row["images"] > MOST_IMAGES for row in info["classes"]):
+        raise UserError(f"--images-per-class: more than {MOST_IMAGES:,} images of a class are not kept in one folder")
     (root / ".locks").mkdir(parents=True, exist_ok=True)
     with waiting_lock(root / ".locks" / "dataset.lock"):
+        remove_leftovers(root)
         if not (root / "dataset.json").exists():
-            write_json(root / "dataset.json", {"format": FORMAT, **info})
+            write_record(root, {"format": FORMAT, **info})
         dataset = open_dataset(root)
         larger = enlarged(dataset, info)
         same = all(
             larger.recipe.get(key, value) == value for key, value in info["recipe"].items() if key != "attention"
         )
         if same and larger is not dataset:
-            write_json(root / "dataset.json", larger.info)
+            write_record(root, larger.info)
     return open_dataset(root)
 
 
@@ -253,52 +343,38 @@ def enlarged(dataset: Dataset, info: dict[str, Any]) -> Dataset:
 
 def record_session(dataset: Dataset, session: dict[str, Any]) -> dict[str, Any]:
     """Append SESSION to sessions.jsonl, bring the counts of dataset.json up to date and return them."""
+    path = dataset.root / "sessions.jsonl"
     with waiting_lock(dataset.root / ".locks" / "dataset.lock"):
-        info = read_json(dataset.root / "dataset.json")
-        here: dict | str = snapshot()
-        if here == info["environment"]:
-            here = "as in dataset.json"
+        dataset = open_dataset(dataset.root)
+        info, here = dataset.info, snapshot()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         if session["images"]:
-            append_jsonl(dataset.root / "sessions.jsonl", {"time": now, **session, "environment": here})
-        counts = count_images(dataset)
-        info["counts"] = counts
+            known = "as in dataset.json" if here == info["environment"] else here
+            append_jsonl(path, {"time": now, **session, "environment": known})
+        counts = info["counts"] = count_images(dataset)
         if counts["images"] == counts["wanted"]:
             info.setdefault("completed", now)
-        sessions = read_jsonl(dataset.root / "sessions.jsonl")
-        seconds, images = (sum(line[key] for line in sessions) for key in ("seconds", "images"))
+        sessions = read_jsonl(path, SessionRecord)
+        seconds, images = sum(line.seconds for line in sessions), sum(line.images for line in sessions)
         info["time"] = {
             "process_seconds": round(seconds, 1),  # of processes that ended by themselves; a killed one leaves none
             "images_drawn": images,
             "images_per_s_per_process": round(images / seconds, 3) if seconds else None,
         }
-        write_json(dataset.root / "dataset.json", info)
+        write_record(dataset.root, info)
     return counts
 
 
 def count_images(dataset: Dataset) -> dict[str, Any]:
-    """Totals of the manifests: images, what was rejected on the way and why, what the safety checker flagged."""
+    """Totals over the images that are there: how many, what was rejected on the way and why, what is flagged."""
     images, flagged = 0, 0
-    redrawn: dict[str, int] = {}
+    redrawn: Counter[str] = Counter()
     for folder in dataset.folders:
-        try:
-            lines = folder.manifest.read_bytes().splitlines()
-        except FileNotFoundError:
-            continue
-        images += len(lines)
-        for line in lines:
-            # Only the rare lines are parsed: a million of the others take a second this way.
-            if b'"rejected": []' in line and b'"safety": true' not in line:
-                continue
-            try:
-                entry = json.loads(line)
-            except ValueError:  # half a line: its writer is at work or was killed
-                images -= 1
-                continue
-            flagged += entry["safety"] is True
-            for reason in entry["rejected"]:
-                redrawn[reason] = redrawn.get(reason, 0) + 1
-    return {"wanted": dataset.images, "images": images, "redrawn": redrawn, "safety_flagged": flagged}
+        for entry in folder.done().values():
+            images += 1
+            flagged += entry.get("safety") is True
+            redrawn.update(entry.get("rejected", []))
+    return {"wanted": dataset.images, "images": images, "redrawn": dict(redrawn), "safety_flagged": flagged}
 
 
 @contextmanager

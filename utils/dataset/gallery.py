@@ -18,7 +18,9 @@ from urllib.parse import quote
 import numpy as np
 import simplejpeg
 from PIL import Image
+from tqdm import tqdm
 
+from utils.cli import UserError
 from utils.dataset.folder import ClassFolder, Dataset
 from utils.images import BadImage, contact_sheet, decode_rgb
 from utils.storage import atomic_write, write_page
@@ -31,9 +33,9 @@ LABEL_WIDTH = 220  # pixels beside the rows of a contact sheet
 
 def write_gallery(dataset: Dataset) -> Path:
     """Write OUT/preview/ and OUT/index.html and return the latter; what an earlier call wrote is replaced."""
-    from tqdm import tqdm
-
     preview = dataset.root / "preview"
+    if preview.is_symlink():
+        raise UserError(f"--preview: {preview} is a symlink, and what lies there would be replaced; remove it")
     preview.mkdir(exist_ok=True)
     rows = {row["id"]: row for row in dataset.info["classes"]}
     classes: list[dict] = []

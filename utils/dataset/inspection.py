@@ -6,7 +6,7 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,27 +23,31 @@ class ClassState:
 
     id: str
     count: int
-    done: int
     missing: list[int]  # no line or no file
     damaged: list[int]  # another size, or hash, than the line says
     foreign: list[str]
     times: list[float]  # modification times of the images done, seconds since the epoch
 
+    @property
+    def done(self) -> int:
+        return len(self.times)
+
 
 def inspect(folder: ClassFolder, hashes: bool = False) -> ClassState:
     """The state of one class by names and sizes; with HASHES every byte is read."""
     files, entries = folder.files(), folder.entries()
-    missing, damaged, times = [], [], []
+    state = ClassState(folder.id, folder.count, [], [], [], [])
     for index in range(folder.count):
         path = folder.path(index)
         stat, entry = files.pop(path.name, None), entries.get(index)
         if entry is None or stat is None:
-            missing.append(index)
+            state.missing.append(index)
         elif stat.st_size != entry["bytes"] or (hashes and not _same_hash(path, entry["sha256"])):
-            damaged.append(index)
+            state.damaged.append(index)
         else:
-            times.append(stat.st_mtime)
-    return ClassState(folder.id, folder.count, len(times), missing, damaged, sorted(files), times)
+            state.times.append(stat.st_mtime)
+    state.foreign = sorted(files)
+    return state
 
 
 def _same_hash(path: Path, sha256: str) -> bool:
@@ -53,30 +57,24 @@ def _same_hash(path: Path, sha256: str) -> bool:
         return False
 
 
-def inspect_all(folders: Iterable[ClassFolder], hashes: bool = False) -> Iterator[ClassState]:
-    """inspect() of every class, in order, in parallel where bytes are read (hashing frees Python's lock)."""
-    if not hashes:
-        yield from map(inspect, folders)
-        return
+def inspect_all(folders: list[ClassFolder]) -> Iterator[ClassState]:
+    """inspect() of every class by hashes, in order and in parallel: hashing frees Python's lock."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(lambda folder: inspect(folder, hashes=True), folders)
+        checked = pool.map(lambda folder: inspect(folder, hashes=True), folders)
+        yield from tqdm(checked, total=len(folders), unit="class", desc="verify")
 
 
 def foreign_classes(dataset: Dataset) -> list[str]:
     """Names in OUT/train that are no class of the dataset: ImageFolder would count them as classes."""
-    try:
-        names = {entry.name for entry in os.scandir(dataset.root / "train") if not entry.name.startswith(".")}
-    except FileNotFoundError:
-        return []
+    train = dataset.root / "train"
+    names = {name for name in os.listdir(train) if not name.startswith(".")} if train.is_dir() else set()
     return sorted(names - {folder.id for folder in dataset.folders})
 
 
 def drop_damaged(folder: ClassFolder, state: ClassState) -> None:
     """Strike damaged and missing images from the manifest, so that their batches count as not drawn."""
-    entries = folder.entries()
-    for index in [*state.damaged, *state.missing]:
-        entries.pop(index, None)
-    folder.rewrite(entries)
+    lost = {*state.damaged, *state.missing}
+    folder.rewrite({index: entry for index, entry in folder.entries().items() if index not in lost})
 
 
 def images_per_second(times: list[float], window_s: float = 600) -> tuple[float, float]:
@@ -97,15 +95,13 @@ def images_per_second(times: list[float], window_s: float = 600) -> tuple[float,
 
 def show_status(dataset: Dataset, folders: list[ClassFolder]) -> None:
     """Print one line a class that is not complete, totals, and the time left from the ages of the files."""
-    states = list(inspect_all(folders))
+    states = [inspect(folder) for folder in folders]
     for state in states:
         if state.done < state.count:
             lost = f"{len(state.missing)} missing, {len(state.damaged)} damaged"
             print(f"{state.id}: {state.done} of {state.count} done, {lost}")
     complete = sum(state.done == state.count for state in states)
-    done, missing, damaged = (
-        sum(state.done for state in states), sum(len(s.missing) for s in states), sum(len(s.damaged) for s in states)
-    )  # fmt: skip
+    done, missing, damaged = (sum(len(getattr(s, part)) for s in states) for part in ("times", "missing", "damaged"))
     print(f"{dataset.root}: {done} of {done + missing + damaged} images done, {missing} missing, {damaged} damaged")
     print(f"classes: {complete} of {len(states)} complete")
     report_foreign(dataset, states)
@@ -118,7 +114,7 @@ def show_status(dataset: Dataset, folders: list[ClassFolder]) -> None:
 
 def verify(dataset: Dataset, folders: list[ClassFolder]) -> int:
     """Read every byte, print what is damaged or missing, return how many images are."""
-    states = list(tqdm(inspect_all(folders, hashes=True), total=len(folders), unit="class", desc="verify"))
+    states = list(inspect_all(folders))
     for state in states:
         for word, indices in (("damaged", state.damaged), ("missing", state.missing)):
             if indices:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from utils.cli import UserError
 from utils.dataset.folder import Dataset
 from utils.generation.pipeline import PipelineFolder
@@ -94,9 +96,11 @@ class Recipe:
 
     @classmethod
     def of(cls, dataset: Dataset) -> Recipe:
-        """The recipe that DATASET was drawn by."""
-        known = {key.name for key in fields(cls)}
-        return cls(**{name: value for name, value in dataset.recipe.items() if name in known})
+        """The recipe that DATASET was drawn by. UserError if a key has a value of another type."""
+        try:
+            return msgspec.convert(dataset.recipe, cls)
+        except msgspec.ValidationError as error:
+            raise UserError(f"{dataset.root / 'dataset.json'}: the recipe was changed: {error}") from None
 
     def record(self) -> dict[str, Any]:
         """As dataset.json has it."""
@@ -111,10 +115,8 @@ class Recipe:
         """
         if existing is None:
             return self
-        recorded = {
-            "chroma": self.chroma,
-            "attention": self.attention,
-        } | existing.recipe  # chroma: not in the first version
+        Recipe.of(existing)  # refuses values of another type
+        recorded = {"chroma": self.chroma, "attention": self.attention} | existing.recipe  # chroma came later
         if all(counts.get(folder.id, 0) >= folder.count for folder in existing.folders):
             recorded["images_per_class"] = self.images_per_class
         left_open = [key.name for key in fields(self) if key.metadata["auto"] and getattr(self, key.name) is None]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.classes import ClassRow, ClassTable
+from utils.classes import ClassTable
 from utils.cli import UserError
 from utils.dataset import folder as datasets
 from utils.dataset.folder import ClassFolder, Dataset
@@ -68,7 +68,7 @@ def reproduce(
 
     dataset = open_record(record)
     recorded, drawn_with = Recipe.of(dataset), dataset.info["model"]
-    table, template = recorded_classes(dataset), parse_template(recorded.prompt)
+    table, template = dataset.table, parse_template(recorded.prompt)
     chosen = choose_batches(dataset, sample, seed)
     folder = find_pipeline(*(model, revision) if model else recorded_model(dataset))
     hashes = folder.hashes(recorded.safety != "off")
@@ -136,17 +136,6 @@ def open_record(path: Path) -> Dataset:
     if path.is_file() and path.name != "dataset.json":
         raise UserError(f"--reproduce {path}: name a dataset's folder or its dataset.json")
     return datasets.open_dataset(path.parent if path.is_file() else path)
-
-
-def recorded_classes(dataset: Dataset) -> ClassTable:
-    """The class table the dataset was drawn with, from its own record."""
-    rows = tuple(ClassRow(c["id"], c["name"], c["hypernym"], c["definition"]) for c in dataset.info["classes"])
-    table = ClassTable(dataset.info["name"], rows)
-    if table.sha256 != dataset.recipe["classes"]:
-        raise UserError(
-            f"--reproduce {dataset.root}: dataset.json was changed: its classes are not those of its recipe"
-        )
-    return table
 
 
 def recorded_model(dataset: Dataset) -> tuple[str, str | None]:
