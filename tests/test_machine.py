@@ -21,14 +21,76 @@ def test_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch):
     assert resolve_device("auto") == torch.device("cpu")
 
 
-def test_auto_prefers_cuda(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+@pytest.fixture
+def card(monkeypatch):
+    """Two faked GPUs that fit, where no variable hides one; returns a function that changes what torch tells."""
+    for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    facts = {"is_available": True, "device_count": 2, "get_device_capability": (8, 0), "get_device_name": "A100",
+             "mem_get_info": (79 << 30, 80 << 30), "get_arch_list": ["sm_70", "sm_90", "compute_120"],
+             "set_device": None}  # fmt: skip
+    for name in facts:
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: facts[name])
+    driver = {"gpus": ["A100"], "driver": "570.86.15"}
+    monkeypatch.setattr(machine, "gpus", lambda: driver)
+
+    def change(driver_version: str | None = driver["driver"], **changes: object) -> None:
+        driver.update(driver=driver_version)
+        facts.update(changes)
+
+    return change
+
+
+def test_auto_prefers_cuda(card):
     assert resolve_device("auto") == torch.device("cuda")
     assert resolve_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(UserError, match="cuda:2: 2 CUDA devices here"):
         resolve_device("cuda:2")
+
+
+NO_GPU = {"is_available": False, "device_count": 0}
+
+
+@pytest.mark.parametrize(
+    ("facts", "environment", "message"),
+    [
+        ({"get_device_capability": (6, 1), "get_device_name": "GTX 1080"}, {},
+         "cuda:1: GTX 1080 is sm_61, and this torch has kernels from sm_70 on; use a newer GPU or cpu"),
+        (NO_GPU | {"driver_version": "470.223.02"}, {}, "driver 470.223.02 is too old for CUDA 12.8; update it to"),
+        (NO_GPU | {"driver_version": "525.60.13"}, {}, "0 CUDA devices here; use --device cpu or check the driver"),
+        (NO_GPU | {"driver_version": None}, {}, "0 CUDA devices here; use --device cpu or check the driver"),
+        (NO_GPU, {"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES='' shows no GPU; unset it, or give what"),
+        (NO_GPU, {"CUDA_VISIBLE_DEVICES": "9"}, "CUDA_VISIBLE_DEVICES='9' shows no GPU"),
+        ({"device_count": 1}, {"LOCAL_RANK": "1"}, "LOCAL_RANK=1, but 1 visible; start one process a GPU"),
+        ({"device_count": 1, "get_device_name": "A100 MIG 3g.20gb"}, {"LOCAL_RANK": "1"},
+         "LOCAL_RANK=1, but 1 visible (of MIG slices CUDA shows a process the first alone)"),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_cannot_be_used_is_one_line_with_its_remedy(card, monkeypatch, facts, environment, message):
+    card(**facts)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as refused:
+        resolve_device("cuda:1")
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_auto_says_why_a_gpu_is_left_unused(card, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    card(**NO_GPU, driver_version="470.10")
+    for hidden, said in (("", False), ("-1", False), (None, True)):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if hidden is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)  # which is how a CPU is asked for
+        assert resolve_device("auto") == torch.device("cpu")
+        assert ("auto takes the CPU: driver 470.10 is too old" in capsys.readouterr().err) is said
+
+
+def test_a_gpu_that_is_nearly_full_is_said_and_used(card, capsys):
+    for free, said in ((5 << 30, True), (6 << 30, False)):
+        card(mem_get_info=(free, 24 << 30))
+        assert resolve_device("cuda:0") == torch.device("cuda:0")
+        assert ("cuda:0 has 5.0 of 24.0 GB free" in capsys.readouterr().err) is said
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta"])
@@ -76,10 +138,8 @@ def test_bf16_is_asked_of_the_cpu_flags(monkeypatch):
 
 
 @pytest.mark.parametrize(("cores", "rank", "said"), [(3, "0", True), (4, "0", False), (1, "1", False)])
-def test_few_cores_for_a_gpu_are_said_once(monkeypatch, capsys, cores, rank, said):
+def test_few_cores_for_a_gpu_are_said_once(card, monkeypatch, capsys, cores, rank, said):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("RANK", rank)
     machine.resolve_device("cuda")
     assert ("warning: 3 CPU cores for a GPU; it will wait for them" in capsys.readouterr().err) is said
@@ -111,10 +171,8 @@ def test_other_errors_are_not_taken_for_full_memory(error):
     assert not machine.is_out_of_memory(error)
 
 
-def test_a_numbered_gpu_is_the_one_that_libraries_get(monkeypatch):
+def test_a_numbered_gpu_is_the_one_that_libraries_get(card, monkeypatch):
     chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert machine.resolve_device("cuda:1") == torch.device("cuda:1") and chosen == [torch.device("cuda:1")]
     assert machine.resolve_device("cuda") == torch.device("cuda") and len(chosen) == 1

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+OLDEST_DRIVER = [525, 60]  # that runs programs of any CUDA 12 (NVIDIA, CUDA compatibility)
+ENOUGH_GB = 6  # for Stable Diffusion 1.4 at 512 px in fp16, batch 1, with the safety checker
 FEW_CORES = 4  # of one GPU: its own process, and loaders that decode some hundred images a second each
 OUT_OF_MEMORY = (
     "out of memory",  # torch's allocator, CUDA itself (AcceleratorError) and Triton
@@ -121,6 +123,8 @@ def resolve_device(name: str) -> torch.device:
             name = "cuda"
         else:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
+            if gpus()["driver"] and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+                print(f"warning: --device auto takes the CPU: {_why_hidden(0, 0)}", file=sys.stderr)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -130,13 +134,49 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise UserError(f"--device {name}: {count} CUDA devices here; use --device cpu or check the driver")
+            raise UserError(f"--device {name}: {_why_hidden(device.index or 0, count)}")
         if device.index is not None:
             torch.cuda.set_device(device)  # libraries that ask for "cuda" get this one: no other GPU is touched
+        _refuse_unfit(name, device)
         warn_of_few_cores()
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available here; use --device cpu")
     return device
+
+
+def _why_hidden(index: int, count: int) -> str:
+    """Why torch shows COUNT GPUs and not number INDEX, and the remedy."""
+    import torch
+
+    visible, driver = os.environ.get("CUDA_VISIBLE_DEVICES"), gpus()["driver"]
+    if count and os.environ.get("LOCAL_RANK") == str(index):
+        slices = (
+            " (of MIG slices CUDA shows a process the first alone)" if "MIG" in torch.cuda.get_device_name(0) else ""
+        )
+        return f"LOCAL_RANK={index}, but {count} visible{slices}; start one process a GPU, and let each see all of them"
+    if visible is not None and not count:
+        return f"CUDA_VISIBLE_DEVICES={visible!r} shows no GPU; unset it, or give what `nvidia-smi -L` lists"
+    if driver and not count and [int(part) for part in driver.split(".")[:2]] < OLDEST_DRIVER:
+        oldest = ".".join(map(str, OLDEST_DRIVER))
+        return f"driver {driver} is too old for CUDA {torch.version.cuda}; update it to {oldest} or newer, or use cpu"
+    return f"{count} CUDA devices here; use --device cpu or check the driver"
+
+
+def _refuse_unfit(name: str, device: torch.device) -> None:
+    """UserError for a GPU that this torch has no kernels for; a line on stderr for one that is nearly full."""
+    import torch
+
+    kernels = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_") and arch[3:].isdigit()]
+    major, minor = torch.cuda.get_device_capability(device)
+    if kernels and 10 * major + minor < min(kernels):
+        card = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}"
+        raise UserError(
+            f"--device {name}: {card}, and this torch has kernels from sm_{min(kernels)} on; use a newer GPU or cpu"
+        )
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+    if free < ENOUGH_GB:
+        what = f"{name} has {free:.1f} of {total:.1f} GB free, and the paper's settings need {ENOUGH_GB}"
+        print(f"warning: {what}; `nvidia-smi` shows who uses it, --device another", file=sys.stderr)
 
 
 def warn_of_few_cores() -> None:
