@@ -132,6 +132,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--val", type=any_path, metavar="DIR", help="real images to validate on each epoch, DIR/<class id>/<images>"
     )
+    parser.add_argument("--no-leak-check", action="store_true", help="validate on training images if told to")
     parser.add_argument("--val-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last one")
     parser.add_argument("--images-per-class", type=positive_int, metavar="N", help="first N images of each class only")
     parser.add_argument("--max-bad-images", type=non_negative_int, default=0, help="damaged images to skip over")
@@ -174,6 +175,7 @@ def main(args: argparse.Namespace) -> int:
 def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     """From options to exported weights: data, model, optimizer, then `train`. CLOSING ends what is opened here."""
     from utils.dataset.folder import known_images
+    from utils.dataset.overlap import refuse_contained
     from utils.training.image_sets import open_sources, open_validation
     from utils.training.run_folder import is_finished, make_identity, own_run, run_name
 
@@ -188,6 +190,8 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
         print(f"{out}/{name}.pth: finished already; delete {out} to train again")
         return 0
     val_images = open_validation(args.val, images[0].class_ids) if args.val else None
+    if val_images is not None and not args.no_leak_check:
+        refuse_contained([place for one in images for place in one.locations()], val_images.locations(), "--val")
 
     # ===== preparing devices =====
     import torch

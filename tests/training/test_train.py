@@ -388,3 +388,17 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
     for parts in (2, 4):
         for one, other in zip(whole.parameters(), one_step(parts).parameters(), strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("copied", ["itself", "some, under other names"])
+def test_validation_on_training_images_is_refused(images, tmp_path, copied):
+    val = images
+    if copied != "itself":
+        val = tmp_path / "val"
+        for number, path in enumerate(sorted(images.rglob("*.jpg"))[::5]):
+            (val / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, val / path.parent.name / f"{number}.jpg")
+    strict = [option for option in TINY if option != "--no-leak-check"]
+    _, err = finish(start("--data", images, "--val", val, "--out", tmp_path / "run", *strict), 2)
+    assert "images are among the training images" in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -82,6 +82,15 @@ def read_place(place: Place) -> bytes:
         return file.read(min(size, MOST_BYTES))
 
 
+def refuse_contained(train: Sequence[Place], test: Sequence[Place], option: str) -> None:
+    """UserError that opens with OPTION if every test image is byte for byte a training image."""
+    if contains_all(train, test):
+        raise UserError(
+            f"{option}: all {len(test):,} images are among the training images, so their accuracy says nothing of new "
+            "ones; name others, or give --no-leak-check"
+        )
+
+
 def contains_all(train: Sequence[Place], test: Sequence[Place]) -> bool:
     """Whether every test image is byte for byte one of the training images, under whatever name.
 
