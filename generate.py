@@ -38,6 +38,8 @@ from utils.cli import (
 from utils.dataset import folder as datasets
 from utils.dataset import inspection
 from utils.dataset.folder import Dataset, in_chunk
+from utils.dataset.gallery import write_gallery
+from utils.dataset.shards import write_shards
 from utils.generation import drawing, plan, reproduction
 from utils.generation.drawing import Batch, ProgressBar
 from utils.generation.pipeline import find_pipeline
@@ -201,8 +203,8 @@ def draw(
 
     def denoise(batch: Batch):
         """(B, 4, H/8, W/8) float32 clean latents of B prompts, from noise that is each image's own."""
-        latents = sampler.initial_latents(batch.seeds)  # unit variance
-        return sampler.denoise(latents, batch.texts, bar.show_step)
+        latents = sampler.initial_latents([prompt.seed for prompt in batch.prompts])  # unit variance
+        return sampler.denoise(latents, [prompt.text for prompt in batch.prompts], bar.show_step)
 
     def decode(latents):
         """uint8 (B, H, W, 3), [what is wrong with an image, or ""], [the safety checker's flag, or None]."""
@@ -267,20 +269,12 @@ def look_at(dataset: Dataset, args: argparse.Namespace) -> int:
     folders = in_chunk(dataset.folders, args.chunk)
     if args.status:
         inspection.show_status(dataset, folders)
-    elif args.verify:
-        bad = inspection.verify(dataset, folders)
-        if bad:
-            raise UserError(
-                f"--verify: {bad} images of {dataset.root} are damaged or missing; --repair draws them again"
-            )
     elif args.preview:
-        from utils.dataset.gallery import write_gallery
-
         print(f"open {write_gallery(dataset)} in a browser")
-    else:
-        from utils.dataset.shards import write_shards
-
+    elif args.pack:
         print(write_shards(dataset))
+    elif bad := inspection.verify(dataset, folders):
+        raise UserError(f"--verify: {bad} images of {dataset.root} are damaged or missing; --repair draws them again")
     return 0
 
 

@@ -28,7 +28,7 @@ from utils.cli import UserError
 from utils.dataset import folder as datasets
 from utils.evaluation import weights
 from utils.evaluation.pickles import read_pickle
-from utils.generation import pipeline
+from utils.generation.pipeline import PipelineFolder
 from utils.launch import command, site
 from utils.report import records
 from utils.training import checkpoint, image_sets
@@ -101,7 +101,11 @@ READERS: dict[str, tuple[str, bytes, Any]] = {
     "pickle": ("x.pkl", pickle.dumps({"L1": ["n1"], "x": np.arange(9.0), "y": {"a": 1}}, 2), read_pickle),
     "weights": ("x.pth", saved(STATE["model"]), weights.read_weights),
     "checkpoint": ("checkpoint.pth", saved(STATE), lambda path: checkpoint.load_checkpoint(path.parent)),
-    "pipeline settings": ("x.json", b'{"a": [1, 2], "b": {"c": "d"}}', lambda path: pipeline._read_settings(path, "m")),
+    "pipeline settings": (
+        "x.json",
+        b'{"a": [1, 2], "b": {"c": "d"}}',
+        lambda path: PipelineFolder("m", None, path.parent).settings(path.name),
+    ),
     "tar shard": ("x.tar", tar(), lambda path: [image_sets.TarImages(path.parent, [path]).read(0)]),
     "image header": ("x.jpg", picture("JPEG"), lambda path: images.image_size(path.read_bytes(), str(path))),
     **{f"{form} image": ("x.jpg", picture(form), images.decode_rgb) for form in images.FORMATS},

@@ -421,7 +421,8 @@ def test_dry_run_reckons_the_forwards_that_are_run(tmp_path, tiny, recipe):
     folder = find_pipeline(str(tiny))
     wanted = generate.asked_recipe(args, "", "c").with_model(folder)
     sampler = loading.load_sampler(folder, wanted, torch.device("cpu"))
-    assert abs(plan.expected_forwards(wanted, folder.scheduler_config) - sampler.forwards_per_image) <= 1
+    schedule = folder.settings("scheduler/scheduler_config.json")
+    assert abs(plan.expected_forwards(wanted, schedule) - sampler.forwards_per_image) <= 1
 
 
 # ===== images that must not stay =====

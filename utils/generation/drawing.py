@@ -7,6 +7,7 @@ synced write. What is drawn follows from the batch alone, redraws included, so a
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import sys
 import time
@@ -46,26 +47,12 @@ class Batch:
     attempt: int = 0
     rejected: dict[int, list[str]] = field(default_factory=dict)  # {index: why each attempt so far was not kept}
 
-    @property
-    def texts(self) -> list[str]:
-        return [prompt.text for prompt in self.prompts]
-
-    @property
-    def seeds(self) -> list[int]:
-        return [prompt.seed for prompt in self.prompts]
-
     def again(self, rejected: dict[int, list[str]], seed: int) -> Batch:
-        """The next attempt, of the REJECTED images alone, with new seeds made from the base SEED.
-
-        So the composition of every attempt follows from the batch alone.
-        """
-        attempt = self.attempt + 1
-        prompts = [
-            replace(prompt, seed=image_seed(seed, prompt.wnid, prompt.index, attempt))
-            for prompt in self.prompts
-            if prompt.index in rejected
-        ]
-        return replace(self, prompts=prompts, attempt=attempt, rejected=rejected)
+        """The next attempt: the REJECTED images alone, so that it follows from the batch, with seeds of base SEED."""
+        left = [prompt for prompt in self.prompts if prompt.index in rejected]
+        seeds = [image_seed(seed, prompt.wnid, prompt.index, self.attempt + 1) for prompt in left]
+        prompts = [replace(prompt, seed=own) for prompt, own in zip(left, seeds, strict=True)]
+        return replace(self, prompts=prompts, attempt=self.attempt + 1, rejected=rejected)
 
 
 # ===== which batches, and what became of them =====
@@ -168,7 +155,7 @@ def overlapped(
 
     begun: deque[tuple[Batch, Future]] = deque()
     with ThreadPoolExecutor(1) as hand:
-        for batch in batches:
+        for batch in itertools.chain(batches, [None]):
             if batch is not None:
                 latents, ready = denoise(batch), sampler.ready()
                 if sampler.device.type == "cuda":
@@ -178,9 +165,6 @@ def overlapped(
             while len(begun) > (batch is not None):
                 done, result = begun.popleft()
                 yield done, result.result()
-        while begun:
-            done, result = begun.popleft()
-            yield done, result.result()
 
 
 # ===== files =====
@@ -217,17 +201,9 @@ def write_images(
         prompt = batch.prompts[number]
         data = encode_image(pixels[number], recipe.format, recipe.save_size)
         atomic_write(batch.folder.path(prompt.index), data)
-        return prompt.index, {
-            "id": prompt.wnid,
-            "index": prompt.index,
-            "prompt": prompt.text,
-            "seed": prompt.seed,
-            "attempt": batch.attempt,
-            "rejected": reasons,
-            "safety": flags[number],
-            "bytes": len(data),
-            "sha256": sha256_bytes(data),
-        }
+        entry = {"id": prompt.wnid, "index": prompt.index, "prompt": prompt.text, "seed": prompt.seed}
+        entry |= {"attempt": batch.attempt, "rejected": reasons, "safety": flags[number]}
+        return prompt.index, entry | {"bytes": len(data), "sha256": sha256_bytes(data)}
 
     with ThreadPoolExecutor(1 if beside_unet else min(8, os.cpu_count() or 1)) as pool:  # encoders free Python's lock
         return dict(pool.map(save, accepted)), rejected

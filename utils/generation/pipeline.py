@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -12,20 +11,19 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from utils.cli import UserError
-from utils.storage import sha256_file
+from utils.storage import read_json, sha256_file
 
-COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "safety_checker": "model",
-}  # component -> stem of its safetensors file
-SETTINGS = {
-    "scheduler": ("scheduler_config.json",),
+# Component -> its files, of which it needs one. Weights may be cut in parts, which the .index.json names.
+UNET_OR_VAE = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+TRANSFORMER = ("model.safetensors", "model.safetensors.index.json")
+COMPONENTS = {
+    "unet": UNET_OR_VAE,
+    "vae": UNET_OR_VAE,
+    "text_encoder": TRANSFORMER,
     "tokenizer": ("tokenizer.json", "vocab.json"),
-    "feature_extractor": ("preprocessor_config.json",),
-}  # component without weights -> files of which it needs one
+    "scheduler": ("scheduler_config.json",),
+}
+CHECKER = {"safety_checker": TRANSFORMER, "feature_extractor": ("preprocessor_config.json",)}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Enough of a hub repository to load it: settings and safetensors, none of the pickled or half-precision copies.
 HUB_FILES = ["model_index.json", "*/*.json", "*/*.txt"]
@@ -43,40 +41,51 @@ class PipelineFolder:
 
     @property
     def has_safety_checker(self) -> bool:
-        return (self._settings("model_index.json").get("safety_checker") or [None])[0] is not None
-
-    @property
-    def scheduler_config(self) -> dict:
-        return self._settings("scheduler/scheduler_config.json")
+        return bool(_class_of(self.settings("model_index.json"), "safety_checker"))
 
     @property
     def pixels_per_latent(self) -> int:
         """Side of the square of pixels that one latent stands for: 8 for SD 1.x and 2.x."""
-        return 2 ** (len(self._settings("vae/config.json")["block_out_channels"]) - 1)
+        return 2 ** (len(self.settings("vae/config.json")["block_out_channels"]) - 1)
 
     @property
     def native_size(self) -> int:
         """Side of the images the UNet was trained on, in pixels: 512 for SD 1.x."""
-        size = self._settings("unet/config.json")["sample_size"]
+        size = self.settings("unet/config.json")["sample_size"]
         return (size[0] if isinstance(size, list) else size) * self.pixels_per_latent
 
     @property
     def is_sd1(self) -> bool:
         """Whether the UNet has the size of Stable Diffusion 1.x, so that rates published for it hold."""
-        unet = self._settings("unet/config.json")
-        sizes = (unet.get("sample_size"), unet.get("cross_attention_dim"), unet.get("block_out_channels"))
-        return sizes == (64, 768, [320, 640, 1280, 1280])
+        unet = self.settings("unet/config.json")
+        sizes = [unet.get(key) for key in ("sample_size", "cross_attention_dim", "block_out_channels")]
+        return sizes == [64, 768, [320, 640, 1280, 1280]]
 
     def hashes(self, with_safety_checker: bool) -> dict[str, str]:
         """{relative path: sha256} of every file that can change a pixel; weights hash at the speed of the disk."""
-        folders = [*COMPONENTS, *(("safety_checker", "feature_extractor") if with_safety_checker else ())]
-        files = [file for name in folders for file in component_files(self.path, name)]
+        parts = [*COMPONENTS, *(CHECKER if with_safety_checker else ())]
+        files = [file for name in parts for file in self.files(name)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            digests = pool.map(sha256_file, files)
-            return {file.relative_to(self.path).as_posix(): digest for file, digest in zip(files, digests, strict=True)}
+            names = (file.relative_to(self.path).as_posix() for file in files)
+            return dict(zip(names, pool.map(sha256_file, files), strict=True))
 
-    def _settings(self, name: str) -> dict:
-        return _read_settings(self.path / name, self.name)
+    def settings(self, name: str) -> dict:
+        """The JSON object in file NAME; UserError if there is none."""
+        if not (self.path / name).is_file():
+            raise UserError(f"--model {self.name}: {self.path / name} does not exist; give a whole pipeline folder")
+        return read_json(self.path / name, dict, "fetch the model again")
+
+    def files(self, component: str) -> list[Path]:
+        """What from_pretrained reads of COMPONENT, sorted; [] if something it cannot do without is missing."""
+        folder = self.path / component
+        found = [folder / name for name in (COMPONENTS | CHECKER)[component] if (folder / name).is_file()][:1]
+        if not found or "safetensors" not in found[0].name:
+            return sorted(file for file in folder.iterdir() if file.suffix in (".json", ".txt")) if found else []
+        if found[0].suffix == ".json":
+            weights = self.settings(f"{component}/{found[0].name}").get("weight_map", {})
+            found += sorted({folder / name for name in weights.values()}) or [folder / "no weights"]
+        found.insert(0, folder / "config.json")
+        return found if all(file.is_file() for file in found) else []
 
 
 def find_pipeline(model: str, revision: str | None = None, download: bool = True) -> PipelineFolder:
@@ -91,26 +100,17 @@ def find_pipeline(model: str, revision: str | None = None, download: bool = True
         return check_pipeline(PipelineFolder(model, None, path))
     if not HUB_ID.fullmatch(model) or path.exists() or model.startswith(("data/", "models/", "runs/")):
         raise UserError(f"--model {model}: no such folder, and not a hub id such as CompVis/stable-diffusion-v1-4")
-    snapshot = _cached(model, revision)
-    if snapshot is None and not download:
-        raise UserError(f"--model {model}: not on this machine yet")
-    snapshot = snapshot or _download(model, revision)
-    return check_pipeline(PipelineFolder(model, snapshot.name, snapshot))  # the cache names folders by commit
-
-
-def _cached(model: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    try:
-        check_pipeline(PipelineFolder(model, folder.name, folder))
-    except UserError:  # an interrupted download: complete it
-        return None
-    return folder
+        cached = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
+        return check_pipeline(PipelineFolder(model, cached.name, cached))  # the cache names folders by commit
+    except (LocalEntryNotFoundError, UserError):  # not here, or an interrupted download: complete it
+        if not download:
+            raise UserError(f"--model {model}: not on this machine yet") from None
+    fetched = _download(model, revision)
+    return check_pipeline(PipelineFolder(model, fetched.name, fetched))
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -134,51 +134,30 @@ def _download(model: str, revision: str | None) -> Path:
     )
 
 
-# ===== checks =====
-
-
 def check_pipeline(folder: PipelineFolder) -> PipelineFolder:
     """Return FOLDER if every component of a Stable Diffusion 1.x/2.x pipeline is there and its files are whole."""
-    index = _read_settings(folder.path / "model_index.json", folder.name)
-    kind = index.get("_class_name")
-    if kind != "StableDiffusionPipeline":
+    index = folder.settings("model_index.json")
+    if (kind := index.get("_class_name")) != "StableDiffusionPipeline":
         raise UserError(f"--model {folder.name} is a {kind}; generate.py draws with Stable Diffusion 1.x and 2.x")
-    optional = [name for name in ("safety_checker", "feature_extractor") if (index.get(name) or [None])[0]]
-    for component in [*COMPONENTS, *optional]:
-        if (index.get(component) or [None])[0] is None:
+    for component, names in (COMPONENTS | {name: CHECKER[name] for name in CHECKER if _class_of(index, name)}).items():
+        if not _class_of(index, component):
             raise UserError(f"--model {folder.name}: model_index.json names no {component}; save the whole pipeline")
-        if not component_files(folder.path, component):
-            needed = SETTINGS.get(component) or (f"{WEIGHTS[component]}.safetensors",)
-            raise UserError(
-                f"--model {folder.name}: component {component} is missing ({component}/{' or '.join(needed)}); "
-                "copy or download the folder again"
-            )
-        for file in component_files(folder.path, component):
+        files = folder.files(component)
+        if not files:
+            needed = " or ".join(name for name in names if not name.endswith(".index.json"))
+            raise UserError(f"--model {folder.name}: component {component} is missing ({component}/{needed}); "
+                            "copy or download the folder again")  # fmt: skip
+        for file in files:
             if file.suffix == ".json":
-                _read_settings(file, folder.name)
+                folder.settings(f"{component}/{file.name}")
             elif file.suffix == ".safetensors" and (problem := safetensors_problem(file)):
                 raise UserError(f"--model {folder.name}: {file} is damaged ({problem}); fetch it again")
     return folder
 
 
-def component_files(root: Path, component: str) -> list[Path]:
-    """The files that from_pretrained reads for COMPONENT, sorted; [] if one it cannot do without is missing."""
-    folder = root / component
-    if component in SETTINGS:
-        if not any((folder / name).is_file() for name in SETTINGS[component]):
-            return []
-        return sorted(file for file in folder.iterdir() if file.suffix in (".json", ".txt"))
-    stem = WEIGHTS[component]
-    names = ("config.json", f"{stem}.safetensors", f"{stem}.safetensors.index.json")
-    config, whole, index = (folder / name for name in names)
-    if not config.is_file():
-        return []
-    if whole.is_file():
-        return [config, whole]
-    if not index.is_file():
-        return []
-    parts = sorted({folder / name for name in _read_settings(index, str(root)).get("weight_map", {}).values()})
-    return [config, index, *parts] if parts and all(part.is_file() for part in parts) else []
+def _class_of(index: dict, component: str) -> str | None:
+    """The class that model_index.json names for COMPONENT: ["diffusers", "AutoencoderKL"], or [null, null]."""
+    return (index.get(component) or [None])[0]
 
 
 def safetensors_problem(path: Path) -> str | None:
@@ -188,15 +167,3 @@ def safetensors_problem(path: Path) -> str | None:
             return None
     except (SafetensorError, OSError) as error:
         return str(error)
-
-
-def _read_settings(path: Path, name: str) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--model {name}: {path} does not exist; give a whole pipeline folder") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"--model {name}: {path} cannot be read ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"--model {name}: {path} holds no settings; fetch it again")
-    return value

@@ -43,7 +43,7 @@ def show_plan(
     folder, schedule = None, {}
     try:
         folder = find_pipeline(model, revision, download=False)
-        recipe, schedule = recipe.with_model(folder), folder.scheduler_config
+        recipe, schedule = recipe.with_model(folder), folder.settings("scheduler/scheduler_config.json")
     except UserError as error:
         print(f"note: {error}", file=sys.stderr)
     height, width, save_size = recipe.height or 512, recipe.width or 512, recipe.save_size

@@ -13,6 +13,7 @@ A warning never stops anything: exit code 0 says that the prompts could be built
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
 import re
 import string
@@ -128,7 +129,13 @@ def backgrounds() -> tuple[str, ...]:
 
 
 def _render(row: ClassRow, template: Template, names: str, background: str) -> str:
-    values = _values(row, names) | {"background": background}
+    """The text of a prompt, with BACKGROUND in its place."""
+    if names not in NAMES:
+        raise UserError(f"--names {names!r}: choose one of {', '.join(NAMES)}")
+    values = {"name": row.name, "hypernym": row.hypernym, "definition": row.definition, "background": background}
+    values |= {"first_name": row.first_name}
+    if names == "first":
+        values |= {"name": row.first_name, "hypernym": row.hypernym.split(",")[0].strip()}
     text = ""
     for literal, field in template.parts:
         value = values[field] if field else ""
@@ -136,15 +143,6 @@ def _render(row: ClassRow, template: Template, names: str, background: str) -> s
             literal = literal.removesuffix(", ")  # an empty column takes its comma with it
         text += literal + value
     return text
-
-
-def _values(row: ClassRow, names: str) -> dict[str, str]:
-    if names not in NAMES:
-        raise UserError(f"--names {names!r}: choose one of {', '.join(NAMES)}")
-    name, hypernym = row.name, row.hypernym
-    if names == "first":
-        name, hypernym = row.first_name, hypernym.split(",")[0].strip()
-    return {"name": name, "first_name": row.first_name, "hypernym": hypernym, "definition": row.definition}
 
 
 # ===== CLIP tokens =====
@@ -193,15 +191,9 @@ def _local_file(model: str, file: str) -> Path | None:
 
 def kept_part(text: str, count: Callable[[str], int], max_tokens: int = CLIP_MAX_TOKENS) -> str:
     """The longest run of whole words from the start of TEXT that COUNT holds to fit into MAX_TOKENS."""
-    ends = [match.end() for match in re.finditer(r"\S+", text)]
-    low, high = 0, len(ends)  # the first `low` words fit
-    while low < high:
-        middle = (low + high + 1) // 2
-        if count(text[: ends[middle - 1]]) <= max_tokens:
-            low = middle
-        else:
-            high = middle - 1
-    return text[: ends[low - 1]] if low else ""
+    ends = [0, *(match.end() for match in re.finditer(r"\S+", text))]
+    fitting = bisect.bisect_right(ends, max_tokens, key=lambda end: count(text[:end]))
+    return text[: ends[max(0, fitting - 1)]]
 
 
 # ===== what may be wrong with prompts =====
