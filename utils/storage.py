@@ -31,6 +31,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # ===== writing =====
 
+UNREADABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path, fsync: bool = False) -> Iterator[Path]:
@@ -129,8 +131,13 @@ def write_page(path: str | Path, template: str, **values: Any) -> Path:
 
     loader = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    atomic_write(path, pages.get_template(template).render(**values).encode())
+    atomic_write(path, readable(pages.get_template(template).render(**values)).encode())
     return Path(path)
+
+
+def readable(text: str) -> str:
+    """TEXT with a mark for each character that no page should hold: controls, directions, halves of a pair."""
+    return UNREADABLE.sub("\ufffd", text)
 
 
 def append_jsonl(path: str | Path, *values: Any, fsync: bool = False) -> None:

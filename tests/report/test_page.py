@@ -329,9 +329,13 @@ def test_a_browser_draws_the_page(two_models, tmp_path, width, scheme):
     assert coloured > 0.0005  # the dots of the models, and the radar plot
 
 
-def test_a_runs_data_folders_are_read_as_train_py_reads_them(tmp_path):
+def test_a_runs_data_folders_are_read_as_train_py_reads_them(tmp_path, monkeypatch):
     """Weights in any spelling are cut off; a folder whose own name ends in a number is not."""
     (tmp_path / "v:1").mkdir()
     options = {"data": ["data/sd:5e-1", f"{tmp_path}/v:1", "data/real:2"]}
     (tmp_path / "args.json").write_text(json.dumps({"options": options}))
-    assert [str(path) for path in records.read_training(tmp_path).paths] == ["data/sd", f"{tmp_path}/v:1", "data/real"]
+    for name in ("sd", "real"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    found = [source.path for source in records.read_training(tmp_path).data()]
+    assert found == ["data/sd", f"{tmp_path}/v:1", "data/real"]

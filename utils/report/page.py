@@ -14,10 +14,19 @@ from typing import Any
 
 from utils.images import MOST_NAMED
 from utils.report.figures import COLORS, Manifests, RadarLine, close_looks, contact_sheets, draw_radar, training_curves
-from utils.report.records import Row, Sidecar, provenance, read_described, read_results, read_sidecars, read_training
+from utils.report.records import (
+    Row,
+    Sidecar,
+    is_file,
+    provenance,
+    read_described,
+    read_results,
+    read_sidecars,
+    read_training,
+)
 from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Cell, Model, as_cell, averages, make_tables
 from utils.report.verdicts import headline
-from utils.storage import atomic_write, require_writable, write_page
+from utils.storage import atomic_write, readable, require_writable, write_page
 
 SEED_SUFFIX = re.compile(r"[-_]seed\d+$")
 LEGEND = (
@@ -68,7 +77,7 @@ def write_report(
         page["radar"] = drawn[drawn.index("<svg") :]
         written += [out / "radar.svg", out / "radar.png"]
     write_page(out / "report.html", "report/report.html.j2", **page)
-    atomic_write(out / "report.md", render_markdown(page).encode())
+    atomic_write(out / "report.md", readable(render_markdown(page)).encode())
     return written
 
 
@@ -103,8 +112,8 @@ def group_models(rows: Iterable[Row]) -> list[Model]:
 
 def run_of(row: Row) -> Path | None:
     """The folder of the run of train.py that made the checkpoint: beside it or, where runs were moved, its results'."""
-    beside = Path(row.checkpoint).parent if row.checkpoint and Path(row.checkpoint).is_file() else Path(row.folder)
-    return beside if row.source != "published" and (beside / "args.json").is_file() else None
+    beside = Path(row.checkpoint).parent if row.checkpoint and is_file(Path(row.checkpoint)) else Path(row.folder)
+    return beside if row.source != "published" and is_file(beside / "args.json") else None
 
 
 def describe_training(model: Model) -> None:

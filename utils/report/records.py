@@ -6,19 +6,21 @@ A file of another type is a UserError that names the file, the field and the rem
 from __future__ import annotations
 
 import base64
+import contextlib
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
-from utils.cli import UserError, data_and_weight
+from utils.cli import UserError, data_and_weight, safe_label
 from utils.evaluation.jobs import with_v2_mean
 from utils.storage import read_json, read_jsonl
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 JUDGE_AGAIN = "delete it and run evaluate.py on its checkpoint again"
 
 
@@ -31,8 +33,8 @@ class Row(msgspec.Struct):
     value: float
     low: float | None = None  # 95 % interval
     high: float | None = None
-    n: int | None = None  # images
-    num_classes: int | None = None
+    n: Count | None = None  # images
+    num_classes: Count | None = None
     group: str = "folder"
     seed: int | None = None
     source: str = "measured"  # or "published"
@@ -41,8 +43,8 @@ class Row(msgspec.Struct):
     checkpoint: str | None = None
     checkpoint_sha256: str | None = None
     trained_on: str = ""  # of published rows: "real" or "synthetic"
-    train_overlap_exact: int = 0  # test images the model was trained on
-    train_overlap_near: int = 0  # and those it was trained on a copy of, cut, mirrored or encoded otherwise
+    train_overlap_exact: Count = 0  # test images the model was trained on
+    train_overlap_near: Count = 0  # and those it was trained on a copy of, cut, mirrored or encoded otherwise
     folder: str = ""  # of the file; not in it
 
     @property
@@ -56,11 +58,24 @@ class Row(msgspec.Struct):
         return self.key, self.protocol
 
 
+class Environment(msgspec.Struct):
+    """The machine and the packages."""
+
+    packages: dict[str, str | None] = {}
+    python: str | None = None
+    git_commit: str | None = None
+    image_digest: str | None = None
+    cpu: str | None = None
+    cores: int | None = None
+    gpus: list[str] | None = None
+    driver: str | None = None
+
+
 class Made(msgspec.Struct):
     """How a file was made, as dataset.json, args.json and eval/*.json record it."""
 
-    command: str = ""
-    environment: dict[str, Any] = {}
+    command: str | None = None
+    environment: Environment | None = None
 
 
 class Source(msgspec.Struct):
@@ -73,26 +88,31 @@ class Source(msgspec.Struct):
 class Plan(msgspec.Struct, frozen=True):
     """How much a run was trained."""
 
-    images: int | None = None
-    steps_per_epoch: int | None = None
-    epochs: int | None = None
+    images: Count | None = None
+    steps_per_epoch: Count | None = None
+    epochs: Count | None = None
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What train.py was asked for."""
+
+    data: list[str] = []
 
 
 class Training(Made):
     """What a report needs of a run's args.json."""
 
-    options: dict[str, Any] = {}
+    options: Options = Options()
     plan: Plan = Plan()
     sources: list[Source] = []  # runs of earlier versions did not record them
 
-    @property
-    def paths(self) -> list[Path]:
-        """The folders of train.py's --data options."""
-        return [data_and_weight(text)[0] for text in self.options.get("data", [])]
-
     def data(self) -> list[Source]:
         """What the run was trained on; of an earlier version's run only the folders that are still there."""
-        found = [Source(str(path), dataset_root(path) is not None) for path in self.paths if path.is_dir()]
+        found = []
+        for text in self.options.data if not self.sources else ():
+            with contextlib.suppress(OSError, RuntimeError, ValueError):  # no name that a disk can hold
+                path = data_and_weight(text)[0]
+                found += [Source(str(path), dataset_root(path) is not None)] * path.is_dir()
         return self.sources or found
 
     @property
@@ -145,7 +165,7 @@ class ClassScore(msgspec.Struct):
     """Top-1 of one class, in percent of its n images."""
 
     id: str
-    n: int
+    n: Count
     top1: float | None = None  # none without images
 
 
@@ -157,7 +177,7 @@ class Sidecar(Made, kw_only=True):
     class_ids: list[str] = []
     class_names: list[str] = []
     per_class: list[ClassScore] = []
-    confusion: list[list[int]] | None = None  # rows: the right class; columns: the answer
+    confusion: list[list[Count]] | None = None  # rows: the right class; columns: the answer
     images: str = ""  # fingerprint of the images judged, in their order
     correct: str = ""  # one bit an image, base64 of numpy's packbits
 
@@ -178,7 +198,7 @@ class Sidecar(Made, kw_only=True):
 class Epoch(msgspec.Struct, tag_field="kind", tag="epoch"):
     """A line of log.jsonl: means over an epoch of training."""
 
-    epoch: int
+    epoch: Count
     loss: float
     top1: float
 
@@ -224,6 +244,8 @@ def _read_rows(path: Path) -> list[Row]:
                 "line and run evaluate.py again"
             ) from None
         row.folder = str(path.parent)
+        for name in (row.model, row.dataset, row.metric):
+            safe_label(name, f"--report: {path}")
         for number in (row.value, row.low, row.high):
             if number is not None and not math.isfinite(number):
                 raise UserError(
@@ -238,7 +260,15 @@ def _read_rows(path: Path) -> list[Row]:
 def dataset_root(data: Path) -> Path | None:
     """The generated dataset at DATA, which may also name its folder of images or shards; None for other images."""
     roots = (data, data.parent) if data.name in ("train", "shards") else (data,)
-    return next((root for root in roots if (root / "dataset.json").is_file()), None)
+    return next((root for root in roots if is_file(root / "dataset.json")), None)
+
+
+def is_file(path: Path) -> bool:
+    """Whether PATH is a file; False too for what no disk can hold, where Path.is_file raises."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def read_training(run: Path) -> Training | None:
@@ -269,9 +299,9 @@ def read_epochs(run: Path) -> list[Epoch]:
 
 def provenance(made: Sequence[Made]) -> dict[str, Any]:
     """{"commands": [...], "versions": {...}} as MADE, in the flow's order, recorded them; the last environment."""
-    environment: dict[str, Any] = next((one.environment for one in reversed(made) if one.environment), {})
-    versions = {name: version for name, version in environment.get("packages", {}).items() if version}
-    for key in ("python", "git_commit", "image_digest", "cpu", "cores", "gpus", "driver"):
-        if value := environment.get(key):
+    environment = next((one.environment for one in reversed(made) if one.environment), Environment())
+    versions: dict[str, Any] = {name: version for name, version in environment.packages.items() if version}
+    for key in Environment.__struct_fields__[1:]:
+        if value := getattr(environment, key):
             versions[key.replace("_", " ")] = ", ".join(value) if isinstance(value, list) else value
     return {"commands": list(dict.fromkeys(one.command for one in made if one.command)), "versions": versions}

@@ -100,7 +100,7 @@ def _same_budget(a: Model, b: Model) -> bool:
 def guidance_of(model: Model) -> float | None:
     """The guidance scale of the one generated dataset that a model was trained on; None for other models."""
     value = _recipe_of(model).get("guidance_scale")
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _recipe_of(model: Model) -> dict:
