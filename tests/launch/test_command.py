@@ -358,7 +358,8 @@ def test_ordinary_lines_are_all_shown_also_equal_ones(capsys):
 
 
 def test_every_gpu_is_used_once_before_any_is_used_twice(monkeypatch):
-    assert processes.share(["0", "1"], 4) == ["0", "1", "0", "1"] and processes.share([], 4) == []
+    for gpus, shared in ((["0", "1"], ["0", "1", "0", "1"]), ([], [])):
+        assert processes.make_team(("x.py",), 4, range(8), 8, gpus).devices == shared
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     team = slurm.Task(("generate.py",), processes=4, chunks=(0, 1, 2, 3), of=8)._team(0, 1)
     assert team.devices == ["2", "3", "2", "3"] and team.parallel == 4

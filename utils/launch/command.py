@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import Launch, UserError, make_parser, non_negative_int, positive_float, positive_int
-from utils.launch.processes import Process, Team, chunk_processes, local_ranks, share, visible_gpus
+from utils.launch.processes import free_port, make_team, visible_gpus
 from utils.launch.site import site_options
 
 THEN = "--then"
@@ -245,19 +245,13 @@ def load_script(script: str) -> tuple[Launch, argparse.ArgumentParser]:
 
 def run_here(stage: Stage, launcher: str) -> int:
     """Run one command in processes of this machine; its exit code, 128 + n if signal n stopped it."""
-    command = (sys.executable, *stage.command)
     alone = launcher == "inline" or stage.mode == "single"
     gpus = [] if alone else visible_gpus()
     count = 1 if alone else stage.args.processes or max(1, len(gpus))
     chunks = 1 if alone or stage.mode != "chunks" else stage.args.chunks or count
-    if stage.mode == "chunks":
-        count = min(count, chunks)
-    if chunks > 1:
-        team = Team(chunk_processes(command, range(chunks), chunks), count, devices=share(gpus, count))
-    elif stage.mode == "ranks" and count > 1:
-        team = Team(local_ranks(command, count), count, together=True)
-    else:
-        team = Team([Process(stage.name, command)], 1)
+    count = min(count, chunks) if stage.mode == "chunks" else count
+    ranks = (0, 1, "127.0.0.1", free_port()) if stage.mode == "ranks" else None
+    team = make_team((sys.executable, *stage.command), count, range(chunks), chunks, gpus, ranks)
     if count > 1:
         # Each process would else start a thread for every core.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))

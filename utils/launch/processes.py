@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 from utils.machine import gpus
@@ -136,7 +137,7 @@ class Team:
         return [process for process in self.processes if process.code != 0]
 
     def report(self) -> int:
-        """Say which processes failed and how to run each again; the exit code is the first failure's, 0 without one."""
+        """Say which processes failed and how to run each again; the exit code is that of the first which failed."""
         for process in self.failed():
             again = shlex.join(part for part in process.command if part != "-u")
             ending = "was not started" if process.code is None else f"ended with exit code {process.code}"
@@ -145,7 +146,9 @@ class Team:
             last = [f"launch:   | {line}" for line in process.tail]
             lines = [f"launch: {process.label} {ending}", *last, f"launch:   run it again alone: {again}"]
             print(*lines, sep="\n", file=sys.stderr, flush=True)
-        return next((process.code for process in self.failed() if process.code), int(bool(self.failed())))
+        codes = [process.code for process in self.failed() if process.code]
+        ended_by_us = 128 + signal.SIGTERM  # ranks that ran on when another failed
+        return min(codes, key=lambda code: code == ended_by_us) if codes else int(bool(self.failed()))
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.stopped_by is None or number == signal.SIGINT:
@@ -169,20 +172,28 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-# ===== what the processes are =====
+def make_team(
+    command: tuple[str, ...],
+    count: int,
+    chunks: Sequence[int] = (),
+    of: int = 1,
+    gpus: Sequence[str] = (),
+    ranks: tuple[int, int, str, int] | None = None,
+) -> Team:
+    """COMMAND in COUNT processes at once on this node: CHUNKS of OF, each GPU used once before any is used twice.
 
-
-def chunk_processes(command: Sequence[str], chunks: Sequence[int], of: int) -> list[Process]:
-    """COMMAND once a chunk, with `--chunk I/OF`."""
-    return [Process(f"chunk {chunk}/{of}", (*command, "--chunk", f"{chunk}/{of}")) for chunk in chunks]
-
-
-def rank_processes(command: Sequence[str], count: int, node: int, nodes: int, address: str, port: int) -> list[Process]:
-    """COMMAND COUNT times as the ranks of NODE of NODES, with the variables that torchrun sets."""
+    Or as DDP ranks, with the variables that torchrun sets: RANKS is (node, nodes, master's address, port). Else alone.
+    """
+    if of > 1:
+        parts = [Process(f"chunk {chunk}/{of}", (*command, "--chunk", f"{chunk}/{of}")) for chunk in chunks]
+        return Team(parts, count, devices=[gpus[place % len(gpus)] for place in range(count)] if gpus else [])
+    node, nodes, address, port = ranks or (0, 0, "", 0)
+    if nodes * count <= 1:
+        return Team([Process(Path(next(word for word in command if word.endswith(".py"))).name, command)], 1)
     shared = {"WORLD_SIZE": nodes * count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": address, "MASTER_PORT": port}
-    ranks = [{"RANK": node * count + local, "LOCAL_RANK": local, **shared} for local in range(count)]
-    variables = [{name: str(value) for name, value in rank.items()} for rank in ranks]
-    return [Process(f"rank {env['RANK']}", tuple(command), env) for env in variables]
+    own = [{"RANK": node * count + local, "LOCAL_RANK": local, **shared} for local in range(count)]
+    environments = [{name: str(value) for name, value in variables.items()} for variables in own]
+    return Team([Process(f"rank {env['RANK']}", command, env) for env in environments], count, together=True)
 
 
 def visible_gpus() -> list[str]:
@@ -193,13 +204,8 @@ def visible_gpus() -> list[str]:
     return [str(index) for index in range(len(gpus()["gpus"]))]
 
 
-def share(devices: Sequence[str], count: int) -> list[str]:
-    """The GPU of each of COUNT processes: every GPU once before any is used twice."""
-    return [devices[place % len(devices)] for place in range(count)] if devices else []
-
-
-def local_ranks(command: Sequence[str], count: int) -> list[Process]:
-    """COMMAND as COUNT ranks on this machine alone, which meet at a free port."""
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return rank_processes(command, count, 0, 1, "127.0.0.1", probe.getsockname()[1])
+        return probe.getsockname()[1]

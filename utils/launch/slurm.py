@@ -27,7 +27,7 @@ from submitit.helpers import Checkpointable
 from utils.cli import UserError
 from utils.launch.checks import ask_cluster, check_cluster, fields, fill_in, last_line, resolves
 from utils.launch.command import Stage
-from utils.launch.processes import Process, Team, chunk_processes, rank_processes, share, visible_gpus
+from utils.launch.processes import Team, make_team, visible_gpus
 from utils.launch.watch import RECORD, log_file, watch
 from utils.machine import ROOT
 from utils.storage import write_json
@@ -77,16 +77,12 @@ class Task(Checkpointable):
         )  # no result for submitit to write, and no traceback: the log shall end with the script's own words
 
     def _team(self, node: int, nodes: int) -> Team:
+        # Not asking nvidia-smi, which may show GPUs of other jobs.
+        gpus = visible_gpus() if "CUDA_VISIBLE_DEVICES" in os.environ else []
+        several = self.ranks and nodes * self.processes > 1
+        ranks = (node, nodes, master_address(), master_port()) if several else None
         command = (sys.executable, "-u", *self.command)
-        if self.chunks is not None and self.of > 1:
-            # Not asking nvidia-smi, which may show GPUs of other jobs.
-            gpus = visible_gpus() if "CUDA_VISIBLE_DEVICES" in os.environ else []
-            chunks = chunk_processes(command, self.chunks, self.of)
-            return Team(chunks, self.processes, devices=share(gpus, self.processes))
-        if self.ranks and nodes * self.processes > 1:
-            ranks = rank_processes(command, self.processes, node, nodes, master_address(), master_port())
-            return Team(ranks, self.processes, together=True)
-        return Team([Process(Path(self.command[0]).name, command)], 1)
+        return make_team(command, self.processes, self.chunks or (), self.of, gpus, ranks)
 
     def describe(self) -> dict[str, Any]:
         """For people: what this job draws, and the shell commands that do it alone."""
@@ -162,15 +158,15 @@ def run_on_slurm(stages: Sequence[Stage]) -> int:
         cluster = ask_cluster(stage.args.partition)
         fill_in(stage.args, cluster)
         tasks = tasks_of(stage, cluster.array_size)
+        flags = [f"--{key}={value}" for key, value in sbatch_options(stage.args).items()]
         array = [f"--array=0-{len(tasks) - 1}"] if len(tasks) > 1 else []
         folders = {"--log-dir": folder, **({"--out": Path(stage.out)} if stage.out else {})}
-        check_cluster(stage.args, cluster, [*sbatch_flags(stage.args), *array], folders)
+        check_cluster(stage.args, cluster, flags + array, folders)
         planned.append((stage, tasks))
+        if first.dry_run:
+            first_commands = [command for task in tasks[:3] for command in task.describe()["commands"]]
+            print(f"{stage.name}: {len(tasks)} jobs, sbatch {shlex.join(flags)}", *first_commands, sep="\n  ")
     if first.dry_run:
-        for stage, tasks in planned:
-            print(f"{stage.name}: {len(tasks)} jobs, sbatch {shlex.join(sbatch_flags(stage.args))}")
-            for task in tasks[:3]:
-                print("  " + "\n  ".join(task.describe()["commands"]))
         return 0
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,15 +187,13 @@ def run_on_slurm(stages: Sequence[Stage]) -> int:
         if jobs:  # half a pipeline, or one that nobody can watch, is of no use to anyone
             subprocess.run(["scancel", *jobs])
         raise
-    first_log = log_file(folder, jobs[0] if len(planned[0][1]) == 1 else f"{jobs[0]}_0")
+    log = log_file(folder, jobs[0] if len(planned[0][1]) == 1 else f"{jobs[0]}_0")
     print(f"launch: queue   squeue --jobs {','.join(jobs)}")
-    print(f"launch: log     tail -F {shlex.quote(str(first_log))}")
+    print(f"launch: log     tail -F {shlex.quote(str(log))}")
     print(f"launch: wait    python -m utils.launch --watch {shlex.quote(str(folder))}")
     print(f"launch: cancel  scancel {' '.join(jobs)}", flush=True)
-    if not first.wait:
-        return 0
     try:
-        return watch(folder)
+        return watch(folder) if first.wait else 0
     except KeyboardInterrupt:
         print("launch: no longer waiting; the jobs go on (see `wait` and `cancel` above)", file=sys.stderr)
         return 130
@@ -231,11 +225,6 @@ def sbatch_options(args: Namespace) -> dict[str, Any]:
         **dict(args.sbatch),
     }
     return {key: value for key, value in wanted.items() if value is not None}
-
-
-def sbatch_flags(args: Namespace) -> list[str]:
-    """The same as words of a command line."""
-    return [f"--{key}={value}" for key, value in sbatch_options(args).items()]
 
 
 def submit(args: Namespace, tasks: Sequence[Task], folder: Path, name: str, after: Sequence[str]) -> str:

@@ -83,11 +83,9 @@ def queued_states() -> dict[str, str]:
         except subprocess.TimeoutExpired:
             continue
         if result.returncode == 0:
-            states = {}
-            for job, state, reason in (line.split("|", 2) for line in result.stdout.splitlines() if line.strip()):
-                ordinary = state != "PENDING" or reason in ORDINARY_WAITS
-                states[job] = state if ordinary else f"{state} ({reason})"
-            return states
+            rows = [line.split("|", 2) for line in result.stdout.splitlines() if line.strip()]
+            told = {job: f" ({why})" for job, state, why in rows if state == "PENDING" and why not in ORDINARY_WAITS}
+            return {job: state + told.get(job, "") for job, state, _ in rows}
         if attempt == 0:
             print("launch: the queue does not answer, asking again", file=sys.stderr, flush=True)
         time.sleep(3)

@@ -79,7 +79,7 @@ if __name__ == "__main__":
     distributed.take_own_cores()
     import torch
     with distributed.process_group(torch.device("cpu")) as me:
-        total = distributed.all_reduce_sum(torch.tensor([float(me.rank + 1)])).item()
+        total = distributed.sum_counts({"total": me.rank + 1}, torch.device("cpu"))["total"]
     args.out.mkdir(parents=True, exist_ok=True)
     found = {"total": total, "node": os.environ["SLURMD_NODENAME"], **vars(me)}
     found["cores"] = sorted(os.sched_getaffinity(0))
