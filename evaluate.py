@@ -53,8 +53,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     models = parser.add_argument_group("models")
     models.add_argument("--checkpoint", nargs="+", default=[], metavar="[LABEL=]MODEL",
-                        help="run folder, weights file (.pth, .safetensors) or torchvision name (resnet50, "
-                        "resnet50:IMAGENET1K_V1)")
+                        help="run folder, weights file (.pth, .safetensors), one of several in it (FILE:PLACE) or "
+                        "torchvision name (resnet50, resnet50:IMAGENET1K_V1)")
     models.add_argument("--classes", help="classes of the outputs, if the checkpoint has no record: 100, 1000, a .txt")
     data = parser.add_argument_group("data")
     data.add_argument("--data-root", default="data", help="folder that holds the datasets; see --list-datasets")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
+import zipfile
+from argparse import Namespace
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -159,6 +164,160 @@ def test_no_classifier(tmp_path, small):
     assert classifier.head is None and classifier.backbone(IMAGES).shape == (2, 512)
 
 
+# ===== public trainers' layouts =====
+
+
+def under(prefix: str, state: dict) -> dict:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def headless(state: dict) -> dict:
+    return {key: value for key, value in state.items() if not key.startswith("fc.")}
+
+
+def layout(trainer: str, state: dict, other: dict) -> tuple[dict, str]:
+    """(the file's content as TRAINER writes it, OTHER being its second network; the place of the second one)"""
+    body, extra = headless(state), torch.zeros(4, 512)
+    matrix = {"head.mlp.0.weight": extra, "head.last_layer.weight_v": extra}
+    averaged = {"n_averaged": torch.tensor(7), **under("module.", state)}
+    moco = under("module.encoder_q.", state) | under("module.encoder_k.", other) | {"module.queue": extra}
+    projected = under("module.encoder_q.", body | {"fc.0.weight": torch.zeros(512, 512), "fc.2.weight": extra})
+    optimizer = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    return {
+        "torchvision references": ({"model": state, "optimizer": optimizer, "args": Namespace(lr=0.1)}, ""),
+        "torchvision references, EMA": ({"model": state, "model_ema": under("module.", other)}, "model_ema"),
+        "timm": (
+            {"state_dict": state, "state_dict_ema": other, "epoch": 3, "metric": np.float64(70.1)},
+            "state_dict_ema",
+        ),
+        "PyTorch's ImageNet example": ({"state_dict": under("module.", state), "best_acc1": torch.tensor(70.0)}, ""),
+        "DINO": (
+            {
+                "teacher": under("backbone.", body) | matrix,
+                "student": under("module.backbone.", headless(other)) | matrix,
+            },
+            "student",
+        ),
+        "MoCo v1": ({"state_dict": moco, "arch": "resnet18"}, ""),
+        "MoCo v2": ({"state_dict": projected}, ""),
+        "SimSiam": ({"state_dict": under("module.encoder.", body) | {"module.predictor.0.weight": extra}}, ""),
+        "BYOL": (
+            {"online_network": under("encoder.", body), "target_network": under("encoder.", headless(other))},
+            "target_network",
+        ),
+        "Lightning": ({"state_dict": under("model.", state) | {"criterion.weight": extra[0]}, "callbacks": {}}, ""),
+        "solo-learn": ({"state_dict": under("backbone.", body) | {"classifier.weight": extra}}, ""),
+        "AveragedModel": (averaged, ""),
+        "compile and DDP": ({"model_state_dict": under("_orig_mod.module.", state)}, ""),
+        "Composer": ({"state": {"model": under("module.", state), "run_name": "a"}}, ""),
+        "deep": ({"a": {"b": {"model": state}}}, ""),
+    }[trainer]
+
+
+TRAINERS = ["torchvision references", "torchvision references, EMA", "timm", "PyTorch's ImageNet example", "DINO"]
+TRAINERS += ["MoCo v1", "MoCo v2", "SimSiam", "BYOL", "Lightning", "solo-learn", "AveragedModel", "compile and DDP"]
+TRAINERS += ["Composer", "deep"]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_public_trainers_layouts(tmp_path, small, trainer, capsys):
+    """The usual network is taken, the other one is named and can be chosen, what is left out is said."""
+    torch.manual_seed(1)
+    second = randomise(resnet18(num_classes=100))
+    content, other = layout(trainer, small.state_dict(), second.state_dict())
+    torch.save(content, tmp_path / "w.pth")
+    classifier = open_file(tmp_path / "w.pth")
+    assert (classifier.arch, classifier.source.label) == ("resnet18", "w")
+    said = capsys.readouterr().out
+    if other:
+        assert f"FILE:{other} judges those" in said and said.count("\n") == 1
+    for chosen, network in [(classifier, small)] + (
+        [(open_file(f"{tmp_path}/w.pth:{other}"), second)] if other else []
+    ):
+        if chosen.head is not None:
+            assert torch.equal(outputs(chosen), expect(network))
+        network.fc, fc = nn.Identity(), network.fc
+        with torch.no_grad():
+            assert torch.equal(chosen.backbone(IMAGES), network.eval()(IMAGES))
+        network.fc = fc
+    if trainer in ("DINO", "MoCo v1", "Lightning", "solo-learn", "SimSiam"):
+        assert "is taken, without" in said
+    keyed = checkpoints.locate(f"{tmp_path}/w.pth:{other or 'state_dict'}")
+    assert keyed.sha256 != classifier.source.sha256 and keyed.label == f"w.{other or 'state_dict'}"
+
+
+def test_a_place_that_is_not_in_the_file(tmp_path, small):
+    torch.save({"state_dict": small.state_dict(), "state_dict_ema": small.state_dict()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"no weights at ema; the file has them at state_dict, state_dict_ema$"):
+        open_file(f"{tmp_path}/w.pth:ema")
+    torch.save({"state_dict": {"head.weight": torch.zeros(3, 4)}, "ema": small.state_dict()}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"fits no architecture.*x\.pth:ema fits$"):
+        open_file(tmp_path / "x.pth")
+
+
+def test_the_refusal_of_another_kind_of_file_does_not_name_a_resnet(tmp_path):
+    torch.save({f"transformer.h.{i}.attn.weight": torch.zeros(4, 4) for i in range(9)}, tmp_path / "gpt.pth")
+    with pytest.raises(UserError, match=r"transformer\.h\.0\.attn\.weight.* not those of a torchvision") as refused:
+        open_file(tmp_path / "gpt.pth")
+    assert "conv1" not in str(refused.value) and "resnet" not in str(refused.value)
+
+
+def test_objects_beside_the_weights_do_nothing(tmp_path, small):
+    """A Namespace, a numpy number, a class that runs code when it is built: none of them is built."""
+    flag = tmp_path / "ran"
+    extra = {"args": Namespace(lr=0.1), "best": np.float64(0.5), "counts": np.arange(3), "evil": Touch(str(flag))}
+    torch.save({"state_dict": small.state_dict(), **extra}, tmp_path / "w.pth")
+    assert torch.equal(outputs(open_file(tmp_path / "w.pth")), expect(small))
+    assert not flag.exists()
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return shutil.copy, (__file__, self.path)
+
+
+def test_checkpoints_that_hold_themselves_or_share_lists(tmp_path, small):
+    itself = {"epoch": 1}
+    itself["state_dict"] = itself
+    torch.save(itself, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="no state dict in it"):
+        open_file(tmp_path / "a.pth")
+    shared = {"x": 1}
+    for _ in range(60):
+        shared = {"a": shared, "b": shared}
+    torch.save(shared | {"model": small.state_dict()}, tmp_path / "b.pth")
+    assert open_file(tmp_path / "b.pth").arch == "resnet18"
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_takes_memory(tmp_path):
+    torch.save({"a.weight": torch.zeros(10_000_000)}, tmp_path / "w.pth")
+    with zipfile.ZipFile(tmp_path / "w.pth") as plain, zipfile.ZipFile(tmp_path / "z.pth", "w", 8) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert (tmp_path / "z.pth").stat().st_size < 100_000
+    with pytest.raises(UserError, match=r"z\.pth: damaged or not a checkpoint \(.* is compressed"):
+        open_file(tmp_path / "z.pth")
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "w.pth")
+    with pytest.raises(UserError, match="neither a folder nor a regular file"):
+        checkpoints.locate(str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("content", ["[]", "5", '{"class_ids": 3}', '{"resize": "x"}', '{"image_size": 0}', "{"])
+def test_an_args_json_of_another_kind_is_named(tmp_path, small, content):
+    torch.save(small.state_dict(), tmp_path / "w.pth")
+    (tmp_path / "args.json").write_text(content)
+    for spec in (tmp_path, tmp_path / "w.pth"):
+        with pytest.raises(UserError, match=r"args\.json") as refused:
+            checkpoints.locate(str(spec))
+        assert "\n" not in str(refused.value)
+
+
 # ===== what the outputs mean =====
 
 
@@ -240,7 +399,7 @@ def test_no_flipped_bit_of_an_export_is_measured(tmp_path):
         broken[bit // 8] ^= 1 << bit % 8
         (tmp_path / "broken.pth").write_bytes(broken)
         try:
-            found = weights.read_weights(tmp_path / "broken.pth")
+            found = weights.read_weights(tmp_path / "broken.pth")[""]
         except UserError as error:
             refused.add(bit // 8)
             assert "broken.pth" in str(error) and "\n" not in str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -145,6 +146,48 @@ def test_half_written_rows_are_completed(toy):
     assert call(*command) == 0
     metrics = [row["metric"] for row in read_jsonl(results)]
     assert sorted(set(metrics)) == ["ece", "mean_per_class", "top1", "top5"]
+
+
+def test_damaged_lines_and_files_beside_the_results_heal(toy):
+    folder, test = toy
+    command = ("--checkpoint", folder, "--test", f"toys={test}", "--device", "cpu")
+    call(*command)
+    results, (sidecar,) = folder / "results.jsonl", (folder / "eval").iterdir()
+    good = results.read_text()
+    key = json.loads(good.splitlines()[0])["key"]
+    strange = [
+        "null",
+        "5",
+        "{}",
+        "[]",
+        '"x"',
+        json.dumps({"key": key}),
+        json.dumps({"key": key, "metric": 3}),
+        "{" * 50,
+    ]
+    results.write_text("\n".join(strange) + "\n" + good)
+    assert call(*command) == 0 and results.read_text().endswith(good)  # nothing is computed again
+    results.write_text("\n".join(strange) + "\n")
+    for text in ("[]", "null", '{"key": 3}', "{", ""):
+        sidecar.write_text(text)
+        assert call(*command) == 0  # computed again, from the features that are kept
+        assert json.loads(sidecar.read_text())["key"] == key
+        assert [row["value"] for row in read_jsonl(results)[-4:]] == [
+            json.loads(row)["value"] for row in good.splitlines()
+        ]
+
+
+def test_a_full_disk_names_the_file(toy, monkeypatch, capsys):
+    folder, test = toy
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert call("--checkpoint", folder, "--test", f"toys={test}", "--device", "cpu") == 2
+    error = capsys.readouterr().err
+    assert "the disk is full" in error and "features" in error and "unexpected" not in error
+    assert not (folder / "results.jsonl").exists() and not list(folder.rglob("*.tmp"))
 
 
 def test_several_checkpoints_share_a_call(tmp_path, toy, capsys):
@@ -385,6 +428,8 @@ def test_list_datasets(tmp_path, shapes, capsys):
         ([], "--checkpoint is required"),
         (["--checkpoint", "RUN", "--test", "nonsense"], "expected NAME=DIR"),
         (["--checkpoint", "RUN", "--test", "a/b=DIR"], "expected NAME=DIR"),
+        (["--checkpoint", "RUN", "--test", f"{'n' * 232}=DIR"], "is too long (232 characters)"),
+        (["--checkpoint", "RUN", "--test", "a\nb=DIR"], "control characters"),
         (["--checkpoint", "RUN", "--test", "t=/nowhere"], "--test t: no folder /nowhere"),
         (["--checkpoint", "RUN", "--test", "t=DIR", "--test", "t=DIR"], "the name t is taken"),
         (["--checkpoint", "RUN", "--test", "IN-Val=DIR"], "the name IN-Val is taken"),

@@ -2,7 +2,11 @@
 
 import os
 import pickle
+import resource
+import subprocess
+import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,8 @@ from numpy._core.numeric import _frombuffer
 
 from utils.cli import UserError
 from utils.evaluation.pickles import read_pickle
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Runs:
@@ -154,3 +160,30 @@ def test_a_missing_and_a_torn_file_are_named(tmp_path):
     (tmp_path / "torn.pkl").write_bytes(pickle.dumps({"a": ["b"] * 100})[:-20])
     with pytest.raises(UserError, match=r"torn\.pkl is no whole pickle"):
         read_pickle(tmp_path / "torn.pkl")
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [b"Nr\xff\xff\xff\x0f", b"Nr\xff\xff\xff\x7f", b"B\x00\x00\x00\x80", b"\x8e\x00\x00\x00\x00\x00\x01\x00\x00"],
+    ids=["memo of 2 GB", "memo of 16 GB", "2 GB of bytes", "a terabyte"],
+)
+def test_a_few_bytes_cannot_ask_for_gigabytes(tmp_path, asks):
+    path = tmp_path / "small.pkl"
+    path.write_bytes(b"\x80\x04" + asks + b".")
+    code = f"""
+from pathlib import Path
+from utils.cli import UserError
+from utils.evaluation.pickles import read_pickle
+try:
+    read_pickle({str(path)!r})
+except UserError as error:
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(error, int(peak.split()[1]) // 1024)
+"""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    message, _, megabytes = done.stdout.strip().rpartition(" ")
+    assert "small.pkl is no whole pickle" in message and int(megabytes) < 300
+    with pytest.raises(UserError):
+        read_pickle(path)
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits  # as it was

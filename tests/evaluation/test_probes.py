@@ -196,7 +196,7 @@ def test_a_killed_search_goes_on_with_the_same_result(features, tmp_path, protoc
     assert len(lines) > 3
     for kept in (1, len(lines) // 2, len(lines)):
         memo = tmp_path / f"{kept}.jsonl"
-        memo.write_text("\n".join(lines[:kept]) + "\n" + '{"key": "torn')
+        memo.write_text("\n".join(["null", "5", "{}", "[]", '{"key": 3}', *lines[:kept]]) + "\n" + '{"key": "torn')
         assert probes.run_probe(features, protocol=protocol, seed=1, kind=kind, memo=memo) == expected
     rows = [json.loads(line) for line in lines]
     assert {row["seed"] for row in rows} == {1} and {row["protocol"] for row in rows} == {protocol}

@@ -1,6 +1,7 @@
 """Each transfer dataset in its real layout, in miniature; the counts of a right copy are shrunk by a table here."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -248,6 +249,41 @@ def test_cogs_file_names_do_not_lead_out_of_the_folder(tmp_path):
     (tmp_path / "cog/cog_concepts_split_file.pkl").write_bytes(pickle.dumps(files))
     with pytest.raises(UserError, match="outside of the dataset"):
         catalog.SETS["CoG-L2"].load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, make, file",
+    [
+        ("Pets", pets, "oxford-iiit-pet/annotations/test.txt"),
+        ("Flowers", flowers, "flowers-102/setid.mat"),
+        ("CoG-L2", cog, "cog/cog_concepts_split_file.pkl"),
+        ("iNat2018", LAYOUTS["inat 2018"][1], "inat2018/val2018.json"),
+    ],
+)
+def test_only_regular_annotation_files_are_opened(tmp_path, name, make, file):
+    """A FIFO in its place would be waited for until the end of time."""
+    make(tmp_path)
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(UserError, match=rf"{Path(file).name}.*not a regular file"):
+        catalog.SETS[name].load(tmp_path)
+
+
+def test_lists_that_share_their_parts_are_refused_at_once(tmp_path):
+    """The text of fifty nested lists of twice the same list would have 2**50 parts."""
+    cog(tmp_path)
+    nested = ["n0001"]
+    for _ in range(50):
+        nested = [nested, nested]
+    for file, content in (
+        ("cog_levels_mapping_file.pkl", [[nested]] * 5),
+        ("cog_concepts_split_file.pkl", {"n0001": {"train": [nested], "test": []}, "n0002": {}}),
+    ):
+        good = (tmp_path / "cog" / file).read_bytes()
+        (tmp_path / "cog" / file).write_bytes(pickle.dumps(content))
+        with pytest.raises(UserError, match=rf"{file} is not as published"):
+            catalog.SETS["CoG-L2"].load(tmp_path)
+        (tmp_path / "cog" / file).write_bytes(good)
 
 
 @pytest.mark.parametrize("kept", [0, 50, 130, 200])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from utils.cli import UserError
+from utils.cli import UserError, safe_name, shortened
 from utils.evaluation import imagenet_sets, transfer_sets
 from utils.evaluation.matching import LoadedSet
 from utils.images import list_image_folder
@@ -111,7 +111,8 @@ def folder_set(spec: str) -> TestSet:
     """`--test NAME=DIR`: any folder of DIR/<class id>/<images> as a row. UserError if SPEC is none or DIR is absent."""
     name, _, folder = spec.partition("=")
     if not name or not folder or "/" in name:
-        raise UserError(f"--test {spec}: expected NAME=DIR, such as digits=data/digits/test")
+        raise UserError(f"--test {shortened(spec)}: expected NAME=DIR, such as digits=data/digits/test")
+    safe_name(name, "--test")
     if not Path(folder).is_dir():
         raise UserError(f"--test {name}: no folder {folder}; expected {folder}/<class id>/<images>")
 

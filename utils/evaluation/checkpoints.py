@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
 
 from utils.classes import load_classes, read_list
 from utils.cli import UserError
 from utils.images import load_eval_image
-from utils.storage import read_json, sha256_file
+from utils.storage import read_json, sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,19 @@ class Transform:
         return pixels.permute(1, 2, 0)  # back to the decoder's own order, which is channels_last
 
 
+class Recorded(msgspec.Struct):
+    """What judging needs of a run's args.json; nothing of it for foreign weights."""
+
+    arch: str | None = None
+    head: str | None = None
+    class_ids: list[str] | None = None
+    class_names: list[str] | None = None
+    dataset: str = ""
+    image_size: Annotated[int, msgspec.Meta(ge=1, le=8192)] = CROP
+    resize: Annotated[int, msgspec.Meta(ge=1, le=8192)] = RESIZE
+    seed: int | None = None
+
+
 @dataclass(frozen=True)
 class Source:
     """A checkpoint that was found but not loaded yet: enough for a dry run and for the key of cached results."""
@@ -55,6 +70,12 @@ class Source:
     sha256: str
     args: dict[str, Any]  # args.json of the run, {} for foreign weights
     torchvision: str = ""  # "resnet50:IMAGENET1K_V2" for weights that torchvision publishes
+    key: str = ""  # which of the file's state dicts; "": the usual one
+
+    @property
+    def recorded(self) -> Recorded:
+        """What the run recorded."""
+        return msgspec.convert(self.args, Recorded)
 
     @property
     def folder(self) -> Path:
@@ -63,7 +84,7 @@ class Source:
 
 
 def locate(spec: str, download: bool = True) -> Source:
-    """Find a checkpoint: `[LABEL=]` then a run folder, a weights file or a torchvision name[:weights].
+    """Find a checkpoint: `[LABEL=]` then a run folder, a weights file[:place in it] or a torchvision name[:weights].
 
     UserError if there is no such thing. Reads the file once for its hash. Without `download`, torchvision weights that
     are not in its cache yet have sha256 "".
@@ -71,12 +92,19 @@ def locate(spec: str, download: bool = True) -> Source:
     label, _, rest = spec.partition("=")
     if not rest or Path(spec).exists():
         label, rest = "", spec
-    path = Path(rest).expanduser()
+    path, key = Path(rest).expanduser(), ""
+    if not path.exists() and ":" in rest and Path(rest.rpartition(":")[0]).expanduser().is_file():
+        path, key = Path(rest.rpartition(":")[0]).expanduser(), rest.rpartition(":")[2]
     if path.is_dir():
         path = _weights_of_run(path)
     if path.is_file():
-        args = read_json(path.parent / "args.json") if (path.parent / "args.json").is_file() else {}
-        return Source(label or _label(path, args), str(path), sha256_file(path), args)
+        args, sha256 = _read_args(path.parent), sha256_file(path)
+        label = label or _label(path, args) + (f".{key}" if key else "")
+        if key:  # another model in the same file
+            sha256 = sha256_bytes(f"{sha256}:{key}".encode())
+        return Source(label, str(path), sha256, args, key=key)
+    if path.exists():
+        raise UserError(f"--checkpoint {rest}: neither a folder nor a regular file")
     if path.suffix in WEIGHT_SUFFIXES or len(path.parts) > 1:
         raise UserError(f"--checkpoint {rest}: no such file; give a run folder of train.py or a weights file")
     return _locate_torchvision(rest, label, download)
@@ -93,10 +121,18 @@ def refuse_twins(sources: Sequence[Source]) -> None:
             )
 
 
+def _read_args(folder: Path) -> dict[str, Any]:
+    """The args.json of a run, {} where there is none. UserError if it is not what train.py writes."""
+    path = folder / "args.json"
+    if not path.exists():
+        return {}
+    read_json(path, Recorded)
+    return read_json(path)
+
+
 def _weights_of_run(folder: Path) -> Path:
     """The exported weights of a run folder, or its last checkpoint while it is still training."""
-    args = read_json(folder / "args.json") if (folder / "args.json").is_file() else {}
-    dataset = Path(str(args.get("dataset", ""))).name
+    dataset = Path(msgspec.convert(_read_args(folder), Recorded).dataset).name
     for name in (f"{dataset}.pth", f"{folder.name}.pth", "checkpoint.pth"):
         if (folder / name).is_file():
             return folder / name
@@ -142,14 +178,14 @@ def name_outputs(source: Source, count: int, classes: str | None) -> tuple[list[
     The checkpoint's own record wins; --classes is for foreign weights and must not contradict it. Without either,
     1000 and 100 outputs are taken as ImageNet-1K and ImageNet-100 in sorted wnid order, as ImageFolder trains them.
     """
-    recorded = list(source.args.get("class_ids") or [])
+    recorded = source.recorded.class_ids or []
     if classes is not None:
         ids, names = ordered_classes(classes)
         origin = f"--classes {classes}"
         if recorded and recorded != ids:
             raise UserError(f"--classes {classes}: {source.path} records other classes in its args.json; leave it out")
     elif recorded:
-        ids, names, origin = recorded, list(source.args.get("class_names") or recorded), "args.json of the run"
+        ids, names, origin = recorded, source.recorded.class_names or recorded, "args.json of the run"
     elif count in (1000, 100):
         table = load_classes("imagenet_1k" if count == 1000 else "imagenet_100")
         ids, names = table.ids, [row.first_name for row in table.rows]
@@ -181,4 +217,4 @@ def transform_of(source: Source) -> Transform:
         name, _, version = source.torchvision.partition(":")
         published = get_model_weights(name)[version].transforms()
         return Transform(published.resize_size[0], published.crop_size[0], published.interpolation.value)
-    return Transform(int(source.args.get("resize", RESIZE)), int(source.args.get("image_size", CROP)), INTERPOLATION)
+    return Transform(source.recorded.resize, source.recorded.image_size, INTERPOLATION)

@@ -18,7 +18,7 @@ from utils.cli import UserError
 from utils.evaluation.matching import LoadedSet, few
 from utils.evaluation.transfer_sets import read_mat
 from utils.images import IMAGE_SUFFIXES, list_image_folder
-from utils.storage import read_json
+from utils.storage import MOST_JSON, read_json, read_regular
 
 INDICES = Path(__file__).resolve().parent / "indices"
 
@@ -73,7 +73,7 @@ def read_devkit(name: str, folder: Path, data_root: Path) -> list[str]:
     if devkit is None:
         raise UserError(f"{name}: {folder} has no class folders; unpack ILSVRC2012_devkit_t12.tar.gz to {places[0]}")
     try:
-        truth = (devkit / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
+        truth = read_regular(devkit / "ILSVRC2012_validation_ground_truth.txt", MOST_JSON).decode().split()
         synsets = read_mat(devkit / "meta.mat", "synsets")
         # Rows are (ILSVRC2012_ID, WNID, words, gloss, num_children, ...); inner nodes of the hierarchy have children.
         wnid_of = {int(row[0]): str(row[1]) for row in synsets if int(row[4]) == 0}
@@ -136,7 +136,7 @@ def read_objectnet(name: str, folder: Path, data_root: Path) -> LoadedSet:
     label_names = read_json(mappings / "objectnet_to_imagenet_1k.json")
     row_of_output = read_json(mappings / "pytorch_to_imagenet_2012_id.json")
     try:
-        names = (mappings / "imagenet_to_label_2012_v2").read_text(encoding="utf-8").splitlines()
+        names = read_regular(mappings / "imagenet_to_label_2012_v2", MOST_JSON).decode().splitlines()
         wnid_of = {names[row].strip(): imagenet_ids()[int(output)] for output, row in row_of_output.items()}
         class_ids = sorted(place for place, label in folder_label.items() if label in label_names)
         answers = [

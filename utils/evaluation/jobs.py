@@ -6,13 +6,16 @@ import datetime
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from utils.cli import command_line
+import msgspec
+
+from utils.cli import UserError, command_line
 from utils.evaluation.catalog import V2, V2_VARIANTS, ChosenSet
 from utils.evaluation.checkpoints import Source, Transform, ordered_classes, transform_of
 from utils.machine import resolve_device, snapshot
@@ -37,6 +40,34 @@ class Settings:
 
 
 Measured = Mapping[str, tuple[float, tuple[float, float] | None]]  # metric -> (value, its 95 % interval), in percent
+
+
+class Result(msgspec.Struct):
+    """What is read again of a line of results.jsonl."""
+
+    model: str
+    dataset: str
+    metric: str
+    value: float
+    n: int
+    num_classes: int
+    seed: int | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class Sidecar(msgspec.Struct):
+    """What is read again of a file in eval/."""
+
+    key: str
+    runs: list[dict[str, Any]] = []
+
+
+def _is_result(row: dict) -> bool:
+    try:
+        return bool(msgspec.convert(row, Result))
+    except msgspec.ValidationError:
+        return False
 
 
 @dataclass
@@ -83,7 +114,7 @@ class Job:
         facts = [FORMAT, self.source.sha256, self.test_set.name, self.test_set.loaded.fingerprint, self.protocol]
         if not self.test_set.row.probed:  # which output answers for which class, and how confident it is
             classes = self.settings.classes and ordered_classes(self.settings.classes)[0]
-            facts += [classes or self.source.args.get("class_ids"), self.source.args.get("head")]
+            facts += [classes or self.source.recorded.class_ids, self.source.recorded.head]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @property
@@ -101,14 +132,14 @@ class Job:
         newest = {
             (row["metric"], row.get("seed") if self.test_set.row.probed else None): row
             for row in read_jsonl(self.out / "results.jsonl")
-            if row.get("key") == self.key
+            if row.get("key") == self.key and _is_result(row)
         }
         return list(newest.values())
 
     @property
     def done(self) -> bool:
         """Whether every row of this job is on disk."""
-        if not self.source.sha256 or not self.sidecar.exists():
+        if not self.source.sha256 or not self._kept():
             return False
         if self.test_set.row.probed:
             return not self.missing_seeds()
@@ -121,8 +152,14 @@ class Job:
 
     def finished_runs(self) -> list[dict]:
         """What the sidecar already holds of probes: {"seed", "top1", "chosen", "held_out"} each."""
-        kept = read_json(self.sidecar) if self.sidecar.exists() else {}
-        return kept.get("runs", []) if kept.get("key") == self.key else []
+        kept = self._kept()
+        return kept.runs if kept and kept.key == self.key else []
+
+    def _kept(self) -> Sidecar | None:
+        """The sidecar; None where it is missing or damaged, and then to be written anew."""
+        with suppress(UserError):
+            return read_json(self.sidecar, Sidecar)
+        return None
 
     def outline(self) -> str:
         """What is to be computed, for a dry run."""

@@ -60,7 +60,7 @@ def metrics_of_logits(logits: np.ndarray, matched: MatchedSet, model: Classifier
         "n": n,
         "num_classes": classes,
         "compared": logits.shape[1],  # classes the argmax is over
-        "seed": model.source.args.get("seed"),
+        "seed": model.source.recorded.seed,
     }
 
     counts, accuracies = metrics.per_class(correct, labels, classes)

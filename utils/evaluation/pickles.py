@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from utils.cli import UserError
+from utils.storage import read_regular
+
+MOST = 4 << 30  # bytes of a pickle
 
 
 def read_pickle(path: str | Path) -> Any:
     """The object in PATH. Raises UserError naming the file, and what it asks for, if it holds anything else."""
     try:
-        with open(path, "rb") as file:
-            return _Reader(file).load()
+        data = read_regular(path, MOST)
+        with _bounded_memory(len(data)):
+            return _Reader(io.BytesIO(data)).load()
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
     except _Refused as refused:
@@ -26,6 +33,25 @@ def read_pickle(path: str | Path) -> Any:
         ) from None
     except Exception as error:  # a damaged pickle raises anything: EOFError, KeyError, struct.error, UnicodeError ...
         raise UserError(f"{path} is no whole pickle ({type(error).__name__}); download it again") from None
+
+
+@contextmanager
+def _bounded_memory(size: int) -> Iterator[None]:
+    """MemoryError in the block where it takes far more memory than a pickle of SIZE bytes needs: 14 bytes can ask for
+    gigabytes before the reader sees that nothing follows."""
+    try:
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+    except (OSError, ValueError):  # elsewhere than on Linux
+        yield
+        return
+    wanted = now + (256 << 20) + 100 * size
+    soft = wanted if limits[0] == resource.RLIM_INFINITY else min(wanted, limits[0])
+    resource.setrlimit(resource.RLIMIT_AS, (soft, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 class _Refused(Exception):

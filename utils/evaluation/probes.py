@@ -24,6 +24,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch.nn.functional import log_softmax
@@ -103,12 +104,19 @@ def split_per_class(labels: np.ndarray, seed: int, as_suite: bool = False) -> tu
     return kept, held_rows
 
 
+class Trial(msgspec.Struct):
+    """What is read again of a remembered trial."""
+
+    key: str
+    result: float | list[float]  # accuracy, or (accuracy, loss)
+
+
 class Trials:
     """Results of settings tried before, so that a search that was killed replays them instead of computing them."""
 
     def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
         self.path, self.facts = path, facts
-        self.known = {row["key"]: row["result"] for row in read_jsonl(path)} if path else {}
+        self.known = {trial.key: trial.result for trial in read_jsonl(path, Trial)} if path else {}
 
     def __call__(self, setting: Setting, compute: Callable[[], Any]) -> Any:
         key = hashlib.sha256(json.dumps([self.facts, setting], sort_keys=True).encode()).hexdigest()[:16]

@@ -17,7 +17,7 @@ from typing import Any
 from utils.cli import UserError
 from utils.evaluation.pickles import read_pickle
 from utils.images import list_image_folder
-from utils.storage import read_json
+from utils.storage import MOST_JSON, read_json, read_regular
 
 Samples = list[tuple[str, int]]  # (path, label)
 EUROSAT_TEST = 810  # test images a class (t-ReX's suite)
@@ -44,7 +44,7 @@ def _as_published(path: Path) -> Iterator[None]:
 
 def _lines(path: Path) -> list[str]:
     with _as_published(path):  # not text
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in read_regular(path, MOST_JSON).decode().splitlines() if line.strip()]
 
 
 def read_aircraft(folder: Path) -> tuple[Samples, Samples, int]:
@@ -83,8 +83,7 @@ def read_mat(path: Path, key: str) -> Any:
     """Variable KEY of a MATLAB file. scipy reads numbers and text only: nothing in it is run."""
     from scipy.io import loadmat
 
-    if not path.exists():
-        raise FileNotFoundError(2, "no such file", str(path))
+    read_regular(path, MOST_JSON)  # OSError where there is none, or no file
     try:
         return loadmat(str(path), squeeze_me=True)[key]
     except Exception as error:  # a damaged file raises anything: MatReadError, zlib.error, IndexError, OSError ...
@@ -198,17 +197,24 @@ def read_inat(year: int, folder: Path) -> tuple[Samples, Samples, int]:
     )
 
 
+def _text(value: Any) -> str:
+    """VALUE if it is text: of anything else str() may be endless (a list that shares its parts doubles with each)."""
+    if not isinstance(value, str):
+        raise TypeError(f"a {type(value).__name__} where a name is expected")
+    return str(value)
+
+
 def read_cog(level: int, folder: Path) -> tuple[Samples, Samples, int]:
     """Two pickles: five lists of concepts (wnids), concept -> {"train", "test"} file lists. Labels: sorted concepts."""
     levels = read_pickle(folder / "cog_levels_mapping_file.pkl")
     with _as_published(folder / "cog_levels_mapping_file.pkl"):
-        concepts = sorted({str(concept) for concept in levels[level - 1]})
+        concepts = sorted({_text(concept) for concept in levels[level - 1]})
     files = read_pickle(folder / "cog_concepts_split_file.pkl")
 
     def split(part: str) -> Samples:
         samples = []
         for label, concept in enumerate(concepts):
-            for name in sorted(str(name) for name in files[concept][part]):  # the suite sorts them too
+            for name in sorted(map(_text, files[concept][part])):  # the suite sorts them too
                 _inside(folder, name.lstrip("/"))
                 samples.append((_inside(folder / "images", f"{concept}/{name.rpartition('/')[2]}"), label))
         return samples

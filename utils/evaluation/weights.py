@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import pickle
 import zipfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,15 @@ from utils.evaluation.checkpoints import NoClassifier, Source, name_outputs
 from utils.metrics import CHUNK_ROWS
 from utils.model import CosineLinear, build_model, head_name
 
-# Where training scripts put the weights inside a checkpoint, and what wrappers put before every key.
-WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.")
+# Where training scripts put the weights inside a checkpoint: the first of these is taken, the others are named. DINO
+# itself judges the teacher, MoCo the query encoder.
+PLACES = ("", "state_dict", "model", "model_state_dict", "net", "teacher")
+# What wrappers and training methods put before a network's own names, the most wanted first.
+PREFIXES = (
+    *("encoder_q", "backbone", "online_encoder", "encoder", "net", "model", "module", "_orig_mod", "trunk"),
+    *("network", "base_encoder", "teacher", "student", "momentum_encoder", "target_encoder", "encoder_k", "ema"),
+)
+COUNTERS = ("n_averaged",)  # of torch's AveragedModel
 RESNETS = ("resnet50", "resnet18", "resnet34", "resnet101", "resnet152")  # tried before all others
 
 
@@ -62,12 +70,26 @@ class Classifier:
 def load_classifier(source: Source, classes: str | None = None) -> Classifier:
     """Load the weights strictly. CLASSES (--classes) names the outputs where the checkpoint does not.
 
-    UserError if the file cannot be read or fits no architecture. Where it can give features only, which is enough for
-    transfer datasets, head is None and `lacks` tells why.
+    Says which of several networks in the file was taken. UserError if the file cannot be read or fits no architecture.
+    Where it can give features only, which is enough for transfer datasets, head is None and `lacks` tells why.
     """
-    weights = read_weights(source.path)
-    arch = source.torchvision.partition(":")[0] or source.args.get("arch")
-    model, arch, name = _build(source, weights, arch)
+    found = read_weights(source.path)
+    place = source.key or min(found, key=lambda one: PLACES.index(one) if one in PLACES else len(PLACES))
+    if place not in found:
+        raise UserError(
+            f"--checkpoint {source.path}:{place}: no weights at {place}; the file has them at {_list(found)}"
+        )
+    arch = source.torchvision.partition(":")[0] or source.recorded.arch
+    try:
+        weights, note = one_network(found[place])
+        model, arch, name = _build(source, weights, arch)
+    except UserError as error:
+        fits = [other for other in found if other != place and _fits(source, found[other], arch)]
+        raise UserError(f"{error}; --checkpoint {source.path}:{fits[0]} fits" if fits else str(error)) from None
+    if others := [one for one in found if one != place and not source.key]:
+        note = f"weights of {place or 'the file'}, which also has {_list(others)} (FILE:{others[0]} judges those){note}"
+    if note:
+        print(f"{source.label}: {note}", flush=True)
     model.float().eval().requires_grad_(False)
     if not name:
         lacks = NoClassifier(f"--checkpoint {source.path}: no classifier in it, so only transfer datasets can judge it")
@@ -79,64 +101,114 @@ def load_classifier(source: Source, classes: str | None = None) -> Classifier:
         ids, names, origin = name_outputs(source, linear.out_features, classes)
     except NoClassifier as error:
         return Classifier(source, arch, model, None, [], [], "", error)
-    head = _as_trained(linear) if source.args.get("head") == "cosine" else linear
+    head = _as_trained(linear) if source.recorded.head == "cosine" else linear
     return Classifier(source, arch, model, head, ids, names, origin)
 
 
 # ===== reading files: plain tensors only =====
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict in a file, without wrappers and prefixes. Nothing in the file is executed."""
+def read_weights(path: str | Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Every state dict in a file, by its place in it: {"": ...}, {"state_dict": ..., "state_dict_ema": ...}.
+
+    Nothing in the file is executed: Python objects beside the weights become inert ones. UserError names the file.
+    """
+    objects: list[str] = []
     try:
         if Path(path).suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(str(path))
         else:
-            _verify_archive(path)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            if zipfile.is_zipfile(path):  # as torch before 1.6 wrote it: without checksums, and with its own types only
+                _verify_archive(path)
+                objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            with torch.serialization.safe_globals([(Inert, name) for name in objects]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(
-            f"--checkpoint {path}: holds Python objects, which are not loaded because they can run code (or it is not "
-            "a checkpoint at all); save its model.state_dict() instead"
-        ) from None
+        raise _holds_objects(path, objects) from None
     except Exception as error:  # torch and safetensors raise several types of their own on damaged files
         of_the_disk = isinstance(error, OSError) and error.errno != errno.EINVAL  # EINVAL: a place before the file
         if of_the_disk or isinstance(error, MemoryError):
             raise
         first = (str(error).splitlines() or [""])[0]
         raise UserError(f"--checkpoint {path}: damaged or not a checkpoint ({first}); copy it again") from None
-    return strip_prefixes(unwrap(content, path))
+    if found := state_dicts(content):
+        return found
+    if objects:
+        raise _holds_objects(path, objects)
+    kind = f"it has {_list(content)}" if isinstance(content, dict) else f"it is a {type(content).__name__}"
+    raise UserError(f"--checkpoint {path}: no state dict in it ({kind}); save model.state_dict()")
+
+
+class Inert:
+    """Stands for any Python object beside the weights: takes what it is given and does nothing."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _holds_objects(path: str | Path, names: Sequence[str]) -> UserError:
+    what = f" ({_list(names)})" if names else ""
+    return UserError(
+        f"--checkpoint {path}: holds Python objects{what}, which are not loaded because they can run code (or it is "
+        "not a checkpoint at all); save its model.state_dict() instead"
+    )
 
 
 def _verify_archive(path: str | Path) -> None:
-    """Read every byte that torch.save wrote and compare its checksums, which torch.load does not look at."""
-    if not zipfile.is_zipfile(path):
-        return  # as torch before 1.6 wrote it: without checksums
+    """Read every byte that torch.save wrote and compare its checksums, which torch.load does not look at.
+
+    What is compressed, as torch never writes it, is refused: three megabytes can hold gigabytes.
+    """
     with zipfile.ZipFile(path) as archive:
-        # A record marked as a folder passes as whole, and torch.load takes what is in memory by chance for it.
-        strange = next((record.filename for record in archive.infolist() if record.external_attr & 0x10), None)
-        if damaged := archive.testzip() or strange:
+        for record in archive.infolist():
+            # A record marked as a folder passes as whole, and torch.load takes what is in memory by chance for it.
+            if record.compress_type != zipfile.ZIP_STORED or record.external_attr & 0x10:
+                raise zipfile.BadZipFile(f"{record.filename} is compressed or a folder")
+        if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} fails its checksum")
 
 
-def unwrap(content: Any, path: str | Path) -> dict[str, torch.Tensor]:
-    """{"state_dict": {...}} and the like -> the innermost mapping from names to tensors."""
-    while isinstance(content, dict) and not any(isinstance(value, torch.Tensor) for value in content.values()):
-        inside = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inside is None:
-            keys = ", ".join(map(str, list(content)[:6])) or "nothing"
-            raise UserError(f"--checkpoint {path}: no state dict in it (it has {keys}); save model.state_dict()")
-        content = inside
-    if not isinstance(content, dict):
-        raise UserError(f"--checkpoint {path}: holds a {type(content).__name__}, not a state dict")
-    return {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+def state_dicts(content: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Place -> {name: tensor} of every dict in CONTENT that holds weights; each dict once, should they be shared."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    seen: set[int] = set()
+    todo: list[tuple[str, Any]] = [("", content)]
+    for place, value in todo:  # grows while it is walked
+        if isinstance(value, dict) and id(value) not in seen and place.count(".") < 4:
+            seen.add(id(value))
+            tensors = {str(key): one for key, one in value.items() if isinstance(one, torch.Tensor)}
+            if any(name.rpartition(".")[2] == "weight" for name in tensors):
+                found[place] = tensors
+            todo += [(f"{place}.{key}" if place else str(key), one) for key, one in value.items()]
+    return found
 
 
-def strip_prefixes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Remove what wrappers (DDP, compile, Lightning ...) put before every key."""
-    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in weights)), None):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights
+def one_network(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:
+    """(the network's tensors under its own names, what was left out in words or "").
+
+    A network begins with a convolution of three channels: what wrappers and methods (DDP, compile, Lightning, MoCo,
+    DINO ...) put before its name stands before all names of that network. Of several the most wanted is taken.
+    """
+    weights = {name: tensor for name, tensor in weights.items() if name not in COUNTERS}
+    first = [name for name, tensor in weights.items() if tensor.ndim == 4 and tensor.shape[1] == 3]
+    prefixes = [_prefix(name) for name in first] or [min(map(_prefix, weights), key=len, default="")]
+    prefix = min(prefixes, key=lambda one: PREFIXES.index(one.split(".")[-2]) if one else -1)
+    inside = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    outside = [name for name in weights if not name.startswith(prefix)]
+    return inside, f"{prefix[:-1]} is taken, without {_list(outside)}" if outside else ""
+
+
+def _prefix(name: str) -> str:
+    """ "module.encoder_q.conv1.weight" -> "module.encoder_q."."""
+    return "".join(f"{part}." for part in takewhile(PREFIXES.__contains__, name.split(".")))
+
+
+def _list(names: Iterable[Any]) -> str:
+    names = [str(name) or "its top" for name in names]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "nothing"
 
 
 # ===== from tensors to modules =====
@@ -145,22 +217,33 @@ def strip_prefixes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _build(source: Source, weights: dict[str, torch.Tensor], arch: str | None) -> tuple[torch.nn.Module, str, str]:
     """(module with the weights, its architecture, its classifier's name or ""): every tensor has its place."""
     rest = [name for name in torchvision.models.list_models(module=torchvision.models) if name not in RESNETS]
-    complaint = ""
+    nearest, complaint = 0.5, f"its tensors ({_list(weights)}) are not those of a torchvision classifier"
     for name in [arch] if arch else [*RESNETS, *rest]:
-        model, head, problem = _fit(name, weights, named=arch is not None)
+        model, head, (problem, share) = _fit(name, weights, named=arch is not None)
         if model is not None:
             return model, name, head
-        complaint = complaint or f"{name}: {problem}"
+        if share > nearest or arch:
+            nearest, complaint = share, f"{name}: {problem}"
     raise UserError(
         f"--checkpoint {source.path}: fits no architecture known here ({complaint}); expected a run of train.py or a "
         "state dict of a torchvision classifier"
     )
 
 
-def _fit(arch: str, weights: dict[str, torch.Tensor], named: bool) -> tuple[torch.nn.Module | None, str, str]:
-    """(module, classifier's name, "") if WEIGHTS are those of ARCH, else (None, "", the first difference).
+def _fits(source: Source, weights: dict[str, torch.Tensor], arch: str | None) -> bool:
+    try:
+        return bool(_build(source, one_network(weights)[0], arch))
+    except UserError:
+        return False
 
-    The classifier may be absent; its name is "" then.
+
+Misfit = tuple[str, float]  # the first difference, and the share of an architecture's tensors that are there
+
+
+def _fit(arch: str, weights: dict[str, torch.Tensor], named: bool) -> tuple[torch.nn.Module | None, str, Misfit]:
+    """(module, classifier's name, _) if WEIGHTS are those of ARCH, else (None, "", why not).
+
+    The classifier may be absent, or a projection of several layers (MoCo v2, SimCLR): its name is "" then.
     """
     matrices = [tensor for key, tensor in weights.items() if tensor.ndim == 2 and key.endswith("weight")]
     outputs = len(matrices[-1]) if matrices else 1
@@ -169,31 +252,33 @@ def _fit(arch: str, weights: dict[str, torch.Tensor], named: bool) -> tuple[torc
             model = build_model(arch, outputs, "linear")
         except NotImplementedError:  # a few architectures compute with tensors while they are built
             if not named:
-                return None, "", "it must be named (arch in args.json)"
+                return None, "", ("it must be named (arch in args.json)", 0.0)
             with torch.device("cpu"):
                 model = build_model(arch, outputs, "linear")
     try:
         name = head_name(model)
     except UserError:
-        return None, "", "it does not end in a linear layer"
+        return None, "", ("it does not end in a linear layer", 0.0)
     head = model.get_submodule(name)
     assert isinstance(head, torch.nn.Linear)
     if f"{name}.weight" not in weights:
         _replace(model, name, torch.nn.Identity())
+        weights = {key: tensor for key, tensor in weights.items() if not key.startswith(f"{name}.")}
     elif f"{name}.bias" not in weights:  # the authors' classifiers have none
         _replace(model, name, torch.nn.Linear(head.in_features, outputs, bias=False, device="meta"))
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
     # Checkpoints older than PyTorch 0.4.1 lack this counter, which evaluation does not use.
     weights = {k: torch.zeros((), dtype=torch.long) for k in wanted if k.endswith("num_batches_tracked")} | weights
+    share = sum(key in weights and weights[key].shape == wanted[key] for key in wanted) / len(wanted)
     for key in wanted:
         if key not in weights:
-            return None, "", f"{key} is missing"
+            return None, "", (f"{key} is missing", share)
         if weights[key].shape != wanted[key]:
-            return None, "", f"{key} is {tuple(weights[key].shape)} and should be {tuple(wanted[key])}"
+            return None, "", (f"{key} is {tuple(weights[key].shape)} and should be {tuple(wanted[key])}", share)
     if extra := sorted(set(weights) - set(wanted)):
-        return None, "", f"{extra[0]} is unknown"
+        return None, "", (f"{extra[0]} is unknown", share)
     model.load_state_dict(weights, strict=True, assign=True)
-    return model, name if f"{name}.weight" in weights else "", ""
+    return model, name if f"{name}.weight" in weights else "", ("", 1.0)
 
 
 def _replace(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
