@@ -1,5 +1,6 @@
 """A look at a dataset: measures against their definitions, planted faults found, bad input refused."""
 
+import os
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ import evaluate
 from tests.dataset.test_folder import record_of
 from utils.cli import run
 from utils.dataset.folder import known_images
-from utils.report import dataset_quality as report
+from utils.report import measures
 from utils.report.dataset_quality import Folder
 from utils.storage import append_jsonl, read_json, write_json
 from utils.training.image_sets import open_sources
@@ -85,7 +86,7 @@ def test_measures_are_their_definitions():
     x, y = rng.normal(size=(300, 6)), rng.normal(0.5, 1.5, size=(200, 6))
     a, b = np.cov(x.T), np.cov(y.T)
     wanted = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real)
-    assert report.frechet_distance(report.moments(x), report.moments(y)) == pytest.approx(wanted, rel=1e-6)
+    assert measures.frechet_distance(measures.moments(x), measures.moments(y)) == pytest.approx(wanted, rel=1e-6)
 
     def kernel(u, v):
         return (np.dot(u, v) / 6 + 1) ** 3
@@ -94,28 +95,28 @@ def test_measures_are_their_definitions():
     same_x = np.mean([kernel(x[i], x[j]) for i in range(30) for j in range(30) if i != j])
     same_y = np.mean([kernel(y[i], y[j]) for i in range(20) for j in range(20) if i != j])
     between = np.mean([kernel(u, v) for u in x for v in y])
-    assert report.kernel_distance(x, y) == pytest.approx(1000 * (same_x + same_y - 2 * between))
+    assert measures.kernel_distance(x, y) == pytest.approx(1000 * (same_x + same_y - 2 * between))
 
     def radius(points, i):
-        return sorted(np.linalg.norm(points[i] - other) for other in points)[report.NEIGHBOURS]
+        return sorted(np.linalg.norm(points[i] - other) for other in points)[measures.NEIGHBOURS]
 
     inside = np.array([[np.linalg.norm(u - v) <= radius(x, i) for v in y] for i, u in enumerate(x)])
     covered = np.array([[np.linalg.norm(u - v) <= radius(y, j) for j, v in enumerate(y)] for u in x])
-    measured = report.neighbourhoods(x, y)
+    measured = measures.neighbourhoods(x, y)
     assert measured["precision"] == pytest.approx(100 * inside.any(0).mean())
     assert measured["recall"] == pytest.approx(100 * covered.any(1).mean())
-    assert measured["density"] == pytest.approx(100 * inside.sum() / (report.NEIGHBOURS * len(y)))
+    assert measured["density"] == pytest.approx(100 * inside.sum() / (measures.NEIGHBOURS * len(y)))
     assert measured["coverage"] == pytest.approx(100 * inside.any(1).mean())
 
     units = x / np.linalg.norm(x, axis=1, keepdims=True)
     pairs = [units[i] @ units[j] for i in range(30) for j in range(30) if i != j]
-    assert report.diversity(x) == pytest.approx(1 - np.mean(pairs))
+    assert measures.diversity(x) == pytest.approx(1 - np.mean(pairs))
 
 
 def test_a_class_of_one_image_has_no_pairs():
-    assert report.near_duplicates(np.ones((1, 4))) == (0, [])
-    assert report.diversity(np.ones((1, 4))) is None
-    assert report.neighbourhoods(np.ones((1, 4)), np.ones((9, 4))) == {}
+    assert measures.near_duplicates(np.ones((1, 4))) == (0, [])
+    assert measures.diversity(np.ones((1, 4))) is None
+    assert measures.neighbourhoods(np.ones((1, 4)), np.ones((9, 4))) == {}
 
 
 @pytest.mark.parametrize(
@@ -200,3 +201,33 @@ def test_strays_of_a_generated_dataset_are_named_and_left_out(tmp_path, capsys):
 def images_of(data, out):
     assert call("--dataset-report", data, "--out", out) == 0
     return read_json(out / "dataset_report.json")["totals"]["images"]
+
+
+def test_near_duplicates_are_the_same_in_blocks(monkeypatch):
+    x = np.random.default_rng(0).normal(size=(50, 8))
+    x[[7, 30, 49]] = x[3] * 2, x[3] + 1e-4, x[20]
+    whole = measures.near_duplicates(x)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    pairs = [(i, j) for i in range(50) for j in range(i) if unit[i] @ unit[j] >= measures.DUPLICATE]
+    assert whole[0] == len({i for i, _ in pairs}) == 3 and (whole[1][1], whole[1][0]) in pairs
+    monkeypatch.setattr(measures, "BLOCK", 7)
+    assert measures.near_duplicates(x) == whole
+    monkeypatch.setattr(measures, "MOST_IMAGES", 20)
+    assert measures.neighbourhoods(x, x)["coverage"] == 100  # the same twenty of both
+
+
+@pytest.mark.parametrize("kind", ["fifo", "itself", "folder"])
+def test_an_image_that_is_no_file_is_named_and_nothing_hangs(tmp_path, capsys, kind):
+    write_images(tmp_path / "data", 2, seed=0)
+    path = tmp_path / "data/pear/000.png"
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "itself":
+        path.symlink_to(path.name)
+    else:
+        path.mkdir()
+    code = call("--dataset-report", tmp_path / "data", "--out", tmp_path / "look")
+    said = capsys.readouterr().err
+    assert (code == 2 and "pear/000.png" in said) or (code == 0 and kind == "folder")  # ImageFolder looks into folders
+    assert "error: unexpected" not in said
