@@ -116,7 +116,15 @@ WRITERS: dict[str, tuple[Callable, list[Callable]]] = {
     "report": (report, []),
 }
 CALM: dict[str, tuple] = {}  # writer -> what is used before, used after, and the files, with room enough
-CLOCK = {"sessions.jsonl", "log.jsonl", "dataset.json", "args.json", "checkpoint_previous.pth", "checkpoint.pth"}
+CLOCK = {
+    ".dataset.json",
+    "sessions.jsonl",
+    "log.jsonl",
+    "dataset.json",
+    "args.json",
+    "checkpoint_previous.pth",
+    "checkpoint.pth",
+}
 
 
 def content(disk: Path) -> dict[str, str]:

@@ -61,9 +61,16 @@ def tar() -> bytes:
 
 
 def dataset_json() -> bytes:
-    rows = [{"id": f"n{k}", "name": "a, b", "hypernym": "", "definition": "c", "images": 3} for k in range(2)]
-    recipe = {"format": "jpg", "batch_size": 4, "steps": 50, "dtype": "fp32", "seed": 0}
-    info = {"format": datasets.FORMAT, "name": "x", "recipe": recipe, "model": {"id": "m", "files": {}}}
+    table = [classes.ClassRow(f"n{k}", "a, b", "", "c") for k in range(2)]
+    recipe = {"format": "jpg", "batch_size": 4, "steps": 50, "prompt": "c", "images_per_class": 3, "scheduler": "ddim"}
+    recipe |= {"guidance_scale": 2.0, "classes": classes.ClassTable("x", tuple(table)).sha256}
+    info = {
+        "format": datasets.FORMAT,
+        "name": "x",
+        "recipe": recipe,
+        "model": {"id": "m", "revision": None, "files": {}},
+    }
+    rows = [{"id": row.wnid, "name": row.name, "hypernym": "", "definition": "c", "images": 3} for row in table]
     return json.dumps(info | {"classes": rows, "environment": {}, "command": "python"}).encode()
 
 
@@ -96,6 +103,7 @@ READERS: dict[str, tuple[str, bytes, Any]] = {
     "site file": ("site.toml", SITE, lambda path: site.site_options(path, ["train"], command.get_args_parser())),
     "JSON": ("x.json", dataset_json(), storage.read_json),
     "JSON Lines": ("x.jsonl", manifest(), lambda path: storage.read_jsonl(path, strict=True)),
+    "dataset.json": ("dataset.json", dataset_json(), look_at_dataset),
     "manifest": ("manifest/n0.jsonl", manifest(), look_at_manifest),
     "results": ("results.jsonl", results(), lambda path: records.read_results([path])),
     "pickle": ("x.pkl", pickle.dumps({"L1": ["n1"], "x": np.arange(9.0), "y": {"a": 1}}, 2), read_pickle),
