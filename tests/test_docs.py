@@ -287,3 +287,15 @@ def test_a_mistake_is_refused_in_the_words_of_the_page(command, printed, clone, 
     assert any(re.fullmatch(pattern, line) for line in lines), done.stderr
     assert sorted(path for path in clone.glob("data/**/*") if path.is_file()) == before
     assert not (clone / "runs").exists()
+
+
+# ===== the table of faults =====
+
+
+def test_every_fault_of_the_reliability_page_is_held_by_a_test_that_is_there():
+    rows = [line for line in read("docs/reliability.md").splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not row.startswith("| tried |")]
+    assert len(rows) >= 80
+    for row in rows:
+        found = re.search(r"\| `([\w/]+\.py)::(test_\w+)` \|$", row)
+        assert found and re.search(rf"^def {found[2]}\(", read(f"tests/{found[1]}"), re.M), row
