@@ -157,6 +157,8 @@ def test_curves_name_what_they_draw_and_are_the_same_twice(capfd):
     for name in (*names, "loss $", "epoch $"):
         assert svg.decode().count(f"<!-- {name} -->") == 1
     assert draw_curves(panels, "png")[:8] == b"\x89PNG\r\n\x1a\n"
+    wild = [float("nan"), float("inf"), 1e308, -1e308]  # of a run that diverged
+    assert b"<svg" in draw_curves({"loss": ("epoch", [("a", [1, 2, 3, 4], wild, None)])}, "svg")
     assert capfd.readouterr().err == ""
 
 

@@ -32,6 +32,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # by content, whatever the nam
 MOST_BYTES = 512 << 20  # of an image file
 Image.MAX_IMAGE_PIXELS = None  # most_pixels() bounds instead, and can be raised
 MOST_NAMED = 12  # curves in a legend
+MOST_DRAWN = 1e30  # near the largest number matplotlib finds no ticks
 INK = "#7d7d7d"  # of drawn figures: grey that reads on white paper and on a dark screen alike
 
 
@@ -313,7 +314,9 @@ def draw_curves(panels: Mapping[str, tuple[str, Sequence[Curve]]], kind: str) ->
         for plot, (title, (unit, curves)) in zip(np.atleast_1d(plots), panels.items(), strict=True):
             named: dict[str, Any] = {}
             for label, x, y, color in curves:
-                (line,) = plot.plot(x, y, color=color, linewidth=1.4, alpha=0.85)
+                (line,) = plot.plot(
+                    x, np.clip(np.asarray(y, float), -MOST_DRAWN, MOST_DRAWN), color=color, linewidth=1.4, alpha=0.85
+                )
                 named.setdefault(label, line)
             plot.set_xlabel(unit, color=INK)
             plot.set_title(title, color=INK, fontsize=11)

@@ -285,10 +285,17 @@ def test_models_of_other_classes_in_a_close_look(tmp_path):
             r"a line that is no result \(Object missing required field `dataset`\); is it a results.jsonl",
         ),
         ("3\n", r"no result \(Expected `object`, got `int`\)"),
-        ('{"model": "a", "dataset": "d", "metric": "top1", "value": NaN}\n', "top1 of a on d is nan, no number"),
+        (
+            '{"model": "a", "dataset": "d", "metric": "top1", "value": NaN}\n',
+            r"Expected `float` >= 0.0 - at `\$.value`",
+        ),
         (
             '{"model": "a", "dataset": "d", "metric": "top1", "value": null}\n',
             r"Expected `float`, got `null` - at `\$.value`",
+        ),
+        (
+            '{"model": "a", "dataset": "d", "metric": "top1", "value": 1e200}\n',
+            r"Expected `float` <= 100.0 - at `\$.value`",
         ),
     ],
 )
@@ -337,5 +344,5 @@ def test_a_runs_data_folders_are_read_as_train_py_reads_them(tmp_path, monkeypat
     for name in ("sd", "real"):
         (tmp_path / "data" / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    found = [source.path for source in records.read_training(tmp_path).data()]
+    found = [source.path for source in records.read_record(tmp_path / "args.json", records.Training).data()]
     assert found == ["data/sd", f"{tmp_path}/v:1", "data/real"]

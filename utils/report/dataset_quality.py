@@ -30,7 +30,7 @@ from utils.report.measures import (
     near_duplicates,
     neighbourhoods,
 )
-from utils.report.records import read_described
+from utils.report.records import Described, read_record
 from utils.storage import require_writable, write_json, write_page
 
 THUMBNAIL = 16  # pixels a side of the descriptor without a checkpoint
@@ -138,7 +138,7 @@ class Folder:
         self.ids = list(self.rows)
         if not self.ids:
             raise UserError(f"{option}: no image of {folder} is in its manifests; draw it with generate.py first")
-        described = read_described(self.folder)
+        described = read_record(self.folder / "dataset.json", Described)
         self.names = described.names if described else {}
 
     def of_classes(self, ids: list[str]) -> np.ndarray:

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from utils.cli import UserError
 from utils.images import INK, BadImage, Curve, contact_sheet, decode_rgb, draw_curves, drop_strays, list_image_folder
-from utils.report.records import Sidecar, read_described, read_epochs
+from utils.report.records import Described, Epoch, Sidecar, read_record
 from utils.storage import atomic_path, read_jsonl
 
 # (folder) -> (class id, file names) ... of a generated dataset's manifests, None for other folders
@@ -38,7 +38,7 @@ def training_curves(models: Mapping[str, tuple[str, Sequence[Path]]]) -> str | N
     panels: dict[str, tuple[str, list[Curve]]] = {"training loss": ("epoch", []), "training top-1 (%)": ("epoch", [])}
     for name, (color, folders) in models.items():
         for folder in folders:
-            epochs = read_epochs(folder)
+            epochs = read_jsonl(folder / "log.jsonl", Epoch)
             for (_, curves), key in zip(panels.values(), ("loss", "top1"), strict=True):
                 if epochs:
                     curves.append((name, [one.epoch for one in epochs], [getattr(one, key) for one in epochs], color))
@@ -140,7 +140,7 @@ def contact_sheets(shown: Sequence[tuple[str, Path]], manifests: Manifests) -> l
         root = folder / "train" if (folder / "train").is_dir() else folder
         ids, samples = list_image_folder(root, "--show-data")
         samples = drop_strays(samples, manifests(folder), "--show-data")
-        described = read_described(folder)
+        described = read_record(folder / "dataset.json", Described)
         names = described.names if described else {}
         for label, class_id in enumerate(ids):
             if class_id not in sheets and len(sheets) >= MAX_CLASSES:

@@ -13,20 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from utils.images import MOST_NAMED
+from utils.report import records
 from utils.report.figures import COLORS, Manifests, RadarLine, close_looks, contact_sheets, draw_radar, training_curves
-from utils.report.records import (
-    Row,
-    Sidecar,
-    is_file,
-    provenance,
-    read_described,
-    read_results,
-    read_sidecars,
-    read_training,
-)
+from utils.report.records import Row, Sidecar, is_file
 from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Cell, Model, as_cell, averages, make_tables
 from utils.report.verdicts import headline
-from utils.storage import atomic_write, readable, require_writable, write_page
+from utils.storage import atomic_write, read_json, readable, require_writable, write_page
 
 SEED_SUFFIX = re.compile(r"[-_]seed\d+$")
 LEGEND = (
@@ -51,10 +43,12 @@ def write_report(
     side by side, class by class; MANIFESTS tells which files of a generated dataset are its images. Returns the files
     written. Raises UserError on a missing or damaged file.
     """
-    rows = read_results(results)
+    rows = records.read_results(results)
     models = group_models(rows)
     require_writable(out, "--out")
-    described = [found for _, folder in show_data if (found := read_described(folder))]
+    described = [
+        found for _, folder in show_data if (found := records.read_record(folder / "dataset.json", records.Described))
+    ]
     trainings = [training for model in models for training in model.trainings]
     sidecars = [sidecar for model in models for sidecar in model.sidecars]
     page: dict[str, Any] = {
@@ -66,7 +60,7 @@ def write_report(
         "curves": training_curves({model.name: (model.color, model.runs) for model in models}),
         "looks": close_looks({model.name: model.sidecars for model in models}),
         "sheets": contact_sheets(show_data, manifests),
-        **provenance([*described, *trainings, *sidecars]),
+        **records.provenance([*described, *trainings, *sidecars]),
     }
     written = [out / "report.html", out / "report.md"]
     axes, values = radar_values(models)
@@ -93,13 +87,13 @@ def group_models(rows: Iterable[Row]) -> list[Model]:
         if row.checkpoint_sha256 and row.checkpoint_sha256 not in model.checkpoints:
             model.checkpoints.add(row.checkpoint_sha256)
             beside = sidecars.setdefault(
-                row.folder, read_sidecars(Path(row.folder)) if row.folder not in sidecars else []
+                row.folder, records.read_sidecars(Path(row.folder)) if row.folder not in sidecars else []
             )
             model.sidecars += [one for one in beside if one.checkpoint_sha256 == row.checkpoint_sha256]
         run = run_of(row)
         if run and run not in model.runs:
             model.runs.append(run)
-            model.trainings += [training] if (training := read_training(run)) else []
+            model.trainings += [read_json(run / "args.json", records.Training)]
     for (name, dataset, metric), measured in values.items():
         models[name].cells[dataset, metric] = as_cell(measured, models[name].sidecars)
     used: Counter[str] = Counter()

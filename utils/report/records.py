@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,6 +20,8 @@ from utils.evaluation.jobs import with_v2_mean
 from utils.storage import read_json, read_jsonl
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
+Percent = Annotated[float, msgspec.Meta(ge=0, le=100)]
+Record = TypeVar("Record", bound=msgspec.Struct)
 JUDGE_AGAIN = "delete it and run evaluate.py on its checkpoint again"
 
 
@@ -30,9 +31,9 @@ class Row(msgspec.Struct):
     model: str
     dataset: str
     metric: str
-    value: float
-    low: float | None = None  # 95 % interval
-    high: float | None = None
+    value: Percent
+    low: Percent | None = None  # 95 % interval
+    high: Percent | None = None
     n: Count | None = None  # images
     num_classes: Count | None = None
     group: str = "folder"
@@ -128,17 +129,18 @@ class Training(Made):
         return plan.epochs * plan.steps_per_epoch if plan.epochs and plan.steps_per_epoch else None
 
 
-class DescribedClass(msgspec.Struct):
-    """A class of a dataset.json."""
+class ClassEntry(msgspec.Struct):
+    """A class of a dataset.json or dataset_report.json."""
 
     id: str
     name: str = ""
+    diversity: float | None = None  # see measures.py
 
 
 class Described(Made):
     """What a report needs of a dataset.json."""
 
-    classes: list[DescribedClass] = []
+    classes: list[ClassEntry] = []
     recipe: dict[str, Any] = {}
 
     @property
@@ -147,18 +149,11 @@ class Described(Made):
         return {row.id: row.name for row in self.classes}
 
 
-class ClassQuality(msgspec.Struct):
-    """How varied one class is, see dataset_quality.py."""
-
-    id: str
-    diversity: float | None = None
-
-
 class Quality(msgspec.Struct):
     """What a report needs of a dataset_report.json."""
 
     descriptor: str
-    classes: list[ClassQuality] = []
+    classes: list[ClassEntry] = []
 
 
 class ClassScore(msgspec.Struct):
@@ -187,6 +182,7 @@ class Sidecar(Made, kw_only=True):
             raise ValueError("class_ids, class_names and per_class do not belong together")
         if self.confusion is not None and [len(row) for row in self.confusion] != [k] * k:
             raise ValueError("the confusion matrix is not as large as class_ids")
+        base64.b64decode(self.correct)  # a ValueError if it is none
 
     def outcomes(self) -> np.ndarray | None:
         """(n,) bools, whether each image was recognised; None where that was not recorded."""
@@ -246,12 +242,6 @@ def _read_rows(path: Path) -> list[Row]:
         row.folder = str(path.parent)
         for name in (row.model, row.dataset, row.metric):
             safe_label(name, f"--report: {path}")
-        for number in (row.value, row.low, row.high):
-            if number is not None and not math.isfinite(number):
-                raise UserError(
-                    f"--report: {path}: {row.metric} of {row.model} on {row.dataset} is {number!r}, no number; "
-                    "remove the line and run evaluate.py again"
-                )
     if torn := sum(bool(line.strip()) for line in path.read_bytes().split(b"\n")) - len(rows):
         print(f"--report: {path}: {torn} damaged lines are left out; run evaluate.py again", file=sys.stderr)
     return rows
@@ -271,30 +261,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def read_training(run: Path) -> Training | None:
-    """The args.json of a run of train.py; None where there is none."""
-    return read_json(run / "args.json", Training) if (run / "args.json").is_file() else None
-
-
-def read_described(dataset: Path) -> Described | None:
-    """The dataset.json of a generated dataset; None where there is none."""
-    return read_json(dataset / "dataset.json", Described) if (dataset / "dataset.json").is_file() else None
-
-
-def read_quality(dataset: Path) -> Quality | None:
-    """The dataset_report.json in a dataset's folder; None where there is none."""
-    path = dataset / "dataset_report.json"
-    return read_json(path, Quality, "run evaluate.py --dataset-report again") if path.is_file() else None
+def read_record(path: Path, kind: type[Record]) -> Record | None:
+    """The record of KIND at PATH; None where there is no file."""
+    return read_json(path, kind) if is_file(path) else None
 
 
 def read_sidecars(folder: Path) -> list[Sidecar]:
     """The close looks beside a results.jsonl; those of linear probes hold no classes."""
     return [read_json(path, Sidecar, JUDGE_AGAIN) for path in sorted((folder / "eval").glob("*.json"))]
-
-
-def read_epochs(run: Path) -> list[Epoch]:
-    """The epochs of a run's log.jsonl; none where there is no log."""
-    return read_jsonl(run / "log.jsonl", Epoch)
 
 
 def provenance(made: Sequence[Made]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scipy.special import stdtrit
 
-from utils.report.records import dataset_root, read_described, read_quality
+from utils.report.records import Described, Quality, dataset_root, read_record
 from utils.report.tables import Cell, Difference, Model, difference
 
 OPEN = "the interval includes zero, so no difference is shown"
@@ -105,7 +105,7 @@ def guidance_of(model: Model) -> float | None:
 
 def _recipe_of(model: Model) -> dict:
     root = _dataset_of(model)
-    described = read_described(root) if root else None
+    described = read_record(root / "dataset.json", Described) if root else None
     return described.recipe if described else {}
 
 
@@ -122,7 +122,7 @@ def _other_differences(a: Model, b: Model) -> list[str]:
 def _about_diversity(less: Model, more: Model) -> str:
     """Whether less guidance drew more varied images, if --dataset-report measured both datasets in the same way."""
     folders = _dataset_of(less), _dataset_of(more)
-    first, second = (read_quality(folder) if folder else None for folder in folders)
+    first, second = (read_record(folder / "dataset_report.json", Quality) if folder else None for folder in folders)
     if not first or not second or first.descriptor != second.descriptor:
         return ""
     theirs = {row.id: row.diversity for row in second.classes}
