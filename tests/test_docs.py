@@ -16,7 +16,7 @@ import evaluate
 import generate
 import train
 from utils.launch import command as launch
-from utils.launch.site import site_options
+from utils.launch.command import site_options
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "prompts/README.md"])

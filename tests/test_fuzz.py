@@ -29,7 +29,7 @@ from utils.dataset import folder as datasets
 from utils.evaluation import weights
 from utils.evaluation.pickles import read_pickle
 from utils.generation.pipeline import PipelineFolder
-from utils.launch import command, site
+from utils.launch import command
 from utils.report import records
 from utils.training import checkpoint, image_sets
 
@@ -100,7 +100,7 @@ SITE = b'account = "vision"\nsetup = ["module load cuda"]\n[train]\nnodes = 2\n'
 READERS: dict[str, tuple[str, bytes, Any]] = {
     "class table": ("birds.tsv", TABLE, classes.load_classes),
     "class list": ("birds.txt", b"# ten\nn01440764\ngoldfish\n", classes.load_classes),
-    "site file": ("site.toml", SITE, lambda path: site.site_options(path, ["train"], command.get_args_parser())),
+    "site file": ("site.toml", SITE, lambda path: command.site_options(path, ["train"], command.get_args_parser())),
     "JSON": ("x.json", dataset_json(), storage.read_json),
     "JSON Lines": ("x.jsonl", manifest(), lambda path: storage.read_jsonl(path, strict=True)),
     "dataset.json": ("dataset.json", dataset_json(), look_at_dataset),

@@ -15,7 +15,7 @@ import pytest
 
 from utils.cli import UserError, run
 from utils.launch import checks, command, processes, slurm
-from utils.launch.site import site_options
+from utils.launch.command import site_options
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ("generate.py", "--classes", "digits", "--model", str(ROOT / "models/digits-sd"), "--out")
@@ -118,7 +118,7 @@ CPUS = "NodeName=c1 CPUTot=64 RealMemory=500000 Gres=(null) Partitions=big,small
 
 def filled_in(nodes: list[str], limits: dict[str, float], *options: str) -> argparse.Namespace:
     stage = stage_of("slurm", *options, "train.py", "--data", "models")
-    checks.fill_in(stage.args, checks.Cluster(limits, [checks.fields(line) for line in nodes], 1001))
+    checks.fill_in(stage.args, limits, [checks.fields(line) for line in nodes])
     return stage.args
 
 
@@ -181,11 +181,11 @@ def test_a_log_folder_that_slurm_would_read_as_a_pattern_is_refused(cluster, tmp
     assert not (tmp_path / folder).exists()
 
 
-@pytest.mark.parametrize("word", ["0x1", "7,8", "7:8", "", "7\n8", "-1", "7_", "afterok:7"])
-def test_what_is_no_jobs_id_is_refused(capsys, word):
-    with pytest.raises(SystemExit) as end:
-        call("--launcher", "slurm", f"--after={word}", *DIGITS, "out")
-    assert end.value.code == 2 and "is not a job's id" in capsys.readouterr().err
+@pytest.mark.parametrize("word", ["0x1", "7,8", "7:8", "", "-1", "7_", "afterok:7"])
+def test_what_is_no_jobs_id_is_refused(cluster, tmp_path, capsys, word):
+    assert f"--after {word}: SLURM knows no such job" in refusal(
+        *(capsys, "--partition", "gpu", f"--after={word}", "--log-dir", tmp_path / "logs", *DIGITS, tmp_path / "out")
+    )
 
 
 TEXT_OPTIONS = ("partition", "account", "qos", "constraint", "exclude", "container_image", "apptainer", "log_dir")
@@ -228,6 +228,14 @@ def test_a_wrong_site_file_names_its_fault(tmp_path, text, message):
     with pytest.raises(UserError) as refused:
         site_options(site, ["train"], command.get_args_parser())
     assert message in str(refused.value) and str(site) in str(refused.value)
+
+
+def test_a_site_file_that_is_no_file_or_nests_too_deeply_is_one_line(tmp_path):
+    for make in (os.mkfifo, Path.mkdir, lambda path: path.write_text("a = " + "[" * 5000)):
+        site = tmp_path / str(len(list(tmp_path.iterdir())))
+        make(site)
+        with pytest.raises(UserError, match=f"^--site {site}: (cannot be read|not valid TOML)"):
+            site_options(site, ["train"], command.get_args_parser())
 
 
 def test_a_site_file_serves_each_script_its_own_and_the_command_line_wins(tmp_path):
@@ -359,7 +367,7 @@ def test_ordinary_lines_are_all_shown_also_equal_ones(capsys):
 
 def test_every_gpu_is_used_once_before_any_is_used_twice(monkeypatch):
     for gpus, shared in ((["0", "1"], ["0", "1", "0", "1"]), ([], [])):
-        assert processes.make_team(("x.py",), 4, range(8), 8, gpus).devices == shared
+        assert processes.make_team(("x.py",), 4, range(8), 8, gpus, None).devices == shared
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     team = slurm.Task(("generate.py",), processes=4, chunks=(0, 1, 2, 3), of=8)._team(0, 1)
     assert team.devices == ["2", "3", "2", "3"] and team.parallel == 4

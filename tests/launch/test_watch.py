@@ -143,7 +143,7 @@ def test_any_damage_is_refused_or_reported(folder, capsys, name, data):
         (folder / valid).write_bytes(text)
     (folder / name).write_bytes(content)
     code, _, err = watched(folder, capsys)
-    assert "unexpected" not in err and 0 <= code <= 255
+    assert "error: unexpected" not in err and 0 <= code <= 255
     if code == 2 and "error:" in err:
         assert err.count("\n") == 1 and str(folder / name) in err
     if name == watch.RECORD and code == 0:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import UserError
@@ -18,17 +17,11 @@ DEFAULT_MIN = 240  # of a job in a partition without a time limit
 UNSET_MB = 1024  # below it a node's RealMemory was never configured
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """What SLURM says of the partitions that a job may run in."""
+def ask_cluster(partition: str | None) -> tuple[dict[str, float], list[dict[str, str]], int]:
+    """({partition: its time limit in minutes}, [facts of its nodes], the most elements of an array).
 
-    limits_min: dict[str, float]  # partition -> minutes
-    nodes: list[dict[str, str]]  # as `scontrol show node` names their facts
-    array_size: int  # elements of an array, at most
-
-
-def ask_cluster(partition: str | None) -> Cluster:
-    """The facts of PARTITION (several with commas; None: the default one); an unknown one is refused."""
+    PARTITION may be several with commas, and None for the default one; an unknown one is refused.
+    """
     for program in ("sbatch", "srun", "squeue", "sinfo", "scontrol"):
         if shutil.which(program) is None:
             raise UserError(f"--launcher slurm: no `{program}` on PATH; run on a login node, or use --launcher local")
@@ -41,25 +34,26 @@ def ask_cluster(partition: str | None) -> Cluster:
         raise UserError(f"--partition {', '.join(unknown)}: unknown; this cluster has {known}")
     lines = ask("scontrol", "--oneliner", "show", "nodes").splitlines()
     nodes = [fields(line) for line in lines if "NodeName=" in line]
+    nodes = [node for node in nodes if not wanted or wanted & set(node.get("Partitions", "").split(","))]
     size = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.M)
-    return Cluster(
-        {name: limits[name] for name in sorted(wanted)},
-        [node for node in nodes if not wanted or wanted & set(node.get("Partitions", "").split(","))],
-        int(size[1]) if size else sys.maxsize,
-    )
+    return {name: limits[name] for name in sorted(wanted)}, nodes, int(size[1]) if size else sys.maxsize
 
 
-def fill_in(args: Namespace, cluster: Cluster) -> None:
+def fill_in(args: Namespace, limits_min: dict[str, float], nodes: Sequence[dict[str, str]]) -> None:
     """Set the time limit, cores and memory that ARGS leave open: the partition's own limit, a GPU's share of a node.
 
     SLURM's own default is one core for all processes of a node with their loaders. Nodes may differ: the smallest share
     counts. A process without a GPU gets one core, and as much memory as SLURM gives by itself.
     """
     if args.timeout_min is None:
-        shortest = min(cluster.limits_min.values(), default=float("inf"))
+        shortest = min(limits_min.values(), default=float("inf"))
         args.timeout_min = DEFAULT_MIN if shortest == float("inf") else max(1, int(shortest))
+    for name, limit in limits_min.items():
+        if args.timeout_min > limit:  # sbatch accepts it, and the job waits for ever (reason PartitionTimeLimit)
+            less = "give less (a job that reaches its limit saves and is requeued) or another --partition"
+            raise UserError(f"--timeout-min {args.timeout_min}: partition {name} allows {limit:.0f} at most; {less}")
     shares = []
-    for node in cluster.nodes:
+    for node in nodes:
         # "gpu:a100:4(S:0-1),shard:8"
         gpus = sum(map(int, re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", node.get("Gres", ""))))
         if 0 < args.gpus_per_node <= gpus:
@@ -74,37 +68,32 @@ def fill_in(args: Namespace, cluster: Cluster) -> None:
         args.mem_gb = memory_mb // 1024
 
 
-def check_cluster(args: Namespace, cluster: Cluster, flags: Sequence[str], folders: dict[str, Path]) -> None:
+def check_cluster(
+    args: Namespace, nodes: Sequence[dict[str, str]], flags: Sequence[str], folders: dict[str, Path]
+) -> None:
     """ARGS: the launcher's options, FLAGS: the same as sbatch's, FOLDERS: option -> a folder that it names."""
-    for name, limit in cluster.limits_min.items():
-        if args.timeout_min > limit:  # sbatch accepts it, and the job waits for ever (reason PartitionTimeLimit)
-            raise UserError(
-                f"--timeout-min {args.timeout_min}: partition {name} allows {limit:.0f} at most; "
-                "give less (a job that reaches its limit saves and is requeued) or another --partition"
-            )
     if args.signal_delay_s >= args.timeout_min * 60:
         when = f"a job lasts {args.timeout_min} min (--timeout-min), so it would be stopped at its start"
         raise UserError(f"--signal-delay-s {args.signal_delay_s}: {when}; give less")
-    elsewhere = any(node["NodeHostName"] != socket.gethostname() for node in cluster.nodes)
+    elsewhere = any(node["NodeHostName"] != socket.gethostname() for node in nodes)
     for option, path in folders.items():
         resolved = path.resolve()  # a job finds nothing in a /tmp of its node's own, and what it writes there is lost
         if elsewhere and any(resolved.is_relative_to(folder) for folder in LOCAL_FOLDERS):
-            own = f"each node has its own /{resolved.parts[1]}"
-            raise UserError(f"{option} {path}: {own}; choose a folder that all share")
-    for node in cluster.nodes if args.nodes > 1 else ():
+            its = f"each node has its own /{resolved.parts[1]}"
+            raise UserError(f"{option} {path}: {its}; choose a folder that all share")
+    for node in nodes if args.nodes > 1 else ():
         names = (node["NodeName"], node.get("NodeAddr", ""))
         if not any(map(resolves, names)):
-            raise UserError(
-                f"--nodes {args.nodes}: node {names[0]} (address {names[1]}) does not resolve here, so it cannot "
-                f"be the master address; mend DNS or /etc/hosts, or leave it out with --exclude {names[0]}"
-            )
+            fault = f"node {names[0]} (address {names[1]}) does not resolve here, so it cannot be the master address"
+            remedy = f"mend DNS or /etc/hosts, or leave it out with --exclude {names[0]}"
+            raise UserError(f"--nodes {args.nodes}: {fault}; {remedy}")
     for option, image in (("--container-image", args.container_image), ("--apptainer", args.apptainer)):
         # Names of a registry (docker://..., user/name:tag) are left to the runtime.
         is_file = image and "://" not in image and (image[0] in "/." or image.endswith((".sif", ".sqsh")))
         if is_file and not Path(image).exists():
             raise UserError(f"{option} {image}: no such file; docs/cluster.md shows how to make it from the Dockerfile")
     for job in args.after:
-        if subprocess.run(["scontrol", "show", "job", job], capture_output=True).returncode:
+        if not re.fullmatch("[0-9]+(_[0-9]+)?", job) or not show_job(job):
             known = "SLURM knows no such job, and forgets those that ended minutes ago"
             raise UserError(f"--after {job}: {known}; leave it out if that one has succeeded")
     refused = subprocess.run(["sbatch", "--test-only", *flags, "--wrap", "true"], capture_output=True, text=True)
@@ -127,6 +116,15 @@ def minutes(limit: str) -> float:
 def fields(line: str) -> dict[str, str]:
     """The NAME=VALUE words of a line of `scontrol --oneliner show`."""
     return dict(word.split("=", 1) for word in line.split() if "=" in word)
+
+
+def show_job(job: str) -> dict[str, str]:
+    """What SLURM remembers of JOB, for minutes after its end; {} where it cannot be asked, or knows none."""
+    command = ["scontrol", "--oneliner", "show", "job", job]
+    try:
+        return fields(subprocess.run(command, capture_output=True, text=True, timeout=10).stdout)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
 
 
 def ask(*command: str) -> str:

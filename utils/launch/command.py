@@ -15,10 +15,10 @@ again continues, whatever ended it. docs/cluster.md tells the rest.
 
 import argparse
 import os
-import re
 import runpy
 import shlex
 import sys
+import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,13 @@ from typing import Any
 
 from utils.cli import Launch, UserError, make_parser, non_negative_int, positive_float, positive_int
 from utils.launch.processes import free_port, make_team, visible_gpus
-from utils.launch.site import site_options
+from utils.launch.watch import watch
+from utils.machine import ROOT
+from utils.storage import read_regular
 
 THEN = "--then"
+NOT_A_SITES = {"command", "site", "watch", "wait", "dry_run", "help", "debug", "after"}  # options of one call
+MOST_SITE = 1 << 20  # bytes of a site file
 OWN_SBATCH_KEYS = {"array", "output", "error", "signal", "requeue", "open-mode", "dependency", "wrap", "job-name"}
 
 
@@ -71,7 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--mem-gb", type=positive_float, help=f"memory of a node's processes together ({share}; without GPUs SLURM's)")
     add("--timeout-min", type=positive_int, help="minutes until a job is requeued (the partition's limit, else 240)")
     add("--array-parallelism", type=positive_int, default=64, help="array elements at once, at most")
-    add("--after", **several, type=job_id, metavar="JOBID", help="start when that job succeeded")
+    add("--after", **several, metavar="JOBID", help="start when that job succeeded")
     add("--max-requeues", type=non_negative_int, default=20, help="time-outs until a job is given up")
     before = "seconds before the time limit at which jobs save and requeue"
     add("--signal-delay-s", type=positive_int, default=90, help=before)
@@ -97,25 +101,13 @@ def key_value(text: str) -> tuple[str, str]:
     return key, value
 
 
-def job_id(text: str) -> str:
-    """A job of SLURM or an element of its array: 7 or 7_2."""
-    if not re.fullmatch(r"[0-9]+(_[0-9]+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a job's id, e.g. 1234; repeat the option for several")
-    return text
-
-
 def main(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Run what ARGV asks for (ARGS is the same, parsed); the exit code."""
     if args.watch:
-        from utils.launch.watch import watch
-
         return watch(args.watch)
-
-    # ===== checking every command before the first one starts =====
+    # Every command is checked before the first one starts.
     stages = read_stages(argv[: len(argv) - len(args.command)], args.command)
     launcher = stages[0].args.launcher
-
-    # ===== running them =====
     if launcher == "slurm":
         from utils.launch.slurm import run_on_slurm  # submitit costs start-up time
 
@@ -186,6 +178,44 @@ def read_stage(options: Sequence[str], piece: Sequence[str], first: bool) -> Sta
     return Stage(Path(script).stem, args, tuple(args.command), mode, getattr(script_args, "out", None))
 
 
+def site_options(path: Path, tables: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The options of a site file, a cluster's own in TOML, as arguments for PARSER.
+
+    Keys are the launcher's options with underscores; a table holds for the script of that name, whose TABLES are its
+    own and its file's name. Unknown keys and tables are refused by name, also in the tables of other scripts.
+    """
+    try:
+        values = tomllib.loads(read_regular(path, MOST_SITE).decode())
+    except FileNotFoundError:
+        raise UserError(f"--site {path}: no such file; docs/cluster.md has one to start from") from None
+    except OSError as error:
+        raise UserError(f"--site {path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--site {path}: not valid TOML ({error})") from None
+    known_tables = sorted({*tables, *(script.stem for script in ROOT.glob("*.py"))})
+    contents: dict[str, dict[str, Any]] = {"": {}}  # "": what stands outside the tables, for every script
+    for key, value in values.items():
+        if isinstance(value, dict) and key not in known_tables:
+            raise UserError(f"--site {path}: [{key}] is no table of it; use [{'], ['.join(known_tables)}]")
+        if key in known_tables and not isinstance(value, dict):
+            raise UserError(f"--site {path}: {key} is a script's name; write it as a table, [{key}]")
+        (contents if isinstance(value, dict) else contents[""])[key] = value
+    options: list[str] = []
+    known = {action.dest: action for action in parser._actions if action.dest not in NOT_A_SITES}
+    for table, content in contents.items():
+        for key, value in content.items():
+            if key not in known:
+                where, names = f"[{table}] " if table else "", ", ".join(sorted(known))
+                raise UserError(f"--site {path}: {where}{key} is not an option; the known ones are {names}")
+            repeated = isinstance(known[key], argparse._AppendAction)
+            if isinstance(value, list) != repeated:
+                wanted = "a list, [...]" if repeated else "one value, not a list"
+                raise UserError(f"--site {path}: {key} takes {wanted}")
+            if table in ("", *tables):
+                options += [f"{known[key].option_strings[0]}={entry}" for entry in (value if repeated else [value])]
+    return options
+
+
 def names_of(words: Iterable[str]) -> list[str]:
     """The options among WORDS, "--chunks=4" as "--chunks"."""
     return [word.partition("=")[0] for word in words if word.startswith("--")]
@@ -226,7 +256,7 @@ def refuse_control_characters(args: argparse.Namespace) -> None:
 def load_script(script: str) -> tuple[Launch, argparse.ArgumentParser]:
     """How the script wants to be run, and its own parser: importing it does no work, by this project's rule."""
     path = Path(script)
-    if path.suffix != ".py" or not path.exists():
+    if path.suffix != ".py" or not path.is_file():
         raise UserError(f"{script}: no such script; launcher options go before it, its own options after it")
     sys.path.insert(0, str(path.resolve().parent))
     module = runpy.run_path(script, run_name=path.stem)

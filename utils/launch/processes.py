@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from utils.machine import gpus
 
@@ -48,14 +49,9 @@ class Process:
         """Start it. ALONE it has the terminal; of several, each line that it prints is shown behind its label."""
         pipe = None if alone else subprocess.PIPE
         visible = {} if self.device is None else {"CUDA_VISIBLE_DEVICES": self.device}
-        self.popen = subprocess.Popen(
-            self.command,
-            env={**os.environ, **visible, **self.env},
-            stdin=subprocess.DEVNULL,
-            stdout=pipe,
-            stderr=subprocess.STDOUT if pipe else None,
-            preexec_fn=_die_with_parent,
-        )
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe and subprocess.STDOUT}
+        env = {**os.environ, **visible, **self.env}
+        self.popen = subprocess.Popen(self.command, env=env, preexec_fn=_die_with_parent, **streams)
         self._reader = threading.Thread(target=self._read, daemon=True)
         if pipe:
             self._reader.start()
@@ -143,12 +139,12 @@ class Team:
             ending = "was not started" if process.code is None else f"ended with exit code {process.code}"
             if process.code == 128 + signal.SIGKILL:
                 ending += " (killed; out of memory? give more with --mem-gb)"
-            last = [f"launch:   | {line}" for line in process.tail]
-            lines = [f"launch: {process.label} {ending}", *last, f"launch:   run it again alone: {again}"]
-            print(*lines, sep="\n", file=sys.stderr, flush=True)
-        codes = [process.code for process in self.failed() if process.code]
-        ended_by_us = 128 + signal.SIGTERM  # ranks that ran on when another failed
-        return min(codes, key=lambda code: code == ended_by_us) if codes else int(bool(self.failed()))
+            lines = [f"launch: {process.label} {ending}", *(f"  | {line}" for line in process.tail)]
+            print(*lines, f"  run it again alone: {again}", sep="\nlaunch: ", file=sys.stderr, flush=True)
+        codes = [process.code or 1 for process in self.failed()]
+        return min(
+            codes, key=lambda code: code == 128 + signal.SIGTERM, default=0
+        )  # not of ranks that were ended by us
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.stopped_by is None or number == signal.SIGINT:
@@ -173,12 +169,7 @@ def _die_with_parent() -> None:
 
 
 def make_team(
-    command: tuple[str, ...],
-    count: int,
-    chunks: Sequence[int] = (),
-    of: int = 1,
-    gpus: Sequence[str] = (),
-    ranks: tuple[int, int, str, int] | None = None,
+    command: tuple[str, ...], count: int, chunks: Sequence[int], of: int, gpus: Sequence[str], ranks: tuple | None
 ) -> Team:
     """COMMAND in COUNT processes at once on this node: CHUNKS of OF, each GPU used once before any is used twice.
 

@@ -25,7 +25,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import Checkpointable
 
 from utils.cli import UserError
-from utils.launch.checks import ask_cluster, check_cluster, fields, fill_in, last_line, resolves
+from utils.launch.checks import ask_cluster, check_cluster, fill_in, last_line, resolves, show_job
 from utils.launch.command import Stage
 from utils.launch.processes import Team, make_team, visible_gpus
 from utils.launch.watch import RECORD, log_file, watch
@@ -72,9 +72,7 @@ class Task(Checkpointable):
             write_json(exit_file, {"code": code, "failed": [process.label for process in team.failed()]})
         except OSError as error:  # the work is done or lost whatever the log folder's disk says; SLURM keeps the code
             print(f"launch: cannot write {exit_file} ({error.strerror}); the exit code is {code}", flush=True)
-        sys.exit(
-            code
-        )  # no result for submitit to write, and no traceback: the log shall end with the script's own words
+        sys.exit(code)  # no result for submitit to write, no traceback: the log ends with the script's own words
 
     def _team(self, node: int, nodes: int) -> Team:
         # Not asking nvidia-smi, which may show GPUs of other jobs.
@@ -118,13 +116,8 @@ def in_preemption_grace() -> bool:
     """
     if "SLURM_JOB_ID" not in os.environ:
         return False
-    command = ["scontrol", "--oneliner", "show", "job", JobEnvironment().job_id]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return True
-    job = fields(result.stdout)
-    return result.returncode != 0 or (job.get("JobState") == "RUNNING" and job.get("PreemptTime") != "None")
+    job = show_job(JobEnvironment().job_id)
+    return not job or (job.get("JobState") == "RUNNING" and job.get("PreemptTime") != "None")
 
 
 def master_address() -> str:
@@ -155,17 +148,16 @@ def run_on_slurm(stages: Sequence[Stage]) -> int:
         raise UserError(f"--log-dir {str(folder)!r}: SLURM reads % and \\ in it as patterns; choose plain characters")
     planned = []
     for stage in stages:
-        cluster = ask_cluster(stage.args.partition)
-        fill_in(stage.args, cluster)
-        tasks = tasks_of(stage, cluster.array_size)
+        limits_min, nodes, array_size = ask_cluster(stage.args.partition)
+        fill_in(stage.args, limits_min, nodes)
+        tasks = tasks_of(stage, array_size)
         flags = [f"--{key}={value}" for key, value in sbatch_options(stage.args).items()]
         array = [f"--array=0-{len(tasks) - 1}"] if len(tasks) > 1 else []
-        folders = {"--log-dir": folder, **({"--out": Path(stage.out)} if stage.out else {})}
-        check_cluster(stage.args, cluster, flags + array, folders)
-        planned.append((stage, tasks))
+        check_cluster(stage.args, nodes, flags + array, {"--log-dir": folder, "--out": Path(stage.out or "runs")})
+        planned.append((stage, tasks, shlex.join(flags)))
         if first.dry_run:
             first_commands = [command for task in tasks[:3] for command in task.describe()["commands"]]
-            print(f"{stage.name}: {len(tasks)} jobs, sbatch {shlex.join(flags)}", *first_commands, sep="\n  ")
+            print(f"{stage.name}: {len(tasks)} jobs, sbatch {planned[-1][-1]}", *first_commands, sep="\n  ")
     if first.dry_run:
         return 0
 
@@ -173,15 +165,13 @@ def run_on_slurm(stages: Sequence[Stage]) -> int:
     jobs: list[str] = []
     record = []
     try:
-        for stage, tasks in planned:
+        for stage, tasks, options in planned:
             after = jobs[-1:] or stage.args.after
             jobs.append(submit(stage.args, tasks, folder, stage.name, after))
             record.append({"name": stage.name, "job": jobs[-1], "elements": [task.describe() for task in tasks]})
             size = f", {len(tasks)} elements, {stage.args.array_parallelism} at once" if len(tasks) > 1 else ""
-            each = ("nodes", "gpus-per-node", "cpus-per-task", "mem", "time")
-            asked = "".join(f", {key} {value}" for key, value in sbatch_options(stage.args).items() if key in each)
             waits = f", after {' '.join(after)}" if after else ""
-            print(f"launch: {stage.name}: job {jobs[-1]}{size}{asked}{waits}", flush=True)
+            print(f"launch: {stage.name}: job {jobs[-1]}{size}{waits} ({options})", flush=True)
         write_json(folder / RECORD, {"cwd": str(Path.cwd()), "stages": record})
     except BaseException:
         if jobs:  # half a pipeline, or one that nobody can watch, is of no use to anyone

@@ -12,7 +12,7 @@ from typing import Annotated
 import msgspec
 
 from utils.cli import UserError
-from utils.launch.checks import fields
+from utils.launch.checks import show_job
 from utils.launch.processes import last_state
 from utils.storage import read_json
 
@@ -22,7 +22,7 @@ LOG_LINES, LOG_BYTES = 10, 20_000  # of a failed job's log
 SETTLE_S = 10
 ORDINARY_WAITS = ("None", "Priority", "Resources", "Dependency", "JobArrayTaskLimit", "BeginTime")
 EXIT = msgspec.defstruct("Exit", [("code", Annotated[int, msgspec.Meta(ge=0, le=255)])])  # what a Task leaves
-POLL_S = (1, 15)  # first and longest pause between two questions to the queue
+POLL_S = (1.0, 15.0)  # first and longest pause between two questions to the queue
 
 
 class Element(msgspec.Struct):
@@ -52,13 +52,12 @@ def watch(folder: Path) -> int:
         for index, element in enumerate(stage.elements):
             element.name, element.job = stage.name, f"{stage.job}_{index}" if len(stage.elements) > 1 else stage.job
             elements.append(element)
-    shown, pause = "", float(POLL_S[0])
+    shown, pause = "", POLL_S[0]
     while True:
         queue = queued_states()
-        summary = _summary(folder, elements, queue)
-        if summary != shown:
+        if (summary := _summary(folder, elements, queue)) != shown:
             print(f"launch: {summary}", flush=True)
-            shown, pause = summary, float(POLL_S[0])
+            shown, pause = summary, POLL_S[0]
         if not any(element.job in queue for element in elements):
             break
         time.sleep(pause)
@@ -124,11 +123,12 @@ def _report(folder: Path, elements: Sequence[Element]) -> int:
     failures = []
     for element in elements:
         code = exit_code(folder, element.job)
-        state = _last_state(element.job) if code is None else ""
+        known = show_job(element.job) if code is None else {}  # e.g. CANCELLED, DependencyNeverSatisfied
+        state = " ".join(filter(None, (known.get("JobState"), known.get("Reason", "").replace("None", ""))))
         if code == 0 or state == "COMPLETED":  # the latter without a file of its own: the log folder's disk was full
             continue
         failures.append(code or 1)
-        how = f"failed with exit code {code}" if code else f"did not finish ({state})"
+        how = f"failed with exit code {code}" if code else f"did not finish ({state or 'SLURM no longer knows it'})"
         title = " ".join(filter(None, (element.name, element.label, f"(job {element.job})")))
         log = log_file(folder, element.job)
         if log.is_file():
@@ -146,11 +146,3 @@ def _report(folder: Path, elements: Sequence[Element]) -> int:
     count = f"{len(failures)} of {len(elements)}"
     print(f"\nlaunch: {count} jobs failed; the whole command again continues", file=sys.stderr)
     return failures[0]
-
-
-def _last_state(job: str) -> str:
-    """What SLURM remembers of a job that left the queue (for minutes), e.g. `CANCELLED DependencyNeverSatisfied`."""
-    result = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
-    known = fields(result.stdout)
-    words = (known.get("JobState"), known.get("Reason", "").replace("None", ""))
-    return " ".join(filter(None, words)) or "SLURM no longer knows it"

@@ -313,7 +313,7 @@ def test_a_gpu_comes_with_its_share_of_the_node_and_the_partitions_time(cluster,
     lines = script.read_text().splitlines()
     for line in (f"--cpus-per-task={CORES // GPUS}", "--mem=3072M", "--time=60", "--gpus-per-node=1"):
         assert f"#SBATCH {line}" in lines  # half of 8000 MB, in whole GB
-    assert f"nodes 1, time 60, gpus-per-node 1, cpus-per-task {CORES // GPUS}, mem 3072M" in result.stdout
+    assert f"--time=60 --gpus-per-node=1 --cpus-per-task={CORES // GPUS} --mem=3072M)" in result.stdout
 
 
 def test_two_gpus_come_with_the_whole_node_and_a_site_file_says_otherwise(cluster, here):
