@@ -313,3 +313,15 @@ def test_cmyk_jpegs_are_read_as_pillow_reads_them(quality):
     Image.fromarray(ink, "CMYK").resize((90, 70), Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality)
     wanted = np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB"))
     assert np.array_equal(images.decode_rgb(file.getvalue()), wanted)
+
+
+@pytest.mark.parametrize("resize,crop", [(20, 24), (24, 20), (21, 16), (16, 31)])
+def test_the_test_transform_is_torchvisions_also_where_the_crop_is_larger(resize, crop):
+    from torchvision import transforms
+
+    rng = np.random.default_rng(resize)
+    theirs = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop), transforms.PILToTensor()])
+    for width, height in rng.integers(8, 60, (20, 2)):
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        ours = load_eval_image(encoded(image, "PNG"), resize, crop)
+        assert np.array_equal(ours.numpy(), theirs(Image.fromarray(image)).numpy())

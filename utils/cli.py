@@ -82,51 +82,41 @@ def run(
     args = parser.parse_args(argv)
     try:
         return main(args) or 0
-    except KeyboardInterrupt:
-        return _report(parser, args, "interrupted; the same command continues where this one stopped", 130)
     except BrokenPipeError:
         # The reader (`| head`) has left. Keep the interpreter from complaining again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except UserError as error:
-        return _report(parser, args, str(error), 2)
-    except MemoryError:
-        remedy = "use fewer --workers, a smaller batch or a machine with more"
-        return _report(parser, args, f"no memory is left; {remedy}", 2)
-    except OSError as error:
-        if remedy := _remedy(error):
-            return _report(parser, args, remedy, 2)
-        return _report(parser, args, _unexpected(error), 1)
-    except Exception as error:  # the door of the program: everything else is a bug or a failing device
-        return _report(parser, args, _unexpected(error), 1)
+    except (Exception, KeyboardInterrupt) as error:
+        if args.debug:
+            traceback.print_exc()
+        message, code = _explain(error)
+        message = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)  # of hostile names
+        print(f"{parser.prog}: {'error: ' if code != 130 else ''}{message}", file=sys.stderr, flush=True)
+        return code
 
 
-def _remedy(error: OSError) -> str:
-    """One line about what a disk, a network or another person did to a file; "" if it is none of these."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" ({error.filename})" if error.filename else ""
-        return f"the disk is full{where}; free some space and run the same command again"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-        return f"no permission: {error.filename} ({error.strerror})"
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "too many open files; raise the limit (ulimit -n 65536) or use fewer --workers"
-    if error.errno and (error.filename or error.errno in DISK_ERRORS):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; check that path and its disk, then run the same command again"
-    return ""
-
-
-def _unexpected(error: BaseException) -> str:
+def _explain(error: BaseException) -> tuple[str, int]:
+    """(one line, exit code) for an error: what the user, a disk, a network or another person did, or a bug of ours."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command continues where this one stopped", 130
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, MemoryError):
+        return "no memory is left; use fewer --workers, a smaller batch or a machine with more", 2
+    if isinstance(error, OSError):
+        path, number = error.filename, error.errno
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            where = f" ({path})" if path else ""
+            return f"the disk is full{where}; free some space and run the same command again", 2
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS) and path:
+            return f"no permission: {path} ({error.strerror})", 2
+        if number in (errno.EMFILE, errno.ENFILE):
+            return "too many open files; raise the limit (ulimit -n 65536) or use fewer --workers", 2
+        if number and (path or number in DISK_ERRORS):
+            where = f"{path}: " if path else ""
+            return f"{where}{error.strerror}; check that path and its disk, then run the same command again", 2
     first_line = (str(error).strip().splitlines() or [""])[0]
-    return f"unexpected {type(error).__name__}: {first_line} (--debug shows the traceback)"
-
-
-def _report(parser: argparse.ArgumentParser, args: argparse.Namespace, message: str, code: int) -> int:
-    if getattr(args, "debug", False):
-        traceback.print_exc()
-    message = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)  # of a hostile file name
-    print(f"{parser.prog}: {'error: ' if code != 130 else ''}{message}", file=sys.stderr, flush=True)
-    return code
+    return f"unexpected {type(error).__name__}: {first_line} (--debug shows the traceback)", 1
 
 
 def command_line() -> str:

@@ -238,13 +238,8 @@ def load_eval_image(
         size = size if width <= height else size[::-1]
         _refuse_huge(*size, name or ("image" if isinstance(path, bytes) else str(path)))
         image = image.resize(size, filters[interpolation])
-    width, height = image.size
-    pad_x, pad_y = max(0, crop - width), max(0, crop - height)  # black borders, as torchvision's CenterCrop
-    if pad_x or pad_y:
-        canvas = Image.new("RGB", (width + pad_x, height + pad_y))
-        canvas.paste(image, (pad_x // 2, pad_y // 2))
-        image, (width, height) = canvas, canvas.size
-    left, top = round((width - crop) / 2), round((height - crop) / 2)
+    # Black borders where the image is smaller, as torchvision's CenterCrop; Pillow's crop adds them.
+    left, top = (-((crop - side) // 2) if side < crop else round((side - crop) / 2) for side in image.size)
     pixels = np.array(image.crop((left, top, left + crop, top + crop)))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
