@@ -123,7 +123,7 @@ def main(args: argparse.Namespace) -> int:
         return reproduction.reproduce(
             args.reproduce, args.sample, args.seed, args.model, args.revision, args.device, choices, draw
         )
-    datasets.refuse_foreign_folder(out)
+    inspection.refuse_foreign_folder(out)
     existing = datasets.open_dataset(out) if args.repair or (out / "dataset.json").exists() else None
     model, revision = args.model or DEFAULT_MODEL, args.revision
     if args.repair and existing:  # by the folder's own record, whatever the options say

@@ -305,8 +305,8 @@ class AlreadyOwned(Exception):
 
 
 @contextlib.contextmanager
-def owner_lock(path: str | Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file PATH; raise AlreadyOwned at once if a living process has it.
+def owner_lock(path: str | Path, wait: bool = False) -> Iterator[None]:
+    """Hold an exclusive lock on the file PATH; if a living process has it, WAIT for it or raise AlreadyOwned at once.
 
     The kernel releases the lock of a dead process (flock), so a `kill -9` leaves nothing to clean up. The file stays:
     removing it would let two processes lock two files of the same name.
@@ -316,7 +316,7 @@ def owner_lock(path: str | Path) -> Iterator[None]:
     # The fallback, a file that marks the lock, would outlive a process killed on another host.
     lock = FileLock(str(path), fallback_to_soft=False)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise AlreadyOwned(str(path)) from None
     except OSError as error:

@@ -143,7 +143,8 @@ def test_inspection_by_hash_sees_a_changed_byte_and_by_size_does_not(folder):
     assert inspection.inspect(folder).damaged == []
     state = inspection.inspect(folder, hashes=True)
     assert state.damaged == [3]
-    inspection.drop_damaged(folder, state)
+    (folder.root / ".locks").mkdir()
+    inspection.repair([folder])
     assert folder.open_batches() == [range(0, 4)]
 
 
@@ -178,13 +179,13 @@ def test_a_dataset_json_of_other_origin_is_refused(tmp_path, text):
 
 
 def test_foreign_folders_are_refused(tmp_path):
-    datasets.refuse_foreign_folder(tmp_path / "new")
-    datasets.refuse_foreign_folder(tmp_path)
+    inspection.refuse_foreign_folder(tmp_path / "new")
+    inspection.refuse_foreign_folder(tmp_path)
     (tmp_path / "thesis.docx").write_text("x")
     with pytest.raises(UserError, match=r"holds 'thesis\.docx' but no dataset\.json"):
-        datasets.refuse_foreign_folder(tmp_path)
+        inspection.refuse_foreign_folder(tmp_path)
     with pytest.raises(UserError, match="is a file"):
-        datasets.refuse_foreign_folder(tmp_path / "thesis.docx")
+        inspection.refuse_foreign_folder(tmp_path / "thesis.docx")
 
 
 def test_counts_come_from_the_manifests(dataset):

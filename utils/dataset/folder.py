@@ -16,10 +16,9 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,25 +27,17 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msgspec import Meta, Struct
 
+from utils import storage
 from utils.classes import ClassRow, ClassTable, images_per_class, safe_id
 from utils.cli import UserError, safe_name
 from utils.machine import snapshot
-from utils.storage import (
-    AlreadyOwned,
-    append_jsonl,
-    atomic_write,
-    owner_lock,
-    read_json,
-    read_jsonl,
-    remove_leftovers,
-    write_json,
-)
 
 FORMAT = "imagenet-sd dataset 1"
 COPY = ".dataset.json"
 SUFFIXES = {"jpg": ".jpg", "png": ".png", "webp": ".webp"}
 MOST_IMAGES = 10_000_000  # of a class
 TAIL = 1 << 18  # bytes at the end of a manifest that hold its last line: a prompt has at most some 12,000 characters
+Text = Annotated[str, Meta(max_length=4000)]  # as a cell of a class table
 
 
 class Entry(TypedDict):
@@ -64,17 +55,17 @@ class Entry(TypedDict):
 
 
 class ClassRecord(Struct):
-    """A class in dataset.json; texts are bounded as the cells of a class table."""
+    """A class in dataset.json."""
 
     id: str
-    name: Annotated[str, Meta(max_length=4000)]
-    hypernym: Annotated[str, Meta(max_length=4000)]
-    definition: Annotated[str, Meta(max_length=4000)]
+    name: Text
+    hypernym: Text
+    definition: Text
     images: Annotated[int, Meta(ge=0, le=MOST_IMAGES)]
 
 
 class RecipeRecord(Struct):
-    """Of the recipe in dataset.json what is read here; utils/generation/recipe.py has all of it."""
+    """Of the recipe what is read here; utils/generation/recipe.py has all of it."""
 
     classes: str
     prompt: str
@@ -87,11 +78,11 @@ class RecipeRecord(Struct):
 
 
 class ModelRecord(Struct):
-    """The model in dataset.json."""
+    """The model, with {path: sha256} of its files."""
 
     id: str
     revision: str | None
-    files: dict[str, str]  # {path: sha256}
+    files: dict[str, str]
 
 
 class Record(Struct):
@@ -163,19 +154,16 @@ class ClassFolder:
 
     def batches(self) -> list[range]:
         """The indices of each batch: cut at fixed positions within the class, whatever is already done."""
-        return [
-            range(start, min(start + self.batch_size, self.count)) for start in range(0, self.count, self.batch_size)
-        ]
+        size, count = self.batch_size, self.count
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Raises AlreadyOwned if a living process has the class; the kernel frees the lock of a dead one."""
-        with owner_lock(self.root / ".locks" / f"{self.id}.lock"):
-            yield
+        return storage.owner_lock(self.root / ".locks" / f"{self.id}.lock")
 
     def entries(self) -> dict[int, Any]:
         """{index: Entry}, sorted; torn, foreign and surplus lines are left out, the last of two wins."""
-        lines = read_jsonl(self.manifest, Entry)
+        lines = storage.read_jsonl(self.manifest, Entry)
         mine = {line["index"]: line for line in lines if line["id"] == self.id and 0 <= line["index"] < self.count}
         return dict(sorted(mine.items()))
 
@@ -206,23 +194,22 @@ class ClassFolder:
         """Make the folders; remove what a killed process left: temporary files and half lines."""
         self.images.mkdir(parents=True, exist_ok=True)
         self.manifest.parent.mkdir(exist_ok=True)
-        for folder, pattern in ((self.images, ".*.tmp"), (self.manifest.parent, f".{self.manifest.name}.*.tmp")):
-            for leftover in folder.glob(pattern):
-                leftover.unlink(missing_ok=True)
+        for leftover in [*self.images.glob(".*.tmp"), *self.manifest.parent.glob(f".{self.manifest.name}.*.tmp")]:
+            leftover.unlink(missing_ok=True)
         self.rewrite(self.entries())
 
     def rewrite(self, entries: dict[int, Any]) -> None:
         """Make ENTRIES the manifest, sorted by index; untouched if it says so already."""
         data = b"".join(as_line(entry) for _, entry in sorted(entries.items()))
         if data != (self.manifest.read_bytes() if self.manifest.exists() else b""):
-            atomic_write(self.manifest, data, fsync=True)
+            storage.atomic_write(self.manifest, data, fsync=True)
 
     def commit(self, batch: list[Any]) -> None:
         """Record the entries of a batch whose files are written: appended, or merged if later ones are there."""
         if self._last_index() >= batch[0]["index"]:
             self.rewrite(self.entries() | {entry["index"]: entry for entry in batch})
         else:
-            append_jsonl(self.manifest, *batch, fsync=True)
+            storage.append_jsonl(self.manifest, *batch, fsync=True)
 
     def _last_index(self) -> int:
         """The index of the manifest's last line, or -1: reads the end only, as a class may be large."""
@@ -255,33 +242,35 @@ def open_dataset(root: str | Path) -> Dataset:
     Ids and names become paths, so they are checked here, where they enter.
     """
     root = Path(root)
-    path = root / "dataset.json"
+    path, remedy = root / "dataset.json", way_back(root, "restore it from a copy")
     if not path.exists():
-        remedy = way_back(root, "draw one first, or name its folder")
-        raise UserError(f"--out {root}: no dataset here (no dataset.json); {remedy}")
-    remedy = way_back(root, "restore it from a copy")
-    read_json(path, Record, remedy)  # refuses what is of another type
-    dataset = Dataset(root, read_json(path))
+        what = way_back(root, "draw one first, or name its folder")
+        raise UserError(f"--out {root}: no dataset here (no dataset.json); {what}")
+    storage.read_json(path, Record, remedy)  # refuses what is of another type
+    dataset = Dataset(root, storage.read_json(path))
     safe_name(dataset.info["name"], f"{path}, name")
-    for row in dataset.info["classes"]:
-        safe_id(row["id"], f"{path}, classes")
-    counts = {folder.id: folder.count for folder in dataset.folders}
-    if len(counts) < len(dataset.folders) or dataset.table.sha256 != dataset.recipe["classes"]:
+    counts = {safe_id(folder.id, f"{path}, classes"): folder.count for folder in dataset.folders}
+    known = len(counts) == len(dataset.folders) and dataset.table.sha256 == dataset.recipe["classes"]
+    if not known or counts != images_per_class(dataset.table, dataset.recipe["images_per_class"]):
         raise UserError(f"--out {root}: dataset.json was changed: its classes are not those of its recipe; {remedy}")
-    if counts != images_per_class(dataset.table, dataset.recipe["images_per_class"]):
-        raise UserError(f"--out {root}: dataset.json was changed: its images a class are not its recipe's; {remedy}")
     return dataset
-
-
-def write_record(root: Path, info: dict[str, Any]) -> None:
-    """dataset.json, and the copy that helps where it is damaged or deleted. The caller has the lock."""
-    write_json(root / "dataset.json", info)
-    write_json(root / COPY, info)
 
 
 def way_back(root: Path, otherwise: str) -> str:
     """What to do about a damaged or missing dataset.json: without it the images are of no known recipe."""
     return f"`cp {root / COPY} {root / 'dataset.json'}` brings it back" if (root / COPY).is_file() else otherwise
+
+
+def record_lock(root: Path) -> AbstractContextManager[None]:
+    """Waits for its turn to change dataset.json, which takes moments."""
+    (root / ".locks").mkdir(parents=True, exist_ok=True)
+    return storage.owner_lock(root / ".locks" / "dataset.lock", wait=True)
+
+
+def write_record(root: Path, info: dict[str, Any]) -> None:
+    """dataset.json, and the copy that is the way back. The caller has the lock."""
+    storage.write_json(root / "dataset.json", info)
+    storage.write_json(root / COPY, info)
 
 
 def known_images(root: Path) -> Iterator[tuple[str, dict[str, str]]] | None:
@@ -294,20 +283,6 @@ def known_images(root: Path) -> Iterator[tuple[str, dict[str, str]]] | None:
     )
 
 
-def refuse_foreign_folder(root: Path) -> None:
-    """UserError if ROOT holds files but no dataset.json: somebody else's folder, or a dataset that has lost it."""
-    if not root.exists():
-        return
-    if not root.is_dir():
-        raise UserError(f"--out {root} is a file; name a folder")
-    foreign = [
-        entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and entry.name != "lost+found"
-    ]
-    if foreign and "dataset.json" not in foreign:
-        remedy = way_back(root, "choose an empty or new folder")
-        raise UserError(f"--out {root} holds {foreign[0]!r} but no dataset.json; {remedy}")
-
-
 def create_dataset(root: Path, info: dict[str, Any]) -> Dataset:
     """Write dataset.json, or let the dataset there grow to the images of INFO if nothing else of its recipe differs.
 
@@ -315,17 +290,14 @@ def create_dataset(root: Path, info: dict[str, Any]) -> Dataset:
     """
     if any(row["images"] > MOST_IMAGES for row in info["classes"]):
         raise UserError(f"--images-per-class: more than {MOST_IMAGES:,} images of a class are not kept in one folder")
-    (root / ".locks").mkdir(parents=True, exist_ok=True)
-    with waiting_lock(root / ".locks" / "dataset.lock"):
-        remove_leftovers(root)
+    with record_lock(root):
+        storage.remove_leftovers(root)
         if not (root / "dataset.json").exists():
             write_record(root, {"format": FORMAT, **info})
         dataset = open_dataset(root)
         larger = enlarged(dataset, info)
-        same = all(
-            larger.recipe.get(key, value) == value for key, value in info["recipe"].items() if key != "attention"
-        )
-        if same and larger is not dataset:
+        wanted = {key: value for key, value in info["recipe"].items() if key != "attention"}
+        if larger is not dataset and larger.recipe | wanted == wanted | larger.recipe:
             write_record(root, larger.info)
     return open_dataset(root)
 
@@ -344,47 +316,30 @@ def enlarged(dataset: Dataset, info: dict[str, Any]) -> Dataset:
 def record_session(dataset: Dataset, session: dict[str, Any]) -> dict[str, Any]:
     """Append SESSION to sessions.jsonl, bring the counts of dataset.json up to date and return them."""
     path = dataset.root / "sessions.jsonl"
-    with waiting_lock(dataset.root / ".locks" / "dataset.lock"):
+    with record_lock(dataset.root):
         dataset = open_dataset(dataset.root)
         info, here = dataset.info, snapshot()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         if session["images"]:
             known = "as in dataset.json" if here == info["environment"] else here
-            append_jsonl(path, {"time": now, **session, "environment": known})
+            storage.append_jsonl(path, {"time": now, **session, "environment": known})
         counts = info["counts"] = count_images(dataset)
         if counts["images"] == counts["wanted"]:
             info.setdefault("completed", now)
-        sessions = read_jsonl(path, SessionRecord)
+        sessions = storage.read_jsonl(path, SessionRecord)  # of processes that ended by themselves
         seconds, images = sum(line.seconds for line in sessions), sum(line.images for line in sessions)
-        info["time"] = {
-            "process_seconds": round(seconds, 1),  # of processes that ended by themselves; a killed one leaves none
-            "images_drawn": images,
-            "images_per_s_per_process": round(images / seconds, 3) if seconds else None,
-        }
+        rate = round(images / seconds, 3) if seconds else None
+        info["time"] = {"process_seconds": round(seconds, 1), "images_drawn": images, "images_per_s_per_process": rate}
         write_record(dataset.root, info)
     return counts
 
 
 def count_images(dataset: Dataset) -> dict[str, Any]:
     """Totals over the images that are there: how many, what was rejected on the way and why, what is flagged."""
-    images, flagged = 0, 0
-    redrawn: Counter[str] = Counter()
+    images, flagged, redrawn = 0, 0, Counter[str]()
     for folder in dataset.folders:
         for entry in folder.done().values():
             images += 1
             flagged += entry.get("safety") is True
             redrawn.update(entry.get("rejected", []))
     return {"wanted": dataset.images, "images": images, "redrawn": dict(redrawn), "safety_flagged": flagged}
-
-
-@contextmanager
-def waiting_lock(path: Path) -> Iterator[None]:
-    """owner_lock that waits for its turn; what it guards takes moments."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            with owner_lock(path):
-                yield
-                return
-        except AlreadyOwned:
-            time.sleep(0.05)

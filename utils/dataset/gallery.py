@@ -7,13 +7,9 @@
 Images that are missing or cannot be read are left out, so it can be written while jobs run. Imports no torch.
 """
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import simplejpeg
@@ -27,8 +23,7 @@ from utils.storage import atomic_write, write_page
 
 SHOWN_A_CLASS = 24  # images of each class in the gallery: the first ones, so that recipes can be compared
 CLASSES_A_SHEET, IMAGES_A_ROW = 10, 10
-SIDE = 128  # pixels of a thumbnail
-LABEL_WIDTH = 220  # pixels beside the rows of a contact sheet
+SIDE, LABEL_WIDTH = 128, 220  # pixels of a thumbnail, and beside the rows of a contact sheet
 
 
 def write_gallery(dataset: Dataset) -> Path:
@@ -37,14 +32,14 @@ def write_gallery(dataset: Dataset) -> Path:
     if preview.is_symlink():
         raise UserError(f"--preview: {preview} is a symlink, and what lies there would be replaced; remove it")
     preview.mkdir(exist_ok=True)
-    rows = {row["id"]: row for row in dataset.info["classes"]}
     classes: list[dict] = []
     sheets: list[str] = []
     sheet: list[tuple[str, list[np.ndarray]]] = []
-    for folder in tqdm(dataset.folders, unit="class", desc="preview"):
-        thumbs = write_thumbnails(folder, preview / folder.id)
-        classes.append(describe(folder, rows[folder.id], thumbs))
-        sheet.append((f"{rows[folder.id]['name'].split(',')[0]}\n{folder.id}", list(thumbs.values())))
+    for row, folder in zip(dataset.info["classes"], tqdm(dataset.folders, unit="class", desc="preview"), strict=True):
+        thumbs, done = write_thumbnails(folder, preview / folder.id), folder.done()
+        images = [(index, folder.path(index), done.get(index, {})) for index in thumbs]
+        classes.append(row | {"done": len(done), "wanted": folder.count, "images": images})
+        sheet.append((f"{row['name'].split(',')[0]}\n{folder.id}", list(thumbs.values())))
         if len(sheet) == CLASSES_A_SHEET or folder is dataset.folders[-1]:
             sheets.append(f"sheet_{len(sheets):03d}.jpg")
             atomic_write(preview / sheets[-1], encode(contact_sheet(sheet, SIDE, IMAGES_A_ROW, LABEL_WIDTH)))
@@ -84,26 +79,6 @@ def write_thumbnails(folder: ClassFolder, target: Path) -> dict[int, np.ndarray]
         return {index: pixels for index, pixels in made if pixels is not None}
 
 
-def describe(folder: ClassFolder, row: dict, thumbs: Iterable[int]) -> dict:
-    """What the page says of one class."""
-    entries = folder.entries()
-    images = []
-    for index in thumbs:
-        entry = entries.get(index, {})
-        title = f"{folder.id} · image {index}\n{entry.get('prompt', 'prompt not recorded')}\nseed {entry.get('seed')}"
-        stem = folder.path(index).stem
-        images.append(
-            {
-                "index": index,
-                "href": quote(f"train/{folder.id}/{stem}{folder.suffix}"),
-                "thumb": quote(f"preview/{folder.id}/{stem}.jpg"),
-                "title": title,
-            }
-        )
-    words = f"{row['id']} {row['name']} {row['hypernym']} {row['definition']}".lower()
-    facts = {key: row[key] for key in ("id", "name", "definition")}
-    return facts | {"done": len(entries), "wanted": folder.count, "words": words, "images": images}
-
-
 def encode(pixels: np.ndarray) -> bytes:
+    """JPEG of uint8 (H, W, 3)."""
     return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 88, "RGB", "444", fastdct=False)

@@ -6,14 +6,14 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.dataset.folder import ClassFolder, Dataset
+from utils.cli import UserError
+from utils.dataset.folder import ClassFolder, Dataset, way_back
 from utils.storage import AlreadyOwned, sha256_file
 
 
@@ -23,10 +23,10 @@ class ClassState:
 
     id: str
     count: int
-    missing: list[int]  # no line or no file
-    damaged: list[int]  # another size, or hash, than the line says
-    foreign: list[str]
-    times: list[float]  # modification times of the images done, seconds since the epoch
+    missing: list[int] = field(default_factory=list)  # no line or no file
+    damaged: list[int] = field(default_factory=list)  # another size, or hash, than the line says
+    foreign: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # modification times of the images done, seconds since the epoch
 
     @property
     def done(self) -> int:
@@ -35,8 +35,7 @@ class ClassState:
 
 def inspect(folder: ClassFolder, hashes: bool = False) -> ClassState:
     """The state of one class by names and sizes; with HASHES every byte is read."""
-    files, entries = folder.files(), folder.entries()
-    state = ClassState(folder.id, folder.count, [], [], [], [])
+    files, entries, state = folder.files(), folder.entries(), ClassState(folder.id, folder.count)
     for index in range(folder.count):
         path = folder.path(index)
         stat, entry = files.pop(path.name, None), entries.get(index)
@@ -57,13 +56,6 @@ def _same_hash(path: Path, sha256: str) -> bool:
         return False
 
 
-def inspect_all(folders: list[ClassFolder]) -> Iterator[ClassState]:
-    """inspect() of every class by hashes, in order and in parallel: hashing frees Python's lock."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = pool.map(lambda folder: inspect(folder, hashes=True), folders)
-        yield from tqdm(checked, total=len(folders), unit="class", desc="verify")
-
-
 def foreign_classes(dataset: Dataset) -> list[str]:
     """Names in OUT/train that are no class of the dataset: ImageFolder would count them as classes."""
     train = dataset.root / "train"
@@ -71,10 +63,15 @@ def foreign_classes(dataset: Dataset) -> list[str]:
     return sorted(names - {folder.id for folder in dataset.folders})
 
 
-def drop_damaged(folder: ClassFolder, state: ClassState) -> None:
-    """Strike damaged and missing images from the manifest, so that their batches count as not drawn."""
-    lost = {*state.damaged, *state.missing}
-    folder.rewrite({index: entry for index, entry in folder.entries().items() if index not in lost})
+def refuse_foreign_folder(root: Path) -> None:
+    """UserError if ROOT holds files but no dataset.json: somebody else's folder, or a dataset that has lost it."""
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--out {root} is a file; name a folder")
+    names = os.listdir(root) if root.is_dir() else []
+    foreign = [name for name in names if not name.startswith(".") and name != "lost+found"]
+    if foreign and "dataset.json" not in foreign:
+        remedy = way_back(root, "choose an empty or new folder")
+        raise UserError(f"--out {root} holds {foreign[0]!r} but no dataset.json; {remedy}")
 
 
 def images_per_second(times: list[float], window_s: float = 600) -> tuple[float, float]:
@@ -114,7 +111,9 @@ def show_status(dataset: Dataset, folders: list[ClassFolder]) -> None:
 
 def verify(dataset: Dataset, folders: list[ClassFolder]) -> int:
     """Read every byte, print what is damaged or missing, return how many images are."""
-    states = list(inspect_all(folders))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing frees Python's lock
+        checked = pool.map(lambda folder: inspect(folder, hashes=True), folders)
+        states = list(tqdm(checked, total=len(folders), unit="class", desc="verify"))
     for state in states:
         for word, indices in (("damaged", state.damaged), ("missing", state.missing)):
             if indices:
@@ -136,13 +135,13 @@ def report_foreign(dataset: Dataset, states: list[ClassState]) -> None:
 
 
 def repair(folders: list[ClassFolder]) -> None:
-    """Strike what is damaged from the manifests of FOLDERS, class by class; drawing then fills the gaps."""
+    """Strike what is damaged or missing from the manifests of FOLDERS, so that its batches are drawn again."""
     for folder in folders:
         try:
             with folder.lock():
                 state = inspect(folder, hashes=True)
-                if state.damaged or state.missing:
+                if lost := {*state.damaged, *state.missing}:
                     print(f"{state.id}: {len(state.damaged)} damaged, {len(state.missing)} missing: to be drawn again")
-                    drop_damaged(folder, state)
+                    folder.rewrite({index: one for index, one in folder.entries().items() if index not in lost})
         except AlreadyOwned:
             print(f"{folder.id}: being drawn by another process, not verified", file=sys.stderr)

@@ -1,41 +1,37 @@
-"""Test images among the training images: the same pixels, or the same picture re-encoded, cropped or mirrored.
-
-    train = describe(training_places, cache)      # places: paths, or (tar file, offset, bytes)
-    test = describe(test_places, cache)
-    found = overlap(test, train)                  # Found(exact=..., near=...), of test images
+"""Test images among the training images: the same pixels, or the same picture encoded anew, resized, cut or mirrored.
 
 A picture is found in three steps, each dearer than the one before and each for fewer pairs:
 
 1. Perceptual hashes (pHash of the library ImageHash: 64 signs of low frequencies) of the whole picture and of eight
-   views of it without 7 % of one or two sides. The hash of a cropped copy is near that of a view of the original, so
-   each picture's whole is compared with the other's views; test pictures are also compared mirrored.
-2. Pairs up to MAX_BITS apart are aligned: crop, contrast and brightness that carry one 32 x 32 thumbnail onto the
-   other, by Gauss-Newton steps (Lucas and Kanade, 1981). A copy leaves a remainder that is small beside the picture's
-   own detail (MAX_REMAINDER); two pictures of one kind of thing, such as two handwritten sevens, do not.
+   views of it without 7 % of one or two sides. The hash of a cut copy is near that of a view of the original, so each
+   picture's whole is compared with the other's views; test pictures are also compared mirrored.
+2. Pairs up to MAX_BITS apart are aligned: the cut, contrast and brightness that carry one thumbnail onto the other, by
+   Gauss-Newton steps (Lucas and Kanade, 1981). A copy leaves a remainder that is small beside the picture's own detail
+   (MAX_REMAINDER); two pictures of one kind of thing, such as two handwritten sevens, do not.
 3. Pairs that remain are decoded whole and compared pixel by pixel.
 
-A picture without structure (a grey level's deviation below MIN_DEVIATION) counts only where its pixels are the same.
-The constants are measured: see tests/dataset/test_overlap.py. Imports no torch.
+A picture without structure (its grey levels deviate by less than MIN_DEVIATION) counts only where all pixels are the
+same. The constants are measured: see tests/dataset/test_overlap.py. Imports no torch.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import lru_cache
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from utils.cli import UserError
-from utils.images import BadImage, decode_rgb
-from utils.storage import atomic_path, read_json, read_regular, sha256_file, write_json
+from utils.images import BadImage, decode_rgb, read_image
+from utils.storage import atomic_path, read_json, sha256_bytes, sha256_file, write_json
 
 FORMAT = 1  # raise it when descriptions change: cached ones are then made again
 SIDE = 32  # pixels of a thumbnail
@@ -47,83 +43,61 @@ MIN_DEVIATION = 8  # grey levels of a thumbnail
 ROWS, COLUMNS = 64, 4096  # pictures compared at once: a block stays in a core's cache
 PAIRS = 512  # aligned at once
 STEPS = 8  # of the alignment
-MOST_BYTES = 256 << 20  # of an image file
 DESCRIPTION = np.dtype([("hashes", "<u8", len(VIEWS)), ("thumb", "u1", (SIDE, SIDE)), ("readable", "?")])
 
 Place = str | tuple[str, int, int]  # a file, or (tar file, offset, bytes)
 
 
-@dataclass(frozen=True)
-class Described:
+class Described(NamedTuple):
     """Pictures where they lie, and an array of DESCRIPTION (N,) of them."""
 
     places: Sequence[Place]
     rows: np.ndarray
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """{index of a test image: index of the training image}: of the same pixels, and of nearly the same picture."""
 
     exact: dict[int, int]
     near: dict[int, int]
 
 
-# ===== identical folders =====
-
-
 def read_place(place: Place) -> bytes:
-    """The bytes of an image file. OSError if it cannot be read, is not a regular file or is larger than MOST_BYTES."""
+    """The bytes of an image file. Raises BadImage if it cannot be read or is not a regular file."""
     if isinstance(place, str):
-        return read_regular(place, MOST_BYTES)
-    path, offset, size = place
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(min(size, MOST_BYTES))
+        return read_image(place)
+    with open(place[0], "rb") as file:
+        file.seek(place[1])
+        return file.read(place[2])
 
 
 def refuse_contained(train: Sequence[Place], test: Sequence[Place], option: str) -> None:
-    """UserError that opens with OPTION if every test image is byte for byte a training image."""
-    if contains_all(train, test):
-        raise UserError(
-            f"{option}: all {len(test):,} images are among the training images, so their accuracy says nothing of new "
-            "ones; name others, or give --no-leak-check"
-        )
-
-
-def contains_all(train: Sequence[Place], test: Sequence[Place]) -> bool:
-    """Whether every test image is byte for byte one of the training images, under whatever name.
+    """UserError that opens with OPTION if every test image is byte for byte a training image, under whatever name.
 
     Ends at the first that is not, so that it costs little where nothing is wrong: the sizes of all files, a few reads.
     """
     by_size: dict[int, list[Place]] = {}
     for place in train:
         by_size.setdefault(_stat(place)[1], []).append(place)
-
-    @lru_cache(maxsize=100_000)
-    def digest(place: Place) -> bytes:
-        return hashlib.sha256(read_place(place)).digest()
-
-    def known(place: Place) -> bool:
-        return any(digest(other) == digest(place) for other in by_size.get(_stat(place)[1], []))
-
+    digest = lru_cache(maxsize=100_000)(lambda place: sha256_bytes(read_place(place)))
     try:
-        return len(test) > 0 and all(known(place) for place in test)
-    except OSError:  # an unreadable image is told by whoever needs it
-        return False
+        new = any(all(digest(one) != digest(place) for one in by_size.get(_stat(place)[1], [])) for place in test)
+    except (OSError, BadImage):  # an unreadable image is told by whoever needs it
+        return
+    if len(test) and not new:
+        raise UserError(f"{option}: all {len(test):,} images are among the training images, so their accuracy says "
+                        "nothing of new ones; name others, or give --no-leak-check")  # fmt: skip
 
 
 def _stat(place: Place) -> tuple[str, int, int]:
     """(folder and name, bytes, time of change in ns) of an image. UserError names one that is not there."""
-    path = place[0] if isinstance(place, tuple) else place
+    path, *part = (place,) if isinstance(place, str) else place
     try:
         found = Path(path).stat()
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); restore the folder") from None
     name = "/".join(Path(path).parts[-2:])
-    if isinstance(place, tuple):
-        return f"{name}@{place[1]}", place[2], found.st_mtime_ns
-    return name, found.st_size, found.st_mtime_ns
+    return (f"{name}@{part[0]}", part[1], found.st_mtime_ns) if part else (name, found.st_size, found.st_mtime_ns)
 
 
 # ===== describing pictures =====
@@ -132,71 +106,49 @@ def _stat(place: Place) -> tuple[str, int, int]:
 def describe(places: Sequence[Place], cache: Path | None = None, what: str = "hashes") -> Described:
     """Hashes and thumbnails of images, made once: kept in the folder CACHE under the images' names, sizes and times.
 
-    About 1 ms of a core an image beside its decoding at a reduced size; 1.1 KB an image on disk. A damaged cache file
-    is seen by its checksum and made again. An image that cannot be read is left out of every comparison.
+    A damaged cache file is seen by its checksum and made again. An image that cannot be read is left out of every
+    comparison.
     """
     if cache is None:
         return Described(places, _describe_all(places, what))
     facts = [FORMAT, SIDE, VIEWS, [_stat(place) for place in places]]
-    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    path, note = cache / f"{name}.npy", cache / f"{name}.json"
-    if (kept := _read_kept(path, note, len(places))) is None:
-        cache.mkdir(parents=True, exist_ok=True)
-        made = _describe_all(places, what)
-        with atomic_path(path, fsync=True) as temporary, open(temporary, "wb") as file:
-            np.save(file, made)
-        write_json(note, {"what": what, "images": len(places), "sha256": sha256_file(path)})
-        kept = made
-    return Described(places, kept)
-
-
-def _read_kept(path: Path, note: Path, count: int) -> np.ndarray | None:
-    """The array that an earlier run kept, or None where it is missing or not what was written."""
-    try:
-        if read_json(note)["sha256"] != sha256_file(path):
-            return None
+    path = cache / f"{sha256_bytes(json.dumps(facts).encode())[:32]}.npy"
+    note = path.with_suffix(".json")
+    with suppress(UserError, OSError, ValueError, EOFError):  # missing or damaged: made again
         kept = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, KeyError, TypeError, UserError):
-        return None
-    return kept if kept.shape == (count,) and kept.dtype == DESCRIPTION else None
+        if read_json(note) == {"images": len(kept), "sha256": sha256_file(path)} and kept.dtype == DESCRIPTION:
+            return Described(places, kept)
+    rows = _describe_all(places, what)
+    cache.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path, fsync=True) as temporary, open(temporary, "wb") as file:
+        np.save(file, rows)
+    write_json(note, {"images": len(rows), "sha256": sha256_file(path)})
+    return Described(places, rows)
 
 
 def _describe_all(places: Sequence[Place], what: str) -> np.ndarray:
-    from tqdm import tqdm
-
     rows = np.zeros(len(places), DESCRIPTION)
 
     def fill(index: int) -> None:
-        try:
-            picture = _grey(read_place(places[index]))
-        except (OSError, BadImage):
-            return
-        rows[index] = (_hashes(picture), _thumb(picture), True)
+        with suppress(OSError, BadImage):
+            pixels = decode_rgb(read_place(places[index]), min_height=2 * SIDE, min_width=2 * SIDE)
+            picture = Image.fromarray(pixels).convert("L")
+            thumb = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+            rows[index] = (_hashes(picture), thumb, True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in tqdm(pool.map(fill, range(len(places)), chunksize=64), total=len(places), desc=what, unit="img",
-                      leave=False, disable=None):  # fmt: skip
-            pass
+        list(tqdm(pool.map(fill, range(len(places))), total=len(places), desc=what, unit="img", leave=False))
     return rows
-
-
-def _grey(data: bytes) -> Image.Image:
-    return Image.fromarray(decode_rgb(data, min_height=2 * SIDE, min_width=2 * SIDE)).convert("L")
-
-
-def _thumb(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
 def _hashes(picture: Image.Image) -> np.ndarray:
     """(views,) uint64: pHash of each view of a grey picture."""
-    import imagehash
+    import imagehash  # here: it loads scipy, which a training run without validation does not wait for
 
-    side = 2 * SIDE
-    small = picture.resize((side, side), Image.Resampling.LANCZOS)
+    small = picture.resize((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
     codes = np.empty(len(VIEWS), np.uint64)
     for number, ((left, right), (top, bottom)) in enumerate(VIEWS):
-        box = (left * side, top * side, right * side, bottom * side)
+        box = (2 * SIDE * left, 2 * SIDE * top, 2 * SIDE * right, 2 * SIDE * bottom)
         view = small.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box=box)
         codes[number] = np.packbits(imagehash.phash(view).hash).view(np.uint64)[0]
     return codes
@@ -217,31 +169,32 @@ def mirrored(rows: np.ndarray) -> np.ndarray:
 def overlap(test: Described, train: Described) -> Found:
     """Which test images are among the training images. Memory is bounded by blocks, whatever the number of pairs."""
     nearest: dict[int, tuple[float, int]] = {}  # test index -> (remainder, training index)
-    twins: dict[int, int] = {}  # pictures of the same pixels
+    exact: dict[int, int] = {}
     digest = lru_cache(maxsize=100_000)(_pixels)
+
+    def compare(i: int, j: int) -> None:
+        with suppress(OSError, BadImage):  # gone meanwhile
+            if i not in exact and digest(test.places[i]) == digest(train.places[j]):
+                exact[i] = j
+
     for flip in (False, True):
         rows = mirrored(test.rows) if flip else test.rows
         for mine, theirs, start in _near_hashes(rows, train.rows):
-            remainder, flat = _align(rows["thumb"][mine], train.rows["thumb"][theirs], start)
-            same = (rows["thumb"][mine] == train.rows["thumb"][theirs]).all((1, 2)) & (not flip)
-            for i, j in zip(mine[same].tolist(), theirs[same].tolist(), strict=True):
-                if i not in twins and digest(test.places[i]) == digest(train.places[j]):
-                    twins[i] = j
+            thumbs = rows["thumb"][mine], train.rows["thumb"][theirs]
+            remainder, flat = _align(*thumbs, start)
+            for at in np.flatnonzero((thumbs[0] == thumbs[1]).all((1, 2)) & (not flip)):
+                compare(int(mine[at]), int(theirs[at]))
             for at in np.flatnonzero((remainder <= MAX_REMAINDER) & ~flat):
                 i, pair = int(mine[at]), (float(remainder[at]), int(theirs[at]))
                 nearest[i] = min(nearest.get(i, pair), pair)
     for i, (_, j) in nearest.items():  # the same pixels in another format are decoded a little differently when small
-        if i not in twins and digest(test.places[i]) == digest(train.places[j]):
-            twins[i] = j
-    return Found(twins, {i: j for i, (_, j) in sorted(nearest.items()) if i not in twins})
+        compare(i, j)
+    return Found(exact, {i: j for i, (_, j) in sorted(nearest.items()) if i not in exact})
 
 
 def _pixels(place: Place) -> bytes:
-    """Hash of an image's size and pixels; of nothing where it cannot be read."""
-    try:
-        pixels = decode_rgb(read_place(place))
-    except (OSError, BadImage):
-        return b""
+    """Hash of an image's size and pixels."""
+    pixels = decode_rgb(read_place(place))
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
 
 
@@ -251,10 +204,10 @@ def _starts() -> np.ndarray:
     Coordinates run from -1 to 1; training pixel g shows what test pixel scale * g + shift shows: (scale, shift) in x
     and in y.
     """
-    ahead = [[f(low, high) for low, high in view for f in (lambda a, b: b - a, lambda a, b: a + b - 1)]
-             for view in VIEWS]  # fmt: skip
-    back = [[1 / x, -sx / x, 1 / y, -sy / y] for x, sx, y, sy in ahead[1:]]
-    return np.array([*ahead, *back])
+    low, high = np.moveaxis(np.array(VIEWS), 2, 0)  # (views, 2) each: in x and y
+    scale, shift = high - low, high + low - 1
+    ahead, back = np.stack([scale, shift], 2), np.stack([1 / scale, -shift / scale], 2)[1:]
+    return np.concatenate([ahead, back]).reshape(-1, 4)
 
 
 def _near_hashes(test: np.ndarray, train: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -263,8 +216,8 @@ def _near_hashes(test: np.ndarray, train: np.ndarray) -> Iterator[tuple[np.ndarr
     mine, theirs = (np.ascontiguousarray(rows["hashes"].T) for rows in (test, train))  # (views, N)
     compared = [(k, 0) for k in range(views)] + [(0, k) for k in range(1, views)]
 
-    def search(corner: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(test indices, training indices, numbers of the comparison with the fewest bits) in one block."""
+    def search(corner: tuple[int, int]) -> np.ndarray:
+        """(3, pairs): test index, training index, number of the comparison with the fewest bits, in one block."""
         i, j = corner
         shape = len(mine[0, i : i + ROWS]), len(theirs[0, j : j + COLUMNS])
         differing, bits = np.empty(shape, np.uint64), np.empty(shape, np.uint8)
@@ -275,26 +228,29 @@ def _near_hashes(test: np.ndarray, train: np.ndarray) -> Iterator[tuple[np.ndarr
             for at in np.flatnonzero(bits <= MAX_BITS).tolist():
                 pair = (int(bits.flat[at]), number)
                 best[at] = min(best.get(at, pair), pair)
-        where = np.array(list(best), np.int64)
-        return i + where // shape[1], j + where % shape[1], np.array([number for _, number in best.values()], np.int64)
+        pairs = [(i + at // shape[1], j + at % shape[1], number) for at, (_, number) in best.items()]
+        return np.array(pairs, np.int64).reshape(-1, 3).T
 
     corners = product(range(0, len(test), ROWS), range(0, len(train), COLUMNS))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while batch := [corner for _, corner in zip(range(256), corners, strict=False)]:
-            for a, b, which in pool.map(search, batch):
-                use = test["readable"][a] & train["readable"][b]
-                a, b, which = a[use], b[use], which[use]
-                for at in range(0, len(a), PAIRS):
-                    yield a[at : at + PAIRS], b[at : at + PAIRS], starts[which[at : at + PAIRS]]
+        while some := list(islice(corners, 256)):
+            for found in pool.map(search, some):
+                found = found[:, test["readable"][found[0]] & train["readable"][found[1]]]
+                for a, b, which in (found[:, at : at + PAIRS] for at in range(0, found.shape[1], PAIRS)):
+                    yield a, b, starts[which]
 
 
 def _align(test: np.ndarray, train: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """((P,) remainder, (P,) whether the picture has no structure) of pairs of thumbnails (P, SIDE, SIDE).
 
-    START (P, 4) as in _starts. The remainder is (1 - correlation) / (energy of the Laplacian / energy), where both
-    show the same part of the picture.
+    START (P, 4) as in _starts. The remainder is (1 - correlation) * energy / energy of the Laplacian, where both show
+    the same part of the picture.
     """
-    a, b = (_smooth(one.astype(np.float32)) for one in (test, train))
+    from scipy.ndimage import convolve1d  # here, as imagehash
+
+    a, b = test.astype(np.float32), train.astype(np.float32)
+    for axis in (1, 2):  # what is finer is the encoder's
+        a, b = (convolve1d(one, [0.25, 0.5, 0.25], axis, mode="nearest") for one in (a, b))
     grid = ((np.arange(SIDE) + 0.5) / SIDE * 2 - 1).astype(np.float32)
     coarse, seen = grid[::2], b[:, ::2, ::2]  # every fourth pixel tells where to go
     place = start.astype(np.float32)
@@ -320,13 +276,6 @@ def _align(test: np.ndarray, train: np.ndarray, start: np.ndarray) -> tuple[np.n
     detail = (bend * bend * inner).sum((1, 2)) / inner.sum((1, 2)).clip(1)
     remainder = (1 - correlation) * (energy / area) / (detail + 1e-6)
     return remainder, energy / area < MIN_DEVIATION**2
-
-
-def _smooth(thumbs: np.ndarray) -> np.ndarray:
-    """[1 2 1] / 4 along both sides of (P, SIDE, SIDE): what is finer is the encoder's."""
-    wide = np.pad(thumbs, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    tall = (wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:]) / 4
-    return (tall[:, :, :-2] + 2 * tall[:, :, 1:-1] + tall[:, :, 2:]) / 4
 
 
 def _warp(a: np.ndarray, place: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

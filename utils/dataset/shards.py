@@ -6,49 +6,30 @@ of classes. The same dataset gives the same bytes; a shard that is there is kept
 else made again. Imports no torch.
 """
 
+import glob
 import io
 import json
-import re
 import tarfile
 from functools import cache
 from pathlib import Path
 
-from msgspec import Struct
 from tqdm import tqdm
 
 from utils.cli import UserError
 from utils.dataset.folder import Dataset
-from utils.storage import (
-    atomic_path,
-    read_json,
-    read_regular,
-    remove_leftovers,
-    sha256_bytes,
-    sha256_file,
-    write_json,
-)
+from utils.images import MOST_BYTES
+from utils.storage import atomic_path, read_json, read_regular, remove_leftovers, sha256_bytes, sha256_file, write_json
 
 IMAGES_A_SHARD = 10_000  # about 1 GB at 512 px: WebDataset's own advice
-MOST_BYTES = 1 << 30  # of an image
-
-
-class Note(Struct):
-    """What lies beside a shard."""
-
-    file: str
-    images: int
-    samples: str  # sha256 of the list of samples
-    sha256: str  # of the shard
 
 
 def write_shards(dataset: Dataset) -> str:
     """Write what is missing of the shards; return one line about them. UserError if an image is missing."""
-    stems: dict[str, str] = {}
-    samples = []  # (hash, class position, index): 100 bytes an image
+    ids, samples = [stem_of(folder.id) for folder in dataset.folders], []  # (hash, class position, index)
+    if twice := [one for one in ids if ids.count(one) > 1]:
+        same = " and ".join(folder.id for folder in dataset.folders if stem_of(folder.id) == twice[0])
+        raise UserError(f"--pack: {same} have one name in WebDataset, which ends names at a dot; use the folders")
     for label, folder in enumerate(dataset.folders):
-        if (other := stems.setdefault(stem_of(folder.id), folder.id)) != folder.id:
-            raise UserError(f"--pack: {other} and {folder.id} have one name in WebDataset, which ends names at a dot; "
-                            "use the folders, or other ids in a new dataset")  # fmt: skip
         done = folder.done()
         if len(done) < folder.count:
             raise UserError(f"--pack: {folder.id} has {len(done)} of {folder.count} images; draw the rest first (same "
@@ -57,30 +38,29 @@ def write_shards(dataset: Dataset) -> str:
     samples.sort()
     parts = [samples[start : start + IMAGES_A_SHARD] for start in range(0, len(samples), IMAGES_A_SHARD)]
 
-    target = dataset.root / "shards"
+    target, name = dataset.root / "shards", dataset.info["name"]
     target.mkdir(exist_ok=True)
     remove_leftovers(target)
     index = []
     for number, part in enumerate(tqdm(parts, unit="shard", desc="pack")):
-        path = target / f"{dataset.info['name']}-{number:06d}.tar"
-        digest, note = sha256_bytes(json.dumps(part).encode()), path.with_suffix(".json")
-        if not is_whole(path, note, digest):
+        path = target / f"{name}-{number:06d}.tar"
+        note = {"file": path.name, "images": len(part), "samples": sha256_bytes(json.dumps(part).encode())}
+        if not is_as_written(path, note):
             write_shard(dataset, path, part)
-            write_json(note, {"file": path.name, "images": len(part), "samples": digest, "sha256": sha256_file(path)})
-        index.append(read_json(note))
-    for path in target.glob("*.tar"):  # of an earlier packing into more shards: train.py would read them too
-        if re.fullmatch(rf"{re.escape(dataset.info['name'])}-\d{{6}}", path.stem) and int(path.stem[-6:]) >= len(parts):
+            write_json(path.with_suffix(".json"), note | {"sha256": sha256_file(path)})
+        index.append(read_json(path.with_suffix(".json")))
+    for path in target.glob(f"{glob.escape(name)}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
+        if int(path.stem[-6:]) >= len(parts):  # of an earlier packing: train.py would read it too
             path.with_suffix(".json").unlink(missing_ok=True)
             path.unlink()
     write_json(target / "index.json", {"images": len(samples), "shards": index})
     return f"{target}: {len(samples)} images in {len(parts)} shards"
 
 
-def is_whole(path: Path, note: Path, samples: str) -> bool:
-    """Whether the shard PATH has the SAMPLES wanted, and the bytes that were written, by the NOTE beside it."""
+def is_as_written(path: Path, note: dict) -> bool:
+    """Whether the shard PATH is there with the samples of NOTE and the hash that lies beside it."""
     try:
-        said = read_json(note, Note)
-        return (said.file, said.samples) == (path.name, samples) and said.sha256 == sha256_file(path)
+        return read_json(path.with_suffix(".json")) == note | {"sha256": sha256_file(path)}
     except (UserError, OSError):
         return False
 
