@@ -36,14 +36,16 @@ from utils.evaluation import checkpoints
 from utils.evaluation.catalog import choose, list_sets, read_all
 from utils.evaluation.jobs import Job, Settings, number_format, with_v2_mean
 from utils.evaluation.matching import NoSharedClass, fingerprint, match
+from utils.machine import resolve_device
 from utils.metrics import mean_and_std
 from utils.storage import require_writable
+from utils.training import distributed
 
 if TYPE_CHECKING:
     from utils.dataset.overlap import Place
     from utils.evaluation.judge import FrozenModel
 
-LAUNCH = Launch("evaluate", "single")
+LAUNCH = Launch("evaluate", "ranks")
 SHOWN_LEAKS = 1000  # pairs of a kind named in eval/*.json
 
 
@@ -97,6 +99,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Judge, or what is asked for instead. Returns the exit code: 2 if a dataset that was found is no right copy."""
+    distributed.take_own_cores()
+    if not distributed.is_main():  # of several processes one speaks, and does what is no work on features
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        if args.list_datasets or args.dataset_report or args.report:
+            return 0
     if args.list_datasets:
         list_sets(args.data_root)
         return 0
@@ -151,23 +158,32 @@ def main(args: argparse.Namespace) -> int:
     for folder in dict.fromkeys(job.out for job in todo):
         require_writable(folder / "eval", "--out")
 
-    # ===== computing: one model at a time =====
-    model = None
-    for job in todo:
-        from utils.evaluation import judge  # here, since torch takes seconds to start
-
-        if model is None or model.source is not job.source:
-            model = judge.FrozenModel(job.source, args.classes, args.device, args.batch_size, args.workers)
-        try:
-            (judge_by_probe if job.test_set.row.probed else judge_by_logits)(job, model, not args.no_leak_check)
-        except (NoSharedClass, checkpoints.NoClassifier) as error:
-            if job.test_set.asked_for:
-                raise
-            print(f"{job.title}: left out; {error}", flush=True)
-
-    # ===== telling =====
+    # ===== computing and telling =====
+    if todo:
+        judge_all(todo, args)
     print_table(jobs)
     return code
+
+
+def judge_all(jobs: list[Job], args: argparse.Namespace) -> None:
+    """One model at a time on this process's device; several processes share the work on features."""
+    from utils.evaluation.features import Share  # here, since torch takes seconds to start
+    from utils.evaluation.judge import FrozenModel
+
+    device, model = resolve_device(distributed.device_name(args.device)), None
+    with distributed.process_group(device) as ranks:
+        share = Share(ranks.rank, ranks.world_size)
+        for job in jobs:
+            if model is None or model.source is not job.source:
+                model = FrozenModel(job.source, args.classes, device, args.batch_size, args.workers, share)
+            leak_check = ranks.is_main and not args.no_leak_check
+            try:
+                (judge_by_probe if job.test_set.row.probed else judge_by_logits)(job, model, leak_check)
+            except (NoSharedClass, checkpoints.NoClassifier) as error:
+                if job.test_set.asked_for:
+                    raise
+                print(f"{job.title}: left out; {error}", flush=True)
+        share.wait()
 
 
 def judge_by_logits(job: Job, model: FrozenModel, leak_check: bool) -> None:
@@ -180,6 +196,8 @@ def judge_by_logits(job: Job, model: FrozenModel, leak_check: bool) -> None:
     leaks = training_images_in(job, matched.samples) if leak_check else ({}, {})
     stamps = loaded.stamps["test"][matched.rows]
     features = model.features(job, matched.samples, stamps)  # (N, D)
+    if model.share.rank > 0:
+        return
     logits = model.classifier.logits(features)[:, matched.columns]  # (N, compared classes)
     measured, facts, sidecar = metrics_of_logits(logits, matched, model.classifier)
     job.save(measured, facts | leaks[0], sidecar | leaks[1] | {"images": fingerprint(matched.samples, stamps)})
@@ -196,6 +214,8 @@ def judge_by_probe(job: Job, model: FrozenModel, leak_check: bool) -> None:
         split: model.features(job, samples, loaded.stamps[split], split)  # (N, D)
         for split, samples in loaded.splits.items()
     }
+    if model.share.rank > 0:
+        return
     splits = {split: (features[split], loaded.labels(split)) for split in features}
     options = {"protocol": job.settings.probe_protocol, "kind": job.test_set.row.probe, "device": model.device}
     for seed in job.missing_seeds():

@@ -250,8 +250,8 @@ from utils.cli import make_parser, run
 from utils.evaluation import features
 from utils.evaluation.feature_cache import FeatureCache
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-cache = FeatureCache(Path(sys.argv[1]), 4106)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8_200, 8_200))
+cache = FeatureCache(Path(sys.argv[1]), 1034)
 cache.join("t")
 """
 
@@ -269,7 +269,7 @@ def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path):
     assert done.returncode == 1 and f"[Errno {errno.EFBIG}]" in done.stderr
     assert cache.read() is None
     names = sorted(path.name.split(".")[0] for path in cache.entry.iterdir())
-    assert names == ["block_00000000", "block_00004096", "features"]  # the checksums alone
+    assert names == ["block_00000000", "block_00001024", "features"]  # the checksums alone
     cache.join("t")
     assert np.array_equal(cache.read(), np.concatenate(blocks))
     assert sorted(path.name for path in cache.entry.iterdir()) == ["features.json", "features.npy"]

@@ -384,7 +384,7 @@ def test_every_gpu_is_used_once_before_any_is_used_twice(monkeypatch):
         ("generate", [], ("chunks", 4, (0, 1, 2, 3), 4, False)),
         ("generate", ["--preview"], ("chunks", 4, None, 1, False)),
         ("train", ["--data", "models"], ("ranks", 4, None, 1, True)),
-        ("evaluate", ["--checkpoint", "runs/x"], ("single", 1, None, 1, False)),
+        ("evaluate", ["--checkpoint", "runs/x"], ("ranks", 4, None, 1, True)),
     ],
 )
 def test_a_copy_of_a_script_under_another_name_behaves_like_the_original(

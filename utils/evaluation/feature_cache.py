@@ -14,15 +14,27 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from utils.cli import UserError
-from utils.storage import atomic_path, atomic_write, read_json, read_regular, remove_leftovers, write_json
+from utils.storage import (
+    AlreadyOwned,
+    atomic_path,
+    atomic_write,
+    owner_lock,
+    read_json,
+    read_regular,
+    remove_leftovers,
+    write_json,
+)
 
-BLOCK = 4096  # images a block: a killed run loses at most this many
+BLOCK = 1024  # images a block: a killed run loses at most this many, and several processes share the work by blocks
 MOST_BLOCK = 4 << 30  # bytes
 
 
@@ -45,6 +57,26 @@ class FeatureCache:
         """The features as a read-only memory map if they are complete and every checksum holds, else None."""
         kept, right = self._joined()
         return kept if kept is not None and all(right) else None
+
+    @contextmanager
+    def owned(self, what: str) -> Iterator[np.ndarray | None]:
+        """The entry as its only writer; yields the features if they are complete. Waits for another run that has it."""
+        waited = False
+        while True:
+            with ExitStack() as stack:
+                if (kept := self.read()) is not None:
+                    yield kept
+                    return
+                try:
+                    stack.enter_context(owner_lock(self.entry / "lock"))
+                except AlreadyOwned:
+                    if not waited:
+                        print(f"{what}: another run is computing these features; waiting for it", flush=True)
+                    waited = True
+                    time.sleep(0.5)
+                    continue
+                yield self.read()  # another run may have finished it meanwhile
+                return
 
     def blocks(self, what: str) -> dict[int, np.ndarray]:
         """start -> block of what is there and right; says how many are damaged, WHAT being the features' name.
@@ -77,8 +109,8 @@ class FeatureCache:
         data = file.getvalue()
         atomic_write(self.entry / f"block_{start:08d}.{_short_hash(data)}.npy", data, fsync=True)
 
-    def join(self, what: str) -> None:
-        """Write features.npy from all blocks and remove them. Each is verified once more on its way."""
+    def join(self, what: str) -> np.ndarray:
+        """Write features.npy from all blocks, remove them, and read it. Each is verified once more on its way."""
         blocks = self.blocks(what)
         if len(blocks) < len(self.starts):
             raise UserError(
@@ -98,6 +130,7 @@ class FeatureCache:
                 file.write(blocks[start].data)
         for path in self.entry.glob("block_*.npy"):
             path.unlink()
+        return np.load(self.entry / "features.npy", mmap_mode="r")
 
     def _joined(self) -> tuple[np.ndarray | None, list[bool]]:
         """(features.npy, whether each block of it is right); (None, []) where it is missing or not of its form."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,21 +28,54 @@ from utils.evaluation.checkpoints import Transform
 from utils.evaluation.feature_cache import FeatureCache
 from utils.evaluation.matching import Samples, fingerprint
 from utils.images import BadImage, normalize
+from utils.machine import is_out_of_memory
 from utils.metrics import refuse_nan
-from utils.storage import AlreadyOwned, owner_lock, write_json
+from utils.storage import write_json
 
 FORMAT = 2  # raise it when the numbers change: old cache entries are then left alone
 COMPILE_FROM = 1e7  # pixels (200 images of 224) from which tracing the model on a CPU, some seconds, pays
 CPU_PIXELS = 8 * 224**2  # a forward pass on a CPU: activations of 8 images stay in its caches (measured: 2 to 64)
 
 
+@dataclass(frozen=True)
+class Share:
+    """This process's part of the work on features: RANK of SIZE processes in a torch.distributed group, or alone."""
+
+    rank: int = 0
+    size: int = 1
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's VALUE, for all. UserError if another process has failed."""
+        box = [value]
+        if self.size > 1:
+            with _together():
+                torch.distributed.broadcast_object_list(box)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until all processes are here. UserError if another one has failed."""
+        if self.size > 1:
+            with _together():
+                torch.distributed.barrier()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError:
+        raise UserError("another process of this job has failed; its own line says why") from None
+
+
 class Extractor:
     """One model on one device, ready to turn image files into features."""
 
-    def __init__(self, backbone, sha256: str, device, dtype, batch_size: int, workers: int) -> None:
+    def __init__(
+        self, backbone, sha256: str, device, dtype, batch_size: int, workers: int, share: Share | None = None
+    ) -> None:
         self.backbone, self.sha256 = backbone, sha256
         self.device, self.dtype = device, dtype
-        self.batch_size, self.workers = batch_size, workers
+        self.batch_size, self.workers, self.share = batch_size, workers, share or Share()
         self._fused: dict[int, torch.nn.Module] = {}  # side in pixels -> the network fused for this CPU
 
     def __call__(
@@ -49,13 +83,13 @@ class Extractor:
     ) -> np.ndarray:
         """(N, D) features in the order of SAMPLES: float32, or float16 where the model computes in 16 bits.
 
-        With a CACHE, a folder, the result is a read-only memory map. STAMPS: sizes and times of the images if they are
-        known already (matching.stat_images). WHAT: for the progress bar. UserError for an image that cannot be decoded.
+        With a folder CACHE a read-only memory map of a file in it; on processes other than rank 0 it is then empty.
+        STAMPS: sizes and times of the images if they are known already (matching.stat_images). WHAT: for the progress
+        bar. UserError for an image that cannot be decoded.
         """
         if cache is None:
-            return np.concatenate(
-                list(self._blocks(samples, transform, what, range(0, len(samples), feature_cache.BLOCK)))
-            )
+            starts = range(0, len(samples), feature_cache.BLOCK)
+            return np.concatenate(list(self._blocks(samples, transform, what, starts)))
         facts = {
             "format": FORMAT,
             "checkpoint": self.sha256,
@@ -64,54 +98,48 @@ class Extractor:
             "dtype": str(self.dtype).removeprefix("torch."),
         }
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-        return self._cached(cache / name, facts, samples, transform, what)
+        kept = FeatureCache(cache / name, len(samples))
+        kept.entry.mkdir(parents=True, exist_ok=True)
+        if self.share.rank > 0:
+            missing = self.share.agree(None)
+            self._fill(kept, missing, samples, transform, what)
+            return np.empty((0, 0), dtype=np.float32)
+        with kept.owned(what) as complete:
+            there = kept.blocks(what) if complete is None else kept.starts
+            missing = self.share.agree([start for start in kept.starts if start not in there])
+            self._fill(kept, missing, samples, transform, what)
+            if complete is None:
+                write_json(kept.entry / "key.json", facts | {"what": what, "count": len(samples)})
+                complete = kept.join(what)
+        return complete
 
-    def _cached(self, entry: Path, facts: dict, samples: Samples, transform: Transform, what: str) -> np.ndarray:
-        cache = FeatureCache(entry, len(samples))
-        entry.mkdir(parents=True, exist_ok=True)
-        waited = False
-        while True:
-            if (kept := cache.read()) is not None:
-                return kept
-            try:
-                with owner_lock(entry / "lock"):
-                    self._fill(cache, facts, samples, transform, what)
-            except AlreadyOwned:
-                if not waited:
-                    print(f"{what}: another run is computing these features; waiting for it", flush=True)
-                waited = True
-                time.sleep(0.5)
-
-    def _fill(self, cache: FeatureCache, facts: dict, samples: Samples, transform: Transform, what: str) -> None:
-        """Compute the blocks that are missing and join them. The caller owns the entry."""
-        if cache.read() is not None:  # another run finished it meanwhile
-            return
-        there = cache.blocks(what)
-        write_json(cache.entry / "key.json", facts | {"what": what, "count": len(samples)})
-        missing = [start for start in cache.starts if start not in there]
-        for start, block in zip(missing, self._blocks(samples, transform, what, missing), strict=True):
+    def _fill(self, cache: FeatureCache, missing: list[int], samples: Samples, transform: Transform, what: str) -> None:
+        """Compute this process's share of the blocks that are MISSING, and wait for the others'."""
+        mine = missing[self.share.rank :: self.share.size]
+        for start, block in zip(mine, self._blocks(samples, transform, what, mine) if mine else (), strict=True):
             cache.write_block(start, block)
-        cache.join(what)
+        self.share.wait()
 
     def _blocks(self, samples: Samples, transform: Transform, what: str, starts: Sequence[int]) -> Iterator[np.ndarray]:
         """Features of the blocks that begin at STARTS, one after the other."""
         spans = [samples[start : start + feature_cache.BLOCK] for start in starts]
         total = sum(map(len, spans))
+        # One program for all blocks, whichever process computes them and whenever: their low bits are then the same.
+        forward = self._prepare(len(samples), transform.crop)
         keep = np.float32 if self.dtype == torch.float32 else np.float16
         with tqdm(total=total, desc=what, unit="img", leave=False, disable=None) as bar:
             batches = read_ahead(
                 [path for span in spans for path, _ in span], transform, self._cut(spans), self.workers
             )
-            forward = self._prepare(total, transform.crop)
             for span in spans:
-                parts: list[np.ndarray] = []
+                parts: list[torch.Tensor] = []
                 done = 0
                 while done < len(span):
                     pixels = next(batches)
                     parts.append(forward(pixels))
                     done += len(pixels)
                     bar.update(len(pixels))
-                block = np.concatenate(parts)
+                block = torch.cat(parts).cpu().numpy()  # the one wait for the GPU
                 refuse_nan(block, f"{what}: the features")
                 if not np.isfinite(block).all() or (keep == np.float16 and np.abs(block).max() > 65504):
                     raise UserError(f"{what}: the features overflow; check the checkpoint or use --dtype fp32")
@@ -121,29 +149,33 @@ class Extractor:
         """Batch sizes: batches do not cross blocks, so that a resumed run computes the same batches."""
         return [min(self.batch_size, len(span) - at) for span in spans for at in range(0, len(span), self.batch_size)]
 
-    def _prepare(self, images: int, side: int) -> Callable[[torch.Tensor], np.ndarray]:
-        """The forward pass: (B, side, side, 3) uint8 -> (B, D) float32 numpy."""
+    def _prepare(self, images: int, side: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The forward pass: (B, side, side, 3) uint8 -> (B, D) float32 on the device, not waited for."""
         model, sixteen_bit = self.backbone.to(self.device), self.dtype != torch.float32
-        at_once = self.batch_size
+        at_once, on_gpu = self.batch_size, self.device.type == "cuda"
         if self.device.type == "cpu":
             at_once = max(1, CPU_PIXELS // side**2)
             if not sixteen_bit and images * side**2 >= COMPILE_FROM:
                 model = self._fused[side] = self._fused.get(side) or optimize_for_cpu(model, side)
-        if self.device.type == "cuda" or sixteen_bit:
+        if on_gpu or sixteen_bit:
             model = model.to(memory_format=torch.channels_last)
 
-        def forward(pixels: torch.Tensor) -> np.ndarray:
+        def forward(pixels: torch.Tensor) -> torch.Tensor:
             parts = []
             with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype, enabled=sixteen_bit):
                 for part in pixels.split(at_once):
-                    batch = part.to(self.device).permute(0, 3, 1, 2)  # (B, 3, H, W), channels last in memory
+                    if on_gpu:
+                        part = part.pin_memory()
+                    batch = part.to(self.device, non_blocking=on_gpu).permute(0, 3, 1, 2)  # (B, 3, H, W), channels last
                     try:
-                        parts.append(model(normalize(batch)).flatten(1).float().cpu().numpy())
-                    except torch.OutOfMemoryError:
+                        parts.append(model(normalize(batch)).flatten(1).float())
+                    except RuntimeError as error:
+                        if not is_out_of_memory(error):
+                            raise
                         raise UserError(
                             f"--batch-size {self.batch_size}: the GPU is out of memory; try {max(1, at_once // 2)}"
                         ) from None
-            return np.concatenate(parts)
+            return torch.cat(parts)
 
         return forward
 

@@ -6,14 +6,15 @@ import base64
 from typing import Any
 
 import numpy as np
+import torch
 
 from utils import metrics
 from utils.evaluation.checkpoints import Source
-from utils.evaluation.features import Extractor
+from utils.evaluation.features import Extractor, Share
 from utils.evaluation.jobs import Job, Measured
 from utils.evaluation.matching import LoadedSet, MatchedSet, Samples
 from utils.evaluation.weights import Classifier, load_classifier
-from utils.machine import resolve_device, resolve_dtype
+from utils.machine import resolve_dtype
 
 MAX_CONFUSION = 200  # classes: a larger matrix is too large to read
 
@@ -21,22 +22,22 @@ MAX_CONFUSION = 200  # classes: a larger matrix is too large to read
 class FrozenModel:
     """A checkpoint in memory with the machine it runs on: `features` of images, `classifier` for their logits."""
 
-    def __init__(self, source: Source, classes: str | None, device: str, batch_size: int, workers: int) -> None:
-        """CLASSES, DEVICE: as the options of these names. UserError if the weights or the device are of no use."""
-        self.source, self.batch_size, self.workers = source, batch_size, workers
+    def __init__(
+        self, source: Source, classes: str | None, device: torch.device, batch_size: int, workers: int, share: Share
+    ) -> None:
+        """CLASSES: as the option of this name. UserError if the weights are of no use."""
+        self.source, self.device, self.batch_size, self.workers, self.share = source, device, batch_size, workers, share
         self.classifier: Classifier = load_classifier(source, classes)
         if self.classifier.classes_from.startswith("assumed"):
             print(f"{source.label}: outputs {self.classifier.classes_from} (else give --classes)", flush=True)
-        self.device = resolve_device(device)
         self._extractors: dict[str, Extractor] = {}  # by number format
 
     def features(self, job: Job, samples: Samples, stamps: np.ndarray, split: str = "") -> np.ndarray:
         """(N, D) features of SAMPLES as JOB wants them, from its cache where they are known. STAMPS: stat_images'."""
         if job.number_format not in self._extractors:
             dtype = resolve_dtype(job.number_format, self.device)
-            self._extractors[job.number_format] = Extractor(
-                self.classifier.backbone, self.source.sha256, self.device, dtype, self.batch_size, self.workers
-            )
+            model, how = self.classifier.backbone, (self.batch_size, self.workers, self.share)
+            self._extractors[job.number_format] = Extractor(model, self.source.sha256, self.device, dtype, *how)
         extract, title = self._extractors[job.number_format], job.title + (f", {split}" if split else "")
         return extract(samples, job.transform, job.out / "features", title, stamps)
 
