@@ -22,19 +22,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils import cli
 from utils.classes import FACTOR, images_per_class, load_classes
-from utils.cli import (
-    LONGEST_NAME,
-    Launch,
-    UserError,
-    any_path,
-    command_line,
-    make_parser,
-    positive_float,
-    positive_int,
-    run,
-    seed_number,
-)
+from utils.cli import UserError, positive_int
 from utils.dataset import folder as datasets
 from utils.dataset import inspection
 from utils.dataset.folder import Dataset, in_chunk
@@ -53,24 +43,22 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 FORMATS = tuple(datasets.SUFFIXES)
-LAUNCH = Launch("generate", "chunks", whole=("preview", "pack", "reproduce"))
+LAUNCH = cli.Launch("generate", "chunks", whole=("preview", "pack", "reproduce"))
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The options; their defaults are the paper's."""
-    parser = make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     # What to draw
-    parser.add_argument(
-        "--classes", default="imagenet_100", help="imagenet_100, imagenet_1k, digits, .tsv, .txt or list"
-    )
+    parser.add_argument("--classes", default="imagenet_100", help="imagenet_100, imagenet_1k, digits, .tsv, .txt, list")
     parser.add_argument("--prompt", default="c, d_c", help='"c", "c, h_c", "c, d_c", "c, h_c inside b" or {name} text')
     parser.add_argument("--names", choices=NAMES, default="first", help="of a class: its first name or all")
     parser.add_argument("--images-per-class", type=image_count, default="imagenet", metavar="N|imagenet|Nx",
                         help="a number, as many as the real class, or 10x as many ...; may grow")  # fmt: skip
-    parser.add_argument("--seed", type=seed_number, default=0, help="another seed, another dataset")
+    parser.add_argument("--seed", type=cli.seed_number, default=0, help="another seed, another dataset")
     # How to draw it
     parser.add_argument("--recipe", choices=list(RECIPES), default="paper", help="sets the next three options")
-    parser.add_argument("--guidance-scale", type=positive_float, help="1 is none (paper: 2, fast: 2)")
+    parser.add_argument("--guidance-scale", type=cli.positive_float, help="1 is none (paper: 2, fast: 2)")
     parser.add_argument("--steps", type=positive_int, help="denoising steps (paper: 50, fast: 18)")
     parser.add_argument("--scheduler", choices=list(SCHEDULERS), help="sampler (paper: pndm, fast: dpmpp_2m)")
     parser.add_argument("--height", type=positive_int, metavar="PIXELS", help="the model's own size if not given")
@@ -80,13 +68,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="commit or tag of a hub id")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", choices=("auto", "fp16", "bf16", "fp32"), default="auto", help="number format")
-    parser.add_argument("--attention", choices=("auto", "sdpa", "xformers"), default="auto",
-                        help="kernels; auto: the fastest")  # fmt: skip
+    parser.add_argument("--attention", choices=("auto", "sdpa", "xformers"), default="auto", help="auto: the fastest")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at start, then faster")
     parser.add_argument("--batch-size", type=auto_or_positive, default="auto", metavar="N|auto",
                         help="images drawn together; auto keeps the folder's, else suits the device")  # fmt: skip
     # What to keep
-    parser.add_argument("--out", type=any_path, help="dataset folder (default: data/<classes>_sd)")
+    parser.add_argument("--out", type=cli.any_path, help="dataset folder (default: data/<classes>_sd)")
     parser.add_argument("--format", choices=FORMATS, default="jpg", help=f"of the images; jpg: quality {QUALITY}")
     parser.add_argument("--save-size", type=positive_int, metavar="PIXELS", help="store with this shorter side")
     parser.add_argument("--safety", choices=("redraw", "keep", "off"),
@@ -100,10 +87,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     mode.add_argument("--repair", action="store_true", help="verify, then draw again what is damaged or missing")
     mode.add_argument("--preview", action="store_true", help="write contact sheets and OUT/index.html, a gallery")
     mode.add_argument("--pack", action="store_true", help="write a complete dataset as WebDataset tar shards too")
-    mode.add_argument("--reproduce", type=any_path, metavar="DATASET.JSON",
+    mode.add_argument("--reproduce", type=cli.any_path, metavar="DATASET.JSON",
                       help="draw a sample of that dataset again, as it records, and compare")  # fmt: skip
     parser.add_argument("--sample", type=positive_int, default=50, metavar="N", help="images for --reproduce to draw")
-    parser.add_argument("--rate", type=positive_float, metavar="IMAGES_PER_S", help="of one GPU, for --dry-run's hours")
+    parser.add_argument(
+        "--rate", type=cli.positive_float, metavar="IMAGES_PER_S", help="of one GPU, for --dry-run's hours"
+    )
     return parser
 
 
@@ -117,39 +106,38 @@ def main(args: argparse.Namespace) -> int:
             raise UserError(f"--chunk: --{whole} takes all classes together; leave --chunk out")
     if args.status or args.verify or args.preview or args.pack:
         return look_at(datasets.open_dataset(out), args)
+    model = (args.model, args.revision) if args.model else None
     if args.reproduce:
         asked = {"dtype": args.dtype, "attention": args.attention, "batch_size": args.batch_size}
         choices = {key: value for key, value in asked.items() if value != "auto"}
-        return reproduction.reproduce(
-            args.reproduce, args.sample, args.seed, args.model, args.revision, args.device, choices, draw
-        )
+        return reproduction.reproduce(args.reproduce, args.sample, args.seed, model, args.device, choices, draw)
     inspection.refuse_foreign_folder(out)
     existing = datasets.open_dataset(out) if args.repair or (out / "dataset.json").exists() else None
-    model, revision = args.model or DEFAULT_MODEL, args.revision
     if args.repair and existing:  # by the folder's own record, whatever the options say
         table, recipe = existing.table, Recipe.of(existing)
         template, counts = parse_template(recipe.prompt), {folder.id: folder.count for folder in existing.folders}
-        model, revision = (model, revision) if args.model else reproduction.recorded_model(existing)
+        model = model or reproduction.recorded_model(existing)
     else:
         counts = images_per_class(table, args.images_per_class)
         recipe = asked_recipe(args, table.sha256, template.text).settle(existing, counts)
+    model = model or (DEFAULT_MODEL, args.revision)
     if args.dry_run:
-        plan.show_plan(recipe, model, revision, table, template, counts, args.chunk, out, args.device, args.rate)
+        plan.show_plan(recipe, *model, table, template, counts, args.chunk, out, args.device, args.rate)
         return 0
 
     # ===== finding the model =====
-    folder = find_pipeline(model, revision)
+    folder = find_pipeline(*model)
     recipe = recipe.with_model(folder)
     require_writable(out, "--out")
     about: dict[str, Any] = {
-        "name": out.resolve().name.lstrip(". ")[:LONGEST_NAME] or "dataset",
+        "name": out.resolve().name.lstrip(". ")[: cli.LONGEST_NAME] or "dataset",
         "recipe": recipe.record(),
         "model": {"id": folder.name, "revision": folder.revision, "files": folder.hashes(recipe.safety != "off")},
         "classes": [
             {"id": r.wnid, "name": r.name, "hypernym": r.hypernym, "definition": r.definition, "images": counts[r.wnid]}
             for r in table.rows
         ],
-        "command": command_line(),
+        "command": cli.command_line(),
     }
 
     # ===== what is left to do =====
@@ -279,4 +267,4 @@ def look_at(dataset: Dataset, args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, get_args_parser()))
+    sys.exit(cli.run(main, get_args_parser()))

@@ -406,7 +406,8 @@ def test_no_figure_of_an_a100_for_other_cards_and_models(tmp_path, tiny, monkeyp
         in planned(capsys, "--model", "stabilityai/stable-diffusion-2-1")[2]
     )
     assert "not known" in planned(capsys, "--device", "cpu")[2]
-    monkeypatch.setattr(loading, "seconds_of_a_step", lambda sampler, size: (2.0, 1.0))
+    seconds = iter([2.0, 1.0])  # a step, a decode
+    monkeypatch.setattr(loading, "seconds_of", lambda *rest: next(seconds))
     assert call(tmp_path / "out", tiny, "--dry-run") == 0  # a random pipeline on this machine: a step is timed
     said = capsys.readouterr().out
     assert (

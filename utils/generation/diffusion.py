@@ -10,12 +10,10 @@ What an image is made of, and from where:
 No scheduler here draws noise of its own.
 """
 
-from __future__ import annotations
-
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -70,26 +68,19 @@ class Sampler:
         self.scheduler = build_scheduler(recipe.scheduler, pipeline.scheduler.config)
         self.scheduler.set_timesteps(recipe.steps)
         self.guided = guided_steps(self.scheduler, recipe)
-        self._embeddings: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.embedding = lru_cache(CACHED_PROMPTS)(self._embed)
         # VAE decoding runs beside the next batch's denoising on a GPU; a CPU has no idle half to give it.
-        self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.side_stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def forwards_per_image(self) -> int:
         """UNet forward passes an image costs: two where guidance is on, one where it is off."""
         return sum(2 if guided else 1 for guided in self.guided)
 
-    # ----- text -----
-
     @torch.inference_mode()
-    def embedding(self, text: str) -> torch.Tensor:
-        """(1, 77, width) hidden states of one prompt."""
-        if text not in self._embeddings:
-            while len(self._embeddings) >= CACHED_PROMPTS:
-                self._embeddings.popitem(last=False)
-            self._embeddings[text] = self.pipeline.encode_prompt(text, self.device, 1, False)[0]
-        self._embeddings.move_to_end(text)
-        return self._embeddings[text]
+    def _embed(self, text: str) -> torch.Tensor:
+        """`embedding` is this, cached: (1, 77, width) hidden states of one prompt."""
+        return self.pipeline.encode_prompt(text, self.device, 1, False)[0]
 
     # ----- latents -----
 
@@ -144,20 +135,17 @@ class Sampler:
 
     # ----- pixels -----
 
-    def ready(self) -> torch.cuda.Event | None:
-        """A mark behind the work given to the GPU so far, for `beside`; None on other devices."""
-        return torch.cuda.current_stream(self.device).record_event() if self.side_stream else None
-
     @contextmanager
-    def beside(self, latents: torch.Tensor, ready: torch.cuda.Event | None) -> Iterator[None]:
+    def beside(self, latents: torch.Tensor, ready: torch.cuda.Event) -> Iterator[None]:
         """Work of this block on LATENTS starts after READY, next to whatever the GPU is given meanwhile."""
-        if ready is None or self.side_stream is None:
-            yield
-            return
         self.side_stream.wait_event(ready)
         with torch.cuda.stream(self.side_stream):
             latents.record_stream(self.side_stream)
             yield
+
+    def ready(self) -> torch.cuda.Event:
+        """A mark behind the work given to the GPU so far, for `beside`."""
+        return torch.cuda.current_stream(self.device).record_event()
 
     def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
         """uint8 (B, H, W, 3) on the CPU, and for each image its fault: "non-finite", "black" or ""."""

@@ -83,33 +83,33 @@ class Session:
     def open_batches(self, table: ClassTable, template: Template) -> Iterator[Batch | None]:
         """The batches to draw, class by class, each class locked. None asks that all before it be finished: those that
         are left belong to other processes, for which it then waits."""
-        rows = {row.wnid: row for row in table.rows}
-        left, refused = deque(self.folders), 0
+        rows, left = {row.wnid: row for row in table.rows}, self.folders
         while left:
-            folder = left.popleft()
-            lock = ExitStack()
-            try:
-                lock.enter_context(folder.lock())
-            except AlreadyOwned:
-                left.append(folder)
-                refused += 1
-                if refused >= len(left):
-                    refused = 0
-                    yield None
-                    self.bar.set_postfix_str("waiting for other processes")
-                    time.sleep(1)
-                continue
-            refused = 0
-            if open_dataset(self.dataset.root).images != self.dataset.images:  # else its new lines would be cut off
-                raise UserError(f"--images-per-class: another process lets {self.dataset.root} grow; take its number")
-            folder.prepare()
-            batches = folder.open_batches()
-            self.bar.update(self.pending[folder.id] - sum(map(len, batches)))  # drawn by another process meanwhile
-            for number, batch in enumerate(batches, 1):
-                prompts = class_prompts(rows[folder.id], template, batch, self.recipe.seed, self.recipe.names)
-                yield Batch(folder, list(prompts), lock if number == len(batches) else None)
-            if not batches:
-                lock.close()
+            owned_by_others = []
+            for folder in left:
+                lock = ExitStack()
+                try:
+                    lock.enter_context(folder.lock())
+                except AlreadyOwned:
+                    owned_by_others.append(folder)
+                    continue
+                if open_dataset(self.dataset.root).images != self.dataset.images:  # its new lines would be cut off
+                    raise UserError(
+                        f"--images-per-class: another process lets {self.dataset.root} grow; take its number"
+                    )
+                folder.prepare()
+                batches = folder.open_batches()
+                self.bar.update(self.pending[folder.id] - sum(map(len, batches)))  # drawn by another meanwhile
+                for number, batch in enumerate(batches, 1):
+                    prompts = class_prompts(rows[folder.id], template, batch, self.recipe.seed, self.recipe.names)
+                    yield Batch(folder, list(prompts), lock if number == len(batches) else None)
+                if not batches:
+                    lock.close()
+            if owned_by_others == left:
+                yield None
+                self.bar.set_postfix_str("waiting for other processes")
+                time.sleep(1)
+            left = owned_by_others
 
     def commit(self, batch: Batch, entries: dict[int, dict]) -> None:
         """Record the images of BATCH, whose files are written, by their manifest ENTRIES."""
@@ -157,9 +157,9 @@ def overlapped(
     with ThreadPoolExecutor(1) as hand:
         for batch in itertools.chain(batches, [None]):
             if batch is not None:
-                latents, ready = denoise(batch), sampler.ready()
+                latents = denoise(batch)
                 if sampler.device.type == "cuda":
-                    begun.append((batch, hand.submit(decode_and_write, batch, latents, ready)))
+                    begun.append((batch, hand.submit(decode_and_write, batch, latents, sampler.ready())))
                 else:
                     begun.append((batch, hand.submit(write, batch, *decode(latents))))
             while len(begun) > (batch is not None):

@@ -1,11 +1,13 @@
 """Making a Sampler: a checked pipeline is loaded; attention kernels and batch size are chosen by device."""
 
+import importlib
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle CPU threads sleep: a shared machine stays usable
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums on every run, also with two streams
@@ -16,7 +18,7 @@ import transformers
 from diffusers.models.attention_processor import XFormersAttnProcessor
 
 from utils.cli import UserError
-from utils.generation.diffusion import Sampler, spans
+from utils.generation.diffusion import Sampler
 from utils.generation.pipeline import PipelineFolder
 from utils.generation.recipe import Recipe
 from utils.machine import memory_format, require_compiler, resolve_device, resolve_dtype
@@ -65,13 +67,12 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype = torc
     """`auto` is torch's scaled_dot_product_attention ("sdpa") unless xformers is faster on this card."""
     if name == "sdpa" or (name == "auto" and device.type != "cuda"):
         return "sdpa"
-    fault = xformers_fault(device, dtype)
-    if name == "xformers" and fault:
-        raise UserError(f"--attention xformers: {fault}; use --attention sdpa")
-    if name == "xformers" or fault:
-        return "sdpa" if fault else name
-    sdpa, xformers = (sum(times.values()) for times in attention_ms(device, dtype).values())
-    return "xformers" if WORTHWHILE * xformers < sdpa else "sdpa"
+    if name == "xformers":
+        if fault := xformers_fault(device, dtype):
+            raise UserError(f"--attention xformers: {fault}; use --attention sdpa")
+        return name
+    total_ms = {kernel: sum(times.values()) for kernel, times in attention_ms(device, dtype).items()}
+    return "xformers" if WORTHWHILE * total_ms.get("xformers", math.inf) < total_ms["sdpa"] else "sdpa"
 
 
 def xformers_fault(device: torch.device, dtype: torch.dtype) -> str:
@@ -92,19 +93,16 @@ def xformers_fault(device: torch.device, dtype: torch.dtype) -> str:
 
 @cache
 def attention_ms(device: torch.device, dtype: torch.dtype) -> dict[str, dict[int, float]]:
-    """{"sdpa" and "xformers": {head size: milliseconds}} of one attention of two images, 8 heads (the VAE's has 1)."""
-    from xformers.ops import memory_efficient_attention
-
-    found: dict[str, dict[int, float]] = {"sdpa": {}, "xformers": {}}
+    """{"sdpa", and "xformers" where it runs: {head size: milliseconds}} of attention in two images."""
+    kernels: dict[str, Callable] = {"sdpa": torch.nn.functional.scaled_dot_product_attention}
+    if not xformers_fault(device, dtype):
+        kernels["xformers"] = importlib.import_module("xformers.ops").memory_efficient_attention
+    found: dict[str, dict[int, float]] = {name: {} for name in kernels}
     for size, tokens in HEADS.items():
         query = torch.randn(2, tokens, 1 if size == 512 else 8, size, device=device).to(dtype)
-        heads_first = query.transpose(1, 2)  # a view, as diffusers gives it
-        kernels: dict[str, Callable[[], object]] = {
-            "sdpa": lambda q=heads_first: torch.nn.functional.scaled_dot_product_attention(q, q, q),  # type: ignore[misc]
-            "xformers": lambda q=query: memory_efficient_attention(q, q, q),  # type: ignore[misc]
-        }
         for name, kernel in kernels.items():
-            found[name][size] = round(1000 * seconds_of(kernel, device, 9), 4)
+            q = query.transpose(1, 2) if name == "sdpa" else query  # sdpa takes heads first: a view, as in diffusers
+            found[name][size] = round(1000 * seconds_of(partial(kernel, q, q, q), device, 9), 4)
     return found
 
 
@@ -118,6 +116,7 @@ def choose_batch_size(sampler: Sampler) -> int:
     return max(1, min(images * 64 * 64 * 2 // (area * sampler.dtype.itemsize), MOST_IMAGES))
 
 
+@torch.inference_mode()
 def measured_rate(folder: PipelineFolder, recipe: Recipe, device_name: str) -> tuple[float, str, str]:
     """(images/s, "GPU" or "CPU", how) of FOLDER on a device here: one step and one decode are timed, then reckoned.
 
@@ -127,25 +126,13 @@ def measured_rate(folder: PipelineFolder, recipe: Recipe, device_name: str) -> t
     recipe = replace(recipe.with_device(device), safety="off", compile=False)
     sampler = load_sampler(folder, recipe, device)
     size = recipe.batch_size or choose_batch_size(sampler)
-    step, decode = seconds_of_a_step(sampler, size)
+    latents = sampler.initial_latents(range(size)).to(device)
+    rows = torch.cat([latents, latents]).to(sampler.dtype, memory_format=sampler.layout)
+    text, at = sampler.embedding("").expand(2 * size, -1, -1), sampler.scheduler.timesteps[0].to(device)
+    step = seconds_of(lambda: sampler.unet(rows, at, encoder_hidden_states=text), device)
+    seconds = step * sampler.forwards_per_image / 2 + seconds_of(lambda: sampler.decode(latents), device)
     how = f"measured here, {recipe.dtype} in batches of {size}, from one step and one decode"
-    unit = "CPU" if device.type == "cpu" else "GPU"
-    return size / (step * sampler.forwards_per_image / 2 + decode), unit, how
-
-
-@torch.inference_mode()
-def seconds_of_a_step(sampler: Sampler, size: int) -> tuple[float, float]:
-    """Seconds of one guided UNet forward and of one decode of SIZE images."""
-    latents = sampler.initial_latents(range(size)).to(sampler.device)
-    scaled = torch.cat([latents, latents]).to(sampler.dtype, memory_format=sampler.layout)
-    text = sampler.embedding("").expand(2 * size, -1, -1)
-    time_step = sampler.scheduler.timesteps[0].to(sampler.device)
-    parts = [latents[start:end] for start, end in spans(size, sampler.decoding.size)]
-    return (
-        # forward(): never the compiled UNet, which would be compiled for every size that is tried.
-        seconds_of(lambda: sampler.unet.forward(scaled, time_step, encoder_hidden_states=text), sampler.device),
-        seconds_of(lambda: [sampler._decode(part) for part in parts], sampler.device),
-    )
+    return size / seconds, "CPU" if device.type == "cpu" else "GPU", how
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, times: int = 1) -> float:

@@ -1,7 +1,5 @@
 """A Stable Diffusion pipeline on disk: found (local files first), checked and hashed before torch is imported."""
 
-from __future__ import annotations
-
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +26,6 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Enough of a hub repository to load it: settings and safetensors, none of the pickled or half-precision copies.
 HUB_FILES = ["model_index.json", "*/*.json", "*/*.txt"]
 HUB_FILES += [f"*/{stem}{rest}" for stem in ("model", "diffusion_pytorch_model") for rest in (".safetensors", "-0*")]
-TRY_NOW = "to try the whole path now, without downloads: --model models/digits-sd --classes digits"
 
 
 @dataclass(frozen=True)
@@ -53,13 +50,6 @@ class PipelineFolder:
         """Side of the images the UNet was trained on, in pixels: 512 for SD 1.x."""
         size = self.settings("unet/config.json")["sample_size"]
         return (size[0] if isinstance(size, list) else size) * self.pixels_per_latent
-
-    @property
-    def is_sd1(self) -> bool:
-        """Whether the UNet has the size of Stable Diffusion 1.x, so that rates published for it hold."""
-        unet = self.settings("unet/config.json")
-        sizes = [unet.get(key) for key in ("sample_size", "cross_attention_dim", "block_out_channels")]
-        return sizes == [64, 768, [320, 640, 1280, 1280]]
 
     def hashes(self, with_safety_checker: bool) -> dict[str, str]:
         """{relative path: sha256} of every file that can change a pixel; weights hash at the speed of the disk."""
@@ -130,7 +120,8 @@ def _download(model: str, revision: str | None) -> Path:
         problem = f"its weights are not on this machine and the hub cannot be reached ({type(error).__name__})"
     raise UserError(
         f"--model {model}: {problem}; fetch them where there is a network with `{fetch}`, "
-        f"or give a pipeline folder with --model; {TRY_NOW}"
+        "or give a pipeline folder with --model; to try the whole path now, without downloads: "
+        "--model models/digits-sd --classes digits"
     )
 
 

@@ -1,7 +1,5 @@
 """--dry-run: what a run would draw and cost, before any weight is loaded. Imports no torch."""
 
-from __future__ import annotations
-
 import re
 import sys
 from dataclasses import replace
@@ -88,16 +86,16 @@ def expected_rate(
     of Stable Diffusion 1.x on an A100, where nothing here contradicts it.
     """
     cards = gpus()["gpus"]
-    is_sd1 = folder.is_sd1 if folder else bool(SD1_NAME.search(model))
     on_a100 = device_name in ("auto", "cuda") and all("A100" in card for card in cards)  # none here: a cluster's
-    if folder and (cards or not (is_sd1 and on_a100)):
+    published = on_a100 and SD1_NAME.search(model)
+    if folder and (cards or not published):
         from utils.generation import loading  # imports torch
 
         try:
             return loading.measured_rate(folder, recipe, device_name)
         except UserError as error:
             print(f"note: {error}", file=sys.stderr)
-    if is_sd1 and on_a100:
+    if published:
         scale = (1 - VAE_SHARE) * forwards / 102 + VAE_SHARE
         pixels = (recipe.height or 512) * (recipe.width or 512) / 512**2
         how = "published for Stable Diffusion 1.x on an A100, not measured here; give yours with --rate"

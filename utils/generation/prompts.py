@@ -10,8 +10,6 @@ this machine (nothing is downloaded), and warnings:
 A warning never stops anything: exit code 0 says that the prompts could be built.
 """
 
-from __future__ import annotations
-
 import argparse
 import bisect
 import json

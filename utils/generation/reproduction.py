@@ -4,109 +4,77 @@ Batches are drawn whole, as they were (their composition decides the last bits),
 new files go to a temporary folder; the dataset is only read.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from utils.classes import ClassTable
 from utils.cli import UserError
 from utils.dataset import folder as datasets
 from utils.dataset.folder import ClassFolder, Dataset
 from utils.generation.drawing import Batch, ProgressBar
 from utils.generation.pipeline import find_pipeline
-from utils.generation.prompts import Template, class_prompts, parse_template
+from utils.generation.prompts import class_prompts, parse_template
 from utils.generation.recipe import Recipe
 from utils.images import BadImage, decode_rgb
 from utils.machine import resolve_device, snapshot
 from utils.storage import read_jsonl, sha256_file
 
-if TYPE_CHECKING:
-    import torch
-
-    from utils.generation.diffusion import Sampler
-
 NEAR_DB = 30.0  # a peak signal-to-noise ratio from which two files show the same picture, low bits apart
 EQUAL, NEAR, DIFFERENT, LOST = "byte-equal", "near-equal", "different", "damaged or missing in the dataset"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One image of the sample."""
-
-    id: str
-    index: int
-    verdict: str  # EQUAL, NEAR, DIFFERENT or LOST
-    psnr_db: float  # of the new pixels against the old; infinite if equal, nan where there is no picture to compare
+Draw = Callable[..., Iterator[tuple[Batch, dict[int, dict]]]]  # generate.draw
+Comparison = tuple[str, str, float]  # name of an image, verdict, PSNR in dB of the new pixels against the old
 
 
 def reproduce(
-    record: Path,
-    sample: int,
-    seed: int,
-    model: str | None,
-    revision: str | None,
-    device_name: str,
-    choices: dict[str, Any],
-    draw: Callable[..., Iterator[tuple[Batch, dict[int, dict]]]],
+    record: Path, sample: int, seed: int, model: tuple[str, str | None] | None, device: str, choices: dict, draw: Draw
 ) -> int:
-    """Draw about SAMPLE images of the dataset of RECORD again with DRAW (generate.py's), and print how they compare.
+    """Draw about SAMPLE images of the dataset of RECORD again with DRAW, and print how they compare.
 
-    The MODEL (None: as recorded) and CHOICES (of dtype, attention, batch_size) may differ from the
+    The MODEL (with its revision; None: as recorded) and CHOICES (of dtype, attention, batch_size) may differ from the
     record, to see what that does; they are then listed with the other differences. Returns the exit code: 0 if all
     images are byte-equal or near-equal, else 1.
     """
     from utils.generation import loading  # imports torch
 
     dataset = open_record(record)
-    recorded, drawn_with = Recipe.of(dataset), dataset.info["model"]
-    table, template = dataset.table, parse_template(recorded.prompt)
-    chosen = choose_batches(dataset, sample, seed)
-    folder = find_pipeline(*(model, revision) if model else recorded_model(dataset))
-    hashes = folder.hashes(recorded.safety != "off")
-    for name, _, _ in differences(drawn_with["files"], hashes):
+    recorded, chosen = Recipe.of(dataset), choose_batches(dataset, sample, seed)
+    folder = find_pipeline(*model or recorded_model(dataset))
+    for name, _, _ in differences(dataset.info["model"]["files"], folder.hashes(recorded.safety != "off")):
         raise UserError(f"--model {folder.name} is not the model {dataset.root} was drawn with: {name} differs")
 
-    device = resolve_device(device_name)
-    recipe = own_recipe(recorded, device, choices).with_device(device)
-    sampler = loading.load_sampler(folder, recipe, device)
+    here = resolve_device(device)
+    for key, of_a_gpu in (("dtype", "fp16"), ("attention", "xformers")):
+        if here.type != "cuda" and getattr(recorded, key) == of_a_gpu:
+            choices = {key: None} | choices
+    recipe = replace(recorded, **choices).with_device(here)
+    sampler = loading.load_sampler(folder, recipe, here)
     images = sum(len(batch) for _, batch in chosen)
     print(f"{dataset.root}: drawing {images} of its {dataset.images} images again: {len(chosen)} whole batches of "
           f"{len({folder.id for folder, _ in chosen})} classes")  # fmt: skip
     with ProgressBar(images, "reproduce") as bar:
-        found = list(redraw(chosen, recipe, sampler, table, template, bar, draw))
+        found = list(redraw(dataset, chosen, lambda batches: draw(batches, recipe, sampler, bar), bar))
     show_comparisons(found)
     show_differences(dataset, recorded, recipe)
     if sampler.denoising.size < (recipe.batch_size or 1):
         print(f"note: memory ran out here, so at most {sampler.denoising.size} images were denoised at once")
-    return 0 if all(one.verdict in (EQUAL, NEAR) for one in found) else 1
-
-
-def own_recipe(recorded: Recipe, device: torch.device, choices: dict[str, Any]) -> Recipe:
-    """What is done otherwise than RECORDED: as chosen, or because DEVICE cannot do it as recorded."""
-    given = dict(choices)
-    for key, of_a_gpu in (("dtype", "fp16"), ("attention", "xformers")):
-        if device.type != "cuda" and getattr(recorded, key) == of_a_gpu:
-            given.setdefault(key, None)
-    return replace(recorded, **given)
+    return 0 if all(verdict in (EQUAL, NEAR) for _, verdict, _ in found) else 1
 
 
 def show_comparisons(found: list[Comparison]) -> None:
     """Print a line for each verdict: how many images, the lowest signal-to-noise ratio, the first names."""
     for verdict in (EQUAL, NEAR, DIFFERENT, LOST):
-        those = [one for one in found if one.verdict == verdict]
-        lowest = min((one.psnr_db for one in those if np.isfinite(one.psnr_db)), default=None)
-        shown = f", PSNR from {lowest:.1f} dB" if lowest is not None else ""
-        names = ", ".join(f"{one.id}_{one.index:06d}" for one in those[:5])
-        print(f"{verdict}: {len(those)}{shown}" + (f" ({names})" if names and verdict != EQUAL else ""))
+        names = [name for name, found_as, _ in found if found_as == verdict]
+        psnrs_db = [psnr for _, found_as, psnr in found if found_as == verdict and math.isfinite(psnr)]
+        shown = f", PSNR from {min(psnrs_db):.1f} dB" if psnrs_db else ""
+        shown += f" ({', '.join(names[:5])})" if names and verdict != EQUAL else ""
+        print(f"{verdict}: {len(names)}{shown}")
 
 
 def show_differences(dataset: Dataset, recorded: Recipe, used: Recipe) -> None:
@@ -130,11 +98,10 @@ def show_differences(dataset: Dataset, recorded: Recipe, used: Recipe) -> None:
 
 
 def open_record(path: Path) -> Dataset:
-    """The dataset whose dataset.json (or folder) PATH is; UserError if there is none."""
-    if not path.exists():
-        raise UserError(f"--reproduce {path} does not exist; name a dataset's folder or its dataset.json")
-    if path.is_file() and path.name != "dataset.json":
-        raise UserError(f"--reproduce {path}: name a dataset's folder or its dataset.json")
+    """The dataset of PATH, its folder or dataset.json."""
+    if not path.exists() or (path.is_file() and path.name != "dataset.json"):
+        fault = " is no dataset" if path.exists() else " does not exist"
+        raise UserError(f"--reproduce {path}{fault}; name a dataset's folder or its dataset.json")
     return datasets.open_dataset(path.parent if path.is_file() else path)
 
 
@@ -175,16 +142,11 @@ def choose_batches(dataset: Dataset, images: int, seed: int) -> list[tuple[Class
 
 
 def redraw(
-    chosen: list[tuple[ClassFolder, range]],
-    recipe: Recipe,
-    sampler: Sampler,
-    table: ClassTable,
-    template: Template,
-    bar: ProgressBar,
-    draw: Callable[..., Iterator[tuple[Batch, dict[int, dict]]]],
+    dataset: Dataset, chosen: list[tuple[ClassFolder, range]], draw: Draw, bar: ProgressBar
 ) -> Iterator[Comparison]:
     """DRAW the CHOSEN batches again, as the first time, rejections included; compare every image."""
-    rows, old = {row.wnid: row for row in table.rows}, {folder.id: folder for folder, _ in chosen}
+    recipe, template = Recipe.of(dataset), parse_template(dataset.recipe["prompt"])
+    rows, old = {row.wnid: row for row in dataset.table.rows}, {folder.id: folder for folder, _ in chosen}
     with tempfile.TemporaryDirectory(prefix="imagenet-sd-") as room:
         batches = []
         for folder, indices in chosen:
@@ -192,27 +154,30 @@ def redraw(
             new.images.mkdir(parents=True, exist_ok=True)
             prompts = class_prompts(rows[folder.id], template, indices, recipe.seed, recipe.names)
             batches.append(Batch(new, list(prompts)))
-        for batch, entries in draw(batches, recipe, sampler, bar):
-            recorded = old[batch.folder.id].entries()
+        for batch, entries in draw(batches):
+            folder = old[batch.folder.id]
+            recorded = folder.entries()
             for index in sorted(entries):
                 redrawn = batch.folder.path(index)
-                yield compare(old[batch.folder.id], index, recorded[index], redrawn, entries[index])
+                yield redrawn.stem, *compare(folder.path(index), recorded[index], redrawn, entries[index])
                 redrawn.unlink()
                 bar.update(1)
 
 
-def compare(folder: ClassFolder, index: int, recorded: dict, new: Path, entry: dict) -> Comparison:
-    """The new file against the old one, which must be the one its manifest speaks of."""
-    old = folder.path(index)
+def compare(old: Path, recorded: dict, new: Path, entry: dict) -> tuple[str, float]:
+    """(verdict, PSNR in dB) of the new file against the old one, which must be the one its manifest speaks of.
+
+    The PSNR is infinite for the same bytes, nan where there is no picture to compare.
+    """
     if not old.is_file() or sha256_file(old) != recorded["sha256"]:
-        return Comparison(folder.id, index, LOST, math.nan)
+        return LOST, math.nan
     if entry["sha256"] == recorded["sha256"]:
-        return Comparison(folder.id, index, EQUAL, math.inf)
+        return EQUAL, math.inf
     try:
         psnr = psnr_db(decode_rgb(old), decode_rgb(new))
     except BadImage:
         psnr = math.nan
-    return Comparison(folder.id, index, NEAR if psnr >= NEAR_DB else DIFFERENT, psnr)
+    return NEAR if psnr >= NEAR_DB else DIFFERENT, psnr
 
 
 def psnr_db(old: np.ndarray, new: np.ndarray) -> float:
