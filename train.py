@@ -196,8 +196,8 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     # ===== preparing devices =====
     import torch
 
-    from utils.machine import memory_format, resolve_device, resolve_dtype
-    from utils.model import MultiCrop, build_model, compiled, parameter_groups, refuse_sizes, sync_batchnorm
+    from utils.machine import memory_format, require_compiler, resolve_device, resolve_dtype
+    from utils.model import MultiCrop, build_model, parameter_groups, refuse_sizes, sync_batchnorm
     from utils.training import distributed
     from utils.training.loader import CropBatches, crop_specs, worker_count
     from utils.training.run_log import describe_plan
@@ -217,13 +217,15 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     torch.manual_seed(args.seed)
     model = build_model(recipe["arch"], len(images[0].class_ids), recipe["head"])
     crops = crop_specs(recipe)
-    refuse_sizes(model, [spec.size for spec in crops])
+    at_once = schedule.batch_size // schedule.micro_batches  # images that share their batch norm
+    refuse_sizes(model, [(spec.size, spec.count * at_once) for spec in crops])
     model = model.to(device=device, memory_format=layout)
     if processes.world_size > 1:
-        model = sync_batchnorm(model, device)
+        model = sync_batchnorm(model)
     forward: torch.nn.Module = MultiCrop(model)
     if args.compile:
-        forward = compiled(forward)
+        require_compiler(device)
+        forward = torch.compile(forward, dynamic=False)  # each crop size on its own: kernels for any size are slower
     if processes.world_size > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, [device] if device.type == "cuda" else None)
     groups = parameter_groups(model, recipe["weight_decay"])
@@ -290,7 +292,7 @@ def train(
     if training.epoch_line_due():
         if any_rank(log is not None and not log.has_epoch(training.step), training.device):  # stopped while validating
             finish_epoch(training, validation, log, stop, args.val_every)
-        training.start_epoch()
+        training.epoch.clear()
     clock = Clock(training.step)
     saved_at = drawn_at = time.monotonic()
     while training.step < schedule.total_steps:
@@ -306,7 +308,7 @@ def train(
             saved_at = time.monotonic()
         if epoch_ended:
             finish_epoch(training, validation, log, stop, args.val_every)
-            training.start_epoch()
+            training.epoch.clear()
         if is_main() and epoch_ended and time.monotonic() - drawn_at > CURVES_SECONDS:
             draw_run(out)
             drawn_at = time.monotonic()

@@ -111,7 +111,16 @@ def test_transformers_keep_their_heads_name_and_refuse_small_crops():
     model = build_model("vit_b_32", 5, "cosine")
     assert head_name(model) == "heads.head"
     with pytest.raises(UserError, match=r"cannot take 96 px crops.*--recipe basic"):
-        refuse_sizes(model, [224, 96])
+        refuse_sizes(model, [(224, 64), (96, 512)])
+
+
+def test_one_image_at_a_time_is_refused_where_batch_norm_would_see_one_number():
+    model = build_model("resnet10", 5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"cannot take 16 px crops .*--batch-per-device and --batch-size at least 2"):
+        refuse_sizes(model, [(64, 1), (16, 1)])
+    refuse_sizes(model, [(64, 1), (16, 2)])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_unknown_names_are_refused_with_a_hint():

@@ -6,17 +6,16 @@ into an unmodified torchvision model.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Sequence
-from typing import cast
+from typing import Any
 
 import torch
-import torch.distributed.nn.functional as distributed_functional
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional
 
 from utils.cli import UserError
-from utils.machine import require_compiler
 
 HEADS = ("cosine", "linear")
 TEMPERATURE = 0.1  # of the cosine softmax: t-ReX defaults
@@ -98,26 +97,24 @@ def head_name(model: nn.Module) -> str:
     return linear[-1]
 
 
-def refuse_sizes(model: nn.Module, sizes: Sequence[int]) -> None:
-    """UserError if the model cannot take square images of each of SIZES (some transformers take one size only)."""
-    model.eval()
-    for size in sizes:
+def refuse_sizes(model: nn.Module, crops: Sequence[tuple[int, int]]) -> None:
+    """UserError if the model cannot be trained on N images of SIZE pixels at a time, for each (SIZE, N) of CROPS.
+
+    Some transformers take one size only, and batch norm nothing of which it has a single number a channel.
+    """
+    trial = copy.deepcopy(model)  # a forward pass in training moves batch norm's statistics
+    for size, count in crops:
         try:
-            with torch.inference_mode():
-                model(torch.zeros(1, 3, size, size))
+            with torch.no_grad():
+                trial(torch.zeros(min(count, 2), 3, size, size))
         except (AssertionError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            remedy = "try --recipe basic, which has one crop size"
+            if "more than 1 value per channel" in reason:
+                remedy = "give --batch-per-device and --batch-size at least 2 images for each process"
             raise UserError(
-                f"--arch: {type(model).__name__} cannot take {size} px crops ({reason}); "
-                "try --recipe basic, which has one crop size"
+                f"--arch: {type(model).__name__} cannot take {size} px crops ({reason}); {remedy}"
             ) from None
-    model.train()
-
-
-def compiled(forward: nn.Module) -> nn.Module:
-    """torch.compile, refused at the door where it could only fail at the first step."""
-    require_compiler(next(forward.parameters()).device)
-    return cast(nn.Module, torch.compile(forward))
 
 
 class MultiCrop(nn.Module):
@@ -157,45 +154,63 @@ def export_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 # ===== batch norm over all processes =====
 
 
-def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Batch norm statistics over the global batch. torch's own needs a GPU; on the CPU ours does the same with gloo."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d | nn.BatchNorm1d):
-                child.__class__ = CpuSyncBatchNorm  # same parameters and buffers, another forward
-                setattr(module, name, child)
+def sync_batchnorm(model: nn.Module) -> nn.Module:
+    """MODEL with batch norm over the joined batch of all processes; names and parameters stay."""
+    for module in model.modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            module.__class__ = SyncBatchNorm
     return model
 
 
-class CpuSyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm whose batch is that of all processes together (what nn.SyncBatchNorm does on CUDA).
-
-    Counts, sums and sums of squares are added over the processes; `distributed.nn` gives that sum its gradient.
-    """
+class SyncBatchNorm(nn.BatchNorm2d):
+    """What nn.SyncBatchNorm computes, on any device, without waiting for it: one all-reduce forward, one backward."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, ...) -> the same shape and type; statistics and their sums are of single and double precision."""
         if not self.training:
             return super().forward(x)
         assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None
-        with torch.autocast(x.device.type, enabled=False):
-            values = x.double()  # E[x^2] - E[x]^2 cancels in single precision
-            axes = [0, *range(2, x.ndim)]
-            count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64)
-            local = torch.cat([values.sum(axes), values.square().sum(axes), count])
-            total = distributed_functional.all_reduce(local)
-            channels = x.shape[1]
-            n = total[-1].detach()
-            mean = total[:channels] / n
-            variance = total[channels : 2 * channels] / n - mean.square()
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                unbiased = variance * n / (n - 1)
-                self.running_mean.lerp_(mean.float(), self.momentum)
-                self.running_var.lerp_(unbiased.float(), self.momentum)
-            scale = self.weight.double() * (variance + self.eps).rsqrt()
-            shift = self.bias.double() - mean * scale
-            shape = [1, channels] + [1] * (x.ndim - 2)
-            return (values * scale.view(shape) + shift.view(shape)).to(x.dtype)
+        y, mean, variance, count = _JoinedBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return y
+
+
+class _JoinedBatchNorm(torch.autograd.Function):
+    """Ioffe and Szegedy, 2015, with sums over the processes: (B, C, ...) -> (normalised, mean, variance, count)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Any:
+        axes = [0, *range(2, x.ndim)]
+        local_variance, local_mean = torch.var_mean(x.float(), axes, correction=0)
+        local_mean, local_variance = local_mean.double(), local_variance.double()  # E[x^2] - E[x]^2 cancels in single
+        count = x.numel() // x.shape[1]
+        sums = torch.cat([local_mean, local_variance + local_mean.square(), local_mean.new_ones(1)]) * count
+        distributed.all_reduce(sums)
+        total = sums[-1]
+        mean, square = (sums[:-1] / total).chunk(2)
+        variance = (square - mean.square()).float()
+        mean, inverse = mean.float(), (variance + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, inverse, total)
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        scale = weight * inverse
+        y = ((x.float() - mean.view(shape)) * scale.view(shape) + bias.view(shape)).to(x.dtype)
+        images = total.float()
+        ctx.mark_non_differentiable(mean, variance, images)
+        return y, mean, variance, images
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        x, weight, mean, inverse, total = ctx.saved_tensors
+        axes, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
+        dy = gradients[0].float()
+        standard = (x.float() - mean.view(shape)) * inverse.view(shape)
+        d_bias, d_weight = dy.sum(axes), (dy * standard).sum(axes)  # of this process: DDP adds the others'
+        sums = torch.cat([d_bias, d_weight]).double()
+        distributed.all_reduce(sums)
+        mean_dy, mean_dy_standard = (sums / total).float().chunk(2)
+        dx = dy - mean_dy.view(shape) - standard * mean_dy_standard.view(shape)
+        return (dx * (weight * inverse).view(shape)).to(x.dtype), d_weight, d_bias, None

@@ -10,17 +10,18 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from utils.cli import UserError
 from utils.storage import remove_leftovers
 from utils.training import checkpoint
 from utils.training.checkpoint import (
     NEWEST,
     PREVIOUS,
-    DamagedCheckpoints,
     load_checkpoint,
     save_checkpoint,
 )
@@ -28,8 +29,18 @@ from utils.training.checkpoint import (
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def state(step: int) -> dict:
-    return {"step": step, "model": {"weight": torch.full((64, 64), float(step))}}
+def state(step: int, side: int = 64) -> dict:
+    group = {"lr": 0.1, "momentum": 0.9, "nesterov": False, "foreach": None, "params": [0]}
+    return {
+        "identity": {"arch": "resnet10", "global_scale": [0.25, 1.0], "data": ["34 images ab"], "seed": 0},
+        "step": step,
+        "model": {"weight": torch.full((side, side), float(step))},
+        "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": [group]},
+        "scaler": {},
+        "interval": [0.0, 0, 0],
+        "epoch": [1.5, 3, 8],
+        "bad_images": [],
+    }
 
 
 def test_the_last_two_are_kept(tmp_path):
@@ -38,7 +49,7 @@ def test_the_last_two_are_kept(tmp_path):
         save_checkpoint(tmp_path, state(step))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([NEWEST, PREVIOUS])
     found, path, problems = load_checkpoint(tmp_path)
-    assert (found["step"], path.name, problems) == (3, NEWEST, [])
+    assert (found.step, path.name, problems) == (3, NEWEST, [])
     assert torch.load(tmp_path / PREVIOUS, weights_only=True)["step"] == 2
 
 
@@ -54,7 +65,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, damage):
     if damage == "missing":  # killed between the two renames
         newest.unlink()
     found, path, problems = load_checkpoint(tmp_path)
-    assert (found["step"], path.name) == (1, PREVIOUS)
+    assert (found.step, path.name) == (1, PREVIOUS)
     assert len(problems) == (damage != "missing") and all(NEWEST in problem for problem in problems)
 
 
@@ -63,7 +74,7 @@ def test_two_damaged_ones_are_an_error_and_not_a_fresh_start(tmp_path):
         save_checkpoint(tmp_path, state(step))
     for name in (NEWEST, PREVIOUS):
         (tmp_path / name).write_bytes(b"x" * 100)
-    with pytest.raises(DamagedCheckpoints, match=f"{NEWEST}.*{PREVIOUS}"):
+    with pytest.raises(UserError, match=f"{NEWEST}.*{PREVIOUS}"):
         load_checkpoint(tmp_path)
 
 
@@ -72,9 +83,68 @@ def test_pickled_code_is_refused(tmp_path):
         def __reduce__(self):
             return os.system, ("touch /tmp/never",)
 
-    torch.save({"step": 1, "payload": Evil()}, tmp_path / NEWEST)
-    with pytest.raises(DamagedCheckpoints):
+    torch.save(state(1) | {"payload": Evil()}, tmp_path / NEWEST)
+    with pytest.raises(UserError, match="no readable checkpoint"):
         load_checkpoint(tmp_path)
+
+
+def nested() -> list:
+    """Twelve levels of ten references to the same list: 120 lists in memory, 10^12 to whoever walks or prints them."""
+    value: list = ["x"]
+    for _ in range(12):
+        value = [value] * 10
+    return value
+
+
+def in_itself() -> dict:
+    value: dict = {}
+    value["again"] = value
+    return value
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda good: [good],
+        lambda good: 5,
+        lambda good: good | {"step": "7"},
+        lambda good: good | {"step": None},
+        lambda good: good | {"model": [1]},
+        lambda good: good | {"model": {"weight": "text"}},
+        lambda good: good | {"identity": in_itself()},
+        lambda good: good | {"identity": {"arch": nested()}},
+        lambda good: good | {"bad_images": nested()},
+        lambda good: good | {"optimizer": in_itself()},
+        lambda good: good | {"optimizer": {"state": {0: {"momentum_buffer": nested()}}, "param_groups": []}},
+        lambda good: good | {"optimizer": {"state": {}, "param_groups": [{"lr": nested()}]}},
+        lambda good: good | {"epoch": {"loss": 1}},
+        lambda good: {key: value for key, value in good.items() if key != "identity"},
+    ],
+)
+def test_a_checkpoint_of_another_form_is_one_line_at_once(tmp_path, change):
+    torch.save(change(state(2)), tmp_path / NEWEST)
+    with pytest.raises(UserError, match=f"no readable checkpoint .*{NEWEST}") as caught:
+        load_checkpoint(tmp_path)
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+    torch.save(state(1), tmp_path / PREVIOUS)
+    assert load_checkpoint(tmp_path)[0].step == 1
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_takes_memory(tmp_path):
+    save_checkpoint(tmp_path, state(1))
+    entries = {}
+    with zipfile.ZipFile(tmp_path / NEWEST) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(tmp_path / NEWEST, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    with pytest.raises(UserError, match="it is compressed, which torch"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_fifo_in_its_place_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / NEWEST)
+    assert load_checkpoint(tmp_path) is None
 
 
 def test_kill_9_while_writing_leaves_a_loadable_one(tmp_path):
@@ -83,14 +153,15 @@ def test_kill_9_while_writing_leaves_a_loadable_one(tmp_path):
         import sys; sys.path.insert(0, {str(ROOT)!r})
         from pathlib import Path
         import torch
+        from tests.training.test_checkpoint import state
         from utils.training.checkpoint import load_checkpoint, save_checkpoint
         run = Path({str(tmp_path)!r})
         found = load_checkpoint(run)
-        step = found[0]["step"] if found else 0
+        step = found[0].step if found else 0
         print("ready", flush=True)
         while True:
             step += 1
-            save_checkpoint(run, {{"step": step, "model": {{"weight": torch.full((256, 256), float(step))}}}})
+            save_checkpoint(run, state(step, side=256))
     """
     last = 0
     for attempt in range(4):
@@ -104,13 +175,13 @@ def test_kill_9_while_writing_leaves_a_loadable_one(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         found, _, problems = load_checkpoint(tmp_path)
-        assert problems == [] and found["step"] > last
-        assert (found["model"]["weight"] == found["step"]).all()
-        last = found["step"]
+        assert problems == [] and found.step > last
+        assert (found.model["weight"] == found.step).all()
+        last = found.step
     leftovers = list(tmp_path.glob(".*.tmp"))
     remove_leftovers(tmp_path)
     assert not list(tmp_path.glob(".*.tmp")), leftovers
-    assert load_checkpoint(tmp_path)[0]["step"] == last
+    assert load_checkpoint(tmp_path)[0].step == last
 
 
 @pytest.mark.parametrize("room", [0, 5000])

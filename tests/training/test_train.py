@@ -181,6 +181,28 @@ def test_a_dry_run_can_be_interrupted(images, tmp_path):
     assert "interrupted" in err
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state | {"step": 1_000_000}, "step 1000000 of 12 cannot be; delete it to go on without"),
+        (lambda state: state | {"step": -1}, "step -1 of 12 cannot be"),
+        (
+            lambda state: state | {"model": {"conv1.weight": state["model"]["conv1.weight"]}},
+            "does not fit this run's model",
+        ),
+        (lambda state: state | {"optimizer": {"state": {}, "param_groups": []}}, "does not fit this run's model"),
+        (lambda state: state | {"identity": state["identity"] | {"seed": 5}}, "holds another run: seed was 5, now 0"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_of_this_run_is_refused(finished, images, tmp_path, change, message):
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    torch.save(change(weights(run / "checkpoint.pth")), run / "checkpoint.pth")
+    (run / "shapes.pth").unlink()
+    with pytest.raises(UserError) as caught:
+        train.main(parse("--data", images, "--out", run, *TINY))
+    assert message in str(caught.value) and not (run / "shapes.pth").exists()
+
+
 def test_damaged_images_stop_the_run_unless_allowed(tmp_path):
     data = make_images(tmp_path / "data", {"n01": 8, "n02": 8})
     damaged = data / "n01" / "n01_000003.jpg"

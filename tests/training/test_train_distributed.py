@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
-from torch import nn
 
-from tests.training_runs import TINY, finish, log_without_clock, make_images, start, weights
-from utils.model import CpuSyncBatchNorm
+from tests.training_runs import ROOT, TINY, finish, log_without_clock, make_images, start, weights
 
 # Two processes add the same numbers in another order; after STEPS steps of SGD the weights of this network, up to 1 in
 # size, differ by rounding only. float32: 12 steps stay below this.
@@ -126,27 +127,68 @@ def test_processes_that_resume_different_steps_are_refused(images, tmp_path):
         assert "rank 0 continues from step 4 but rank 1 from step 0; put --out on a disk" in err
 
 
-def test_synchronised_batch_norm_equals_torchs_on_one_process(tmp_path):
-    """Forward, gradients and running statistics; the group of one process adds nothing."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        torch.manual_seed(0)
-        ours, reference = CpuSyncBatchNorm(5), nn.BatchNorm2d(5)
-        with torch.no_grad():
-            for module in (ours, reference):
-                module.weight.copy_(torch.linspace(0.5, 2, 5))
-                module.bias.copy_(torch.linspace(-1, 1, 5))
-        x = (torch.randn(6, 5, 4, 3) * 3 + 100).requires_grad_()  # a large mean: squares must not cancel
-        y = x.detach().clone().requires_grad_()
-        weight = torch.randn(6, 5, 4, 3)
-        (ours(x) * weight).sum().backward()
-        (reference(y) * weight).sum().backward()
-        torch.testing.assert_close(ours(x), reference(y), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(x.grad, y.grad, atol=1e-4, rtol=1e-4)
-        for name in ("weight", "bias"):
-            torch.testing.assert_close(getattr(ours, name).grad, getattr(reference, name).grad, atol=1e-3, rtol=1e-4)
-        for name, value in reference.state_dict().items():
-            torch.testing.assert_close(ours.state_dict()[name], value, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(ours.eval()(x), reference.eval()(y), atol=1e-4, rtol=1e-4)
-    finally:
+JOINED = """
+import sys, torch
+from torch import nn
+from utils.model import SyncBatchNorm
+from utils.training import distributed as d
+torch.manual_seed(0)
+whole = torch.randn(12, 5, 4, 3) * 3 + torch.tensor([100.0, 0, -7, 0.01, 1000])[:, None, None]
+weight, parts = torch.randn(12, 5, 4, 3), {"1": [12], "2": [7, 5], "3": [2, 9, 1]}[sys.argv[1]]
+layers = []
+for kind in (SyncBatchNorm, nn.BatchNorm2d):
+    layer = kind(5)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(0.5, 2, 5)), layer.bias.copy_(torch.linspace(-1, 1, 5))
+    layers.append(layer)
+ours, reference = layers
+with d.process_group(torch.device("cpu")) as me:
+    if sys.argv[1] == "1":
+        torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/store", rank=0, world_size=1)
+    mine = slice(sum(parts[: me.rank]), sum(parts[: me.rank + 1]))
+    x, y = whole[mine].clone().requires_grad_(), whole.clone().requires_grad_()
+    calls = []
+    reduce = torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda *a, **k: (calls.append(0), reduce(*a, **k))
+    out, wanted = ours(x), reference(y)
+    (out * weight[mine]).sum().backward()
+    (wanted * weight).sum().backward()
+    assert len(calls) == 2, calls  # one forward, one backward
+    def close(one, other, name):
+        scale = max(1.0, other.abs().max().item())
+        assert (one - other).abs().max() / scale < 1e-5, (name, one, other)
+    close(out, wanted[mine], "output")
+    close(x.grad, y.grad[mine], "gradient of the input")
+    for name in ("weight", "bias"):
+        gradient = getattr(ours, name).grad
+        reduce(gradient)
+        close(gradient, getattr(reference, name).grad, name)
+    for name, value in reference.state_dict().items():
+        close(ours.state_dict()[name].double(), value.double(), name)
+    close(ours.eval()(x), reference.eval()(y)[mine], "evaluation")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours.train()(x.bfloat16()).dtype == torch.bfloat16
+    if sys.argv[1] == "1":
         torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_synchronised_batch_norm_equals_that_of_the_joined_batch(tmp_path, world):
+    """torch's own on the whole batch, to 1e-5: output, gradients and statistics, of parts of different sizes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED, str(world), str(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world, errors

@@ -153,6 +153,73 @@ def test_kill_9_after_an_epochs_line_or_before_it(images, undisturbed, tmp_path)
     assert_same_run(run, undisturbed)
 
 
+def test_a_worker_blocked_by_a_dead_disk_does_not_keep_the_process(images, tmp_path):
+    """After SIGTERM the step is saved and the process is gone, though its worker waits for a file for ever."""
+    run = tmp_path / "run"
+    blocked = """
+        import os, signal, time
+        from utils.training import image_sets, step
+        read = image_sets.FolderImages.read
+        def hanging(self, index, count=[0]):
+            count[0] += 1
+            if count[0] > 20:
+                os.mkfifo("{fifo}")
+                open("{fifo}", "rb")  # as a read from a server that is gone
+            return read(self, index)
+        image_sets.FolderImages.read = hanging
+        begin_step = step.Training.begin_step
+        def begun(self):
+            if self.step == 2:
+                signal.setitimer(signal.ITIMER_REAL, 2)
+                signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            begin_step(self)
+        step.Training.begin_step = begun
+    """
+    process = start("--data", images, "--out", run, *TINY, patch=blocked.format(fifo=tmp_path / "fifo"))
+    started = time.monotonic()
+    out, _ = finish(process, 143)
+    assert "stopped by a signal; step 2 is saved" in out and time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "a loader process died (DataLoader worker"),
+        ("os._exit(3)", "a loader process died (DataLoader worker"),
+    ],
+)
+def test_a_worker_that_dies_ends_the_run_with_a_line(images, tmp_path, patch, message):
+    dying = f"""
+        import os, signal
+        from utils.training import image_sets
+        read = image_sets.FolderImages.read
+        def killed(self, index, count=[0]):
+            count[0] += 1
+            if count[0] > 20:
+                {patch}
+            return read(self, index)
+        image_sets.FolderImages.read = killed
+    """
+    _, err = finish(start("--data", images, "--out", tmp_path / "run", *TINY, "--workers", 2, patch=dying), 2)
+    assert message in err and "--workers 2: " in err and err.count("\n") == 1
+
+
+def test_a_worker_that_cannot_start_ends_the_run_with_a_line(images, tmp_path):
+    """The first of two has started by then, and waits for work with SIGTERM ignored."""
+    forbidden = """
+        import errno, os
+        fork = os.fork
+        def second_fails(count=[0]):
+            count[0] += 1
+            if count[0] > 1:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            return fork()
+        os.fork = second_fails
+    """
+    _, err = finish(start("--data", images, "--out", tmp_path / "run", *TINY, "--workers", 2, patch=forbidden), 2)
+    assert "--workers 2: a loader process cannot be started (Resource temporarily unavailable); choose fewer" in err
+
+
 def test_a_damaged_checkpoint_is_passed_over(images, undisturbed, tmp_path):
     run = tmp_path / "run"
     command = ["--data", images, "--out", run, *OPTIONS]

@@ -8,8 +8,10 @@ after each operation; here values stay real numbers, which is where the (tested)
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ BLUR_RADIUS = (0.1, 2.0)  # standard deviation in pixels: DINO and t-ReX
 BLUR_PASSES = 3  # boxes that make a Gaussian: Pillow's
 BLUR_REACH = 6  # pixels, of three boxes of deviation 2
 ORDERS = np.array(list(itertools.permutations(range(4))))  # of brightness, contrast, saturation, hue
+JITTER = ("brightness", "contrast", "saturation", "hue")
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -39,6 +42,15 @@ class AugmentSpec:
     grayscale: float = 0.0
     blur: float = 0.0
     solarize: float = 0.0
+
+
+def augmentations(recipe: Mapping[str, Any]) -> list[AugmentSpec]:
+    """The recipe's, one entry a crop size: global ones first, then local ones if it has any."""
+    shared = {key: recipe[key] for key in ("flip", "jitter", *JITTER, "grayscale")}
+    views = [AugmentSpec(**shared, blur=recipe["global_blur"], solarize=recipe["global_solarize"])]
+    if recipe["local_count"]:
+        views.append(AugmentSpec(**shared, blur=recipe["local_blur"], solarize=recipe["local_solarize"]))
+    return views
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def describe_plan(name: str, training: Training, images: Sequence[ImageSet], out
             f"device  {training.device} x {schedule.world}, forward in {str(training.dtype).removeprefix('torch.')}",
             f"batch   {schedule.batch_size} images = {schedule.world} process{'es' if schedule.world > 1 else ''}"
             f" x {schedule.micro_batches} micro-batch{'es' if schedule.micro_batches > 1 else ''}"
-            f" x {schedule.micro_batch_size}",
+            f" x {schedule.batch_size // (schedule.micro_batches * schedule.world)}",
             f"steps   {schedule.total_steps} = {schedule.epochs} epochs x {schedule.steps_per_epoch}",
             f"lr      peak {schedule.peak_lr:g} = {recipe['lr']:g} x {schedule.batch_size} / 256; "
             f"{schedule.warmup_steps} steps of warm-up, then cosine to {schedule.final_lr:g}",

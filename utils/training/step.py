@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import nn
 
 from utils.cli import UserError
 from utils.training import checkpoint
-from utils.training.augment import AugmentSpec, augment, random_draws
+from utils.training.augment import augment, augmentations, random_draws
 from utils.training.distributed import ranks, sum_counts
 from utils.training.image_sets import ImageSet
 from utils.training.loader import CropBatches, make_loader, requests
@@ -30,11 +31,6 @@ from utils.training.random_numbers import uniforms
 from utils.training.run_folder import require_same_images, require_same_run
 
 COUNTS = ("loss", "correct", "seen")
-
-
-def scaled_lr(base_lr: float, batch_size: int) -> float:
-    """Linear scaling rule, lr = base_lr x batch / 256 (Goyal et al., 2017; t-ReX defaults)."""
-    return base_lr * batch_size / 256
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, final: float) -> float:
@@ -68,10 +64,6 @@ class Schedule:
     def total_steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 
-    @property
-    def micro_batch_size(self) -> int:
-        return self.batch_size // (self.micro_batches * self.world)
-
     def lr(self, step: int) -> float:
         """The learning rate of optimizer step STEP, counted from 0."""
         return learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, self.final_lr)
@@ -96,7 +88,7 @@ def make_schedule(recipe: Mapping[str, Any], images: int, world: int) -> Schedul
         steps_per_epoch=steps,
         epochs=recipe["epochs"],
         warmup_steps=round(recipe["warmup_epochs"] * steps),
-        peak_lr=scaled_lr(recipe["lr"], batch),
+        peak_lr=recipe["lr"] * batch / 256,  # linear scaling: Goyal et al., 2017, and t-ReX
         final_lr=recipe["final_lr"],
     )
 
@@ -128,7 +120,7 @@ class Training:
         self._counted: list[torch.Tensor] = []  # of the step: (loss, correct answers) of each micro-batch
         self._losses: dict[str, float] = {}
         self._in_step = False
-        self.augmentations = make_augmentations(self.recipe)
+        self.augmentations = augmentations(self.recipe)
 
     @contextmanager
     def loader(self, batches: CropBatches, workers: int, most_steps: int | None = None) -> Iterator[Iterator[dict]]:
@@ -176,7 +168,7 @@ class Training:
         images = self.schedule.batch_size // self.schedule.world
         if not math.isfinite(loss):
             self.abandon_step()
-            raise NonFiniteLoss(self.step, self.schedule)
+            raise NonFiniteLoss(self)
         self._losses = {"loss": loss, "correct": round(correct), "seen": images}
 
     def end_step(self) -> None:
@@ -200,12 +192,8 @@ class Training:
         self.interval.clear()
         return sums
 
-    def start_epoch(self) -> None:
-        """Count anew: the epoch's line is written."""
-        self.epoch.clear()
-
     def epoch_line_due(self) -> bool:
-        """Whether an epoch has ended that start_epoch has not closed: its checkpoint is written before validation."""
+        """Whether an epoch has ended whose line is not written yet: its checkpoint comes before validation."""
         return self.step % self.schedule.steps_per_epoch == 0 and self.epoch["seen"] > 0
 
     # ===== saving and resuming =====
@@ -213,7 +201,7 @@ class Training:
     def save(self, run: Path, identity: dict) -> None:
         """Write the state after self.step steps. Weights that are not finite are refused: the last good ones stay."""
         if not all(torch.isfinite(norm) for norm in torch._foreach_norm(list(self.model.parameters()))):
-            raise NonFiniteLoss(self.step, self.schedule)
+            raise NonFiniteLoss(self)
         state = {
             "identity": identity,
             "step": self.step,
@@ -233,27 +221,32 @@ class Training:
         UserError if the checkpoint belongs to another run (the differences are named), if all are damaged, or if IMAGES
         have changed since it was saved, which rank 0 looks at.
         """
-        if ranks().is_main:
-            self.stamps = [one.stamps() for one in images]
-        try:
-            found = checkpoint.load_checkpoint(run)
-        except checkpoint.DamagedCheckpoints as error:
-            raise UserError(f"--out {run}: no readable checkpoint ({error}); delete them to start again") from None
+        self.stamps = [one.stamps() for one in images] if ranks().is_main else []
+        found = checkpoint.load_checkpoint(run)
         if found is None:
             return []
         state, path, problems = found
-        require_same_run(state["identity"], identity, run)
-        self.model.load_state_dict(state["model"], strict=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
-        self.epoch = Counter(dict(zip(COUNTS, state["epoch"], strict=True)))
-        if ranks().is_main:  # the other processes' part of the interval was not saved: its means are rank 0's alone
-            self.interval = Counter(dict(zip(COUNTS, state["interval"], strict=True)))
-            self.bad_images = state["bad_images"]
+        require_same_run(state.identity, identity, run)
         lines: list[str | None] = [f"damaged checkpoint passed over: {problem}" for problem in problems]
-        for one, before, now in zip(images, state.get("stamps", []), self.stamps, strict=False):
-            lines.append(require_same_images(one, before.numpy(), now))
+        if ranks().is_main:
+            for one, before, now in zip(images, state.stamps, self.stamps, strict=False):
+                lines.append(require_same_images(one, before.numpy(), now))
+        if not 0 <= state.step <= self.schedule.total_steps:
+            raise UserError(
+                f"{path}: step {state.step} of {self.schedule.total_steps} cannot be; delete it to go on without"
+            )
+        try:
+            self.model.load_state_dict(state.model, strict=True)
+            self.optimizer.load_state_dict(msgspec.structs.asdict(state.optimizer))
+            self.scaler.load_state_dict(state.scaler)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{path} does not fit this run's model ({reason}); delete it to go on without") from None
+        self.step = state.step
+        self.epoch = Counter(dict(zip(COUNTS, state.epoch, strict=True)))
+        if ranks().is_main:  # the other processes' part of the interval was not saved: its means are rank 0's alone
+            self.interval = Counter(dict(zip(COUNTS, state.interval, strict=True)))
+            self.bad_images = state.bad_images
         return [*filter(None, lines), f"resuming from {path} at step {self.step} of {self.schedule.total_steps}"]
 
     def require_same_step(self, run: Path) -> None:
@@ -281,23 +274,17 @@ class Training:
             )
 
 
-def make_augmentations(recipe: Mapping[str, Any]) -> list[AugmentSpec]:
-    """One AugmentSpec a crop size."""
-    shared = {
-        key: recipe[key] for key in ("flip", "jitter", "brightness", "contrast", "saturation", "hue", "grayscale")
-    }
-    views = [AugmentSpec(**shared, blur=recipe["global_blur"], solarize=recipe["global_solarize"])]
-    if recipe["local_count"]:
-        views.append(AugmentSpec(**shared, blur=recipe["local_blur"], solarize=recipe["local_solarize"]))
-    return views
-
-
 class NonFiniteLoss(UserError):
     """The loss or the weights are no numbers any more; nothing of it was saved."""
 
-    def __init__(self, step: int, schedule: Schedule):
-        epoch, lr = step // schedule.steps_per_epoch, schedule.lr(min(step, schedule.total_steps - 1))
+    def __init__(self, training: Training):
+        step, schedule = training.step, training.schedule
+        remedy = (
+            "a smaller --lr in a new --out"
+            if training.dtype == torch.float32
+            else "--dtype fp32, or a smaller --lr in a new --out"
+        )
         super().__init__(
-            f"the loss is not finite at epoch {epoch}, step {step}, learning rate {lr:.3g}; the last good checkpoint "
-            "is kept: try --dtype fp32, or a smaller --lr in a new --out"
+            f"the loss is not finite at epoch {step // schedule.steps_per_epoch}, step {step}, learning rate "
+            f"{schedule.lr(min(step, schedule.total_steps - 1)):.3g}; the last good checkpoint is kept: try {remedy}"
         )
