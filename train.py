@@ -14,42 +14,20 @@ alone. SIGTERM, SIGUSR1 and SIGUSR2 save a checkpoint within seconds and exit wi
 Several --data PATH[:WEIGHT] are mixed in proportion to their weights; all must hold the same classes.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from utils.cli import (
-    Launch,
-    any_path,
-    command_line,
-    data_and_weight,
-    epoch_count,
-    make_parser,
-    non_negative_int,
-    one_name,
-    positive_float,
-    positive_int,
-    run,
-    seed_number,
-)
+from utils import cli
 from utils.machine import snapshot
 from utils.storage import atomic_path, read_json, sha256_file, write_json
 from utils.training.distributed import take_own_cores
 from utils.training.recipe import CHOICES, changed
-
-if TYPE_CHECKING:
-    from utils.training.run_log import Clock, RunLog
-    from utils.training.step import Training
-    from utils.training.stop_signals import StopSignals
-    from utils.training.validation import Validation
 
 # Every key of a recipe is read; --set changes any of them. Where no source is named: "t-ReX" is the default of the
 # paper authors' public trainer of the same line of work (t-ReX, ICLR 2023).
@@ -119,47 +97,44 @@ DEMO = BASIC | {
 }
 RECIPES = {"paper": PAPER, "basic": BASIC, "demo": DEMO}
 TIMED_STEPS, TIMED_SECONDS = 20, 60  # of --dry-run: whichever ends first
-LAUNCH = Launch("train", "ranks")
+LAUNCH = cli.Launch("train", "ranks")
 CURVES_SECONDS = 300  # at least, between two drawings of curves.png
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The options, grouped as --help shows them. An option of the recipe overrides the chosen recipe's value."""
-    parser = make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
     # Data
-    parser.add_argument("--data", action="append", required=True, metavar="PATH[:WEIGHT]", help="repeat to mix")
-    parser.add_argument("--classes", metavar="SPEC", help="use these class folders only; SPEC as in generate.py --help")
-    parser.add_argument(
-        "--val", type=any_path, metavar="DIR", help="real images to validate on each epoch, DIR/<class id>/<images>"
-    )
-    parser.add_argument("--no-leak-check", action="store_true", help="validate on training images if told to")
-    parser.add_argument("--val-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last one")
-    parser.add_argument("--images-per-class", type=positive_int, metavar="N", help="first N images of each class only")
-    parser.add_argument("--max-bad-images", type=non_negative_int, default=0, help="damaged images to skip over")
+    add("--data", action="append", required=True, metavar="PATH[:WEIGHT]", help="repeat to mix")
+    add("--classes", metavar="SPEC", help="use these class folders only; SPEC as in generate.py --help")
+    add("--val", type=cli.any_path, metavar="DIR", help="real images to validate on, DIR/<class id>/<images>")
+    add("--no-leak-check", action="store_true", help="validate on training images if told to")
+    add("--val-every", type=cli.positive_int, default=1, metavar="EPOCHS", help="on each epoch so many, and the last")
+    add("--images-per-class", type=cli.positive_int, metavar="N", help="first N images of each class only")
+    add("--max-bad-images", type=cli.non_negative_int, default=0, help="damaged images to skip over")
     # Recipe
-    parser.add_argument("--recipe", choices=list(RECIPES), default="paper", help="defaults of all that follows")
-    parser.add_argument("--arch", help="any torchvision classification model, or resnet10 (default: the recipe's)")
-    parser.add_argument("--head", choices=CHOICES["head"], help="cosine softmax or plain linear")
-    parser.add_argument("--epochs", type=epoch_count, help="passes over the data; with fewer the warm-up shrinks")
-    parser.add_argument("--batch-size", type=positive_int, help="images of an optimizer step, over all devices")
-    parser.add_argument("--batch-per-device", type=positive_int, help="images at a time on a device")
-    parser.add_argument("--lr", type=positive_float, help="peak learning rate for a batch of 256; scaled linearly")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other value of the recipe")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of weights, data order and augmentations")
+    add("--recipe", choices=list(RECIPES), default="paper", help="defaults of all that follows")
+    add("--arch", help="any torchvision classification model, or resnet10 (default: the recipe's)")
+    add("--head", choices=CHOICES["head"], help="cosine softmax or plain linear")
+    add("--epochs", type=cli.epoch_count, help="passes over the data; with fewer the warm-up shrinks")
+    add("--batch-size", type=cli.positive_int, help="images of an optimizer step, over all devices")
+    add("--batch-per-device", type=cli.positive_int, help="images at a time on a device")
+    add("--lr", type=cli.positive_float, help="peak learning rate for a batch of 256; scaled linearly")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other value of the recipe")
+    add("--seed", type=cli.seed_number, default=0, help="of weights, data order and augmentations")
     # Device
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "fp16", "bf16", "fp32"], help="of the forward pass")
-    parser.add_argument("--workers", type=non_negative_int, help="loader processes per device (default: by the cores)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model: minutes first, then faster")
-    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="default: where it pays")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--dtype", default="auto", choices=["auto", "fp16", "bf16", "fp32"], help="of the forward pass")
+    add("--workers", type=cli.non_negative_int, help="loader processes per device (default: by the cores)")
+    add("--compile", action="store_true", help="torch.compile the model: minutes first, then faster")
+    add("--channels-last", action=argparse.BooleanOptionalAction, help="default: where it pays")
     # Output
-    parser.add_argument("--out", type=any_path, metavar="RUN", help="run folder (default: runs/<dataset>)")
-    parser.add_argument(
-        "--name", type=one_name, help="name of the exported weights (default: the data folder's; a mix: joined by +)"
-    )
-    parser.add_argument("--checkpoint-minutes", type=positive_float, default=15, help="also saved after each epoch")
-    parser.add_argument("--log-every", type=positive_int, default=50, metavar="STEPS", help="steps between log lines")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and a time estimate; write nothing")
+    add("--out", type=cli.any_path, metavar="RUN", help="run folder (default: runs/<dataset>)")
+    add("--name", type=cli.one_name, help="of the exported weights (default: the data folder's; a mix: joined by +)")
+    add("--checkpoint-minutes", type=cli.positive_float, default=15, help="also saved after each epoch")
+    add("--log-every", type=cli.positive_int, default=50, metavar="STEPS", help="steps between log lines")
+    add("--dry-run", action="store_true", help="print the plan and a time estimate; write nothing")
     return parser
 
 
@@ -181,7 +156,7 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
 
     # ===== what to do =====
     recipe = make_recipe(args)
-    paths, weights = zip(*map(data_and_weight, args.data), strict=True)
+    paths, weights = zip(*map(cli.data_and_weight, args.data), strict=True)
     name = run_name(args.name, paths)
     out = args.out or Path("runs") / name
     images = open_sources(paths, args.images_per_class, args.classes, known_images)
@@ -274,18 +249,10 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     return 0
 
 
-def train(
-    training: Training,
-    loader: Iterator[dict],
-    validation: Validation | None,
-    stop: StopSignals,
-    out: Path,
-    identity: dict,
-    args: argparse.Namespace,
-) -> None:
+def train(training, loader, validation, stop, out: Path, identity: dict, args: argparse.Namespace) -> None:
     """The loop: from training.step to the end, with log lines, checkpoints and validation on the way."""
     from utils.training.distributed import any_rank, is_main
-    from utils.training.run_log import Clock, RunLog, draw_run
+    from utils.training.run_log import RunLog, draw_run
 
     schedule = training.schedule
     log = RunLog(out, training.step) if is_main() else None
@@ -293,15 +260,14 @@ def train(
         if any_rank(log is not None and not log.has_epoch(training.step), training.device):  # stopped while validating
             finish_epoch(training, validation, log, stop, args.val_every)
         training.epoch.clear()
-    clock = Clock(training.step)
     saved_at = drawn_at = time.monotonic()
     while training.step < schedule.total_steps:
-        train_step(training, loader, clock, stop.interruptible(), args.max_bad_images)
+        train_step(training, loader, stop.interruptible(), args.max_bad_images)
         epoch_ended = training.step % schedule.steps_per_epoch == 0
         if training.step % args.log_every == 0 or epoch_ended:
             totals = training.flush_interval()
             if log:
-                log.interval(training, totals, clock)
+                log.interval(training, totals)
         stop.check(training.device)
         if is_main() and (epoch_ended or time.monotonic() - saved_at > 60 * args.checkpoint_minutes):
             training.save(out, identity)  # before validation, which takes long and may stop at a damaged image
@@ -314,9 +280,7 @@ def train(
             drawn_at = time.monotonic()
 
 
-def train_step(
-    training: Training, loader: Iterator[dict], clock: Clock, interruptible: AbstractContextManager, max_bad_images: int
-) -> None:
+def train_step(training, loader, interruptible: AbstractContextManager, max_bad_images: int) -> None:
     """One optimizer step. Until the weights move, at its end, it may be left at any moment and leaves no trace."""
     import torch
     from torch.nn import functional
@@ -329,8 +293,9 @@ def train_step(
             group["lr"] = schedule.lr(training.step)
         optimizer.zero_grad(set_to_none=True)
         for micro in range(schedule.micro_batches):
-            with clock.waiting():
-                batch = next(loader)
+            asked = time.monotonic()
+            batch = next(loader)
+            training.waited += time.monotonic() - asked
             training.note_bad_images(batch["bad"], max_bad_images)
             crops = training.augmented(batch)  # paper: [(B, 3, 224, 224), (8 B, 3, 96, 96)], a sample's side by side
             labels = batch["labels"].to(device, non_blocking=True)  # (B,)
@@ -347,9 +312,7 @@ def train_step(
     training.end_step()
 
 
-def finish_epoch(
-    training: Training, validation: Validation | None, log: RunLog | None, stop: StopSignals, val_every: int
-) -> None:
+def finish_epoch(training, validation, log, stop, val_every: int) -> None:
     """Validate if it is due, and write the epoch's line."""
     epoch = training.step // training.schedule.steps_per_epoch
     scores: dict = {}
@@ -360,7 +323,7 @@ def finish_epoch(
         log.epoch(training, epoch, scores)
 
 
-def export(training: Training, out: Path, name: str) -> None:
+def export(training, out: Path, name: str) -> None:
     """RUN/<name>.pth for torchvision, evaluate.py and anyone; with its sha256 in args.json the run is finished."""
     from utils.model import export_state_dict
     from utils.training.checkpoint import write_tensors
@@ -373,18 +336,18 @@ def export(training: Training, out: Path, name: str) -> None:
     write_json(out / "args.json", described)
 
 
-def time_steps(training: Training, loader: Iterator[dict], max_bad_images: int) -> str:
+def time_steps(training, loader, max_bad_images: int) -> str:
     """Time some real steps and extrapolate. The weights they change are thrown away with the process."""
     import torch
 
     from utils.training.distributed import any_rank
-    from utils.training.run_log import Clock, duration
+    from utils.training.run_log import duration
 
-    schedule, device, clock = training.schedule, training.device, Clock(0)
+    schedule, device = training.schedule, training.device
     durations: list[float] = []
     while training.step < min(TIMED_STEPS, schedule.total_steps):
         started = time.monotonic()
-        train_step(training, loader, clock, nullcontext(), max_bad_images)
+        train_step(training, loader, nullcontext(), max_bad_images)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)  # the clock would be ahead of its kernels
         durations.append(time.monotonic() - started)
@@ -403,7 +366,7 @@ def make_recipe(args: argparse.Namespace) -> dict:
     return changed(RECIPES[args.recipe], {key: value for key, value in options.items() if value is not None}, args.set)
 
 
-def describe_run(args: argparse.Namespace, name: str, images: Sequence, identity: dict, training: Training) -> dict:
+def describe_run(args: argparse.Namespace, name: str, images: Sequence, identity: dict, training) -> dict:
     """RUN/args.json: what evaluate.py needs to rebuild the model, and how the run was made."""
     from utils.training.image_sets import class_names
 
@@ -422,7 +385,7 @@ def describe_run(args: argparse.Namespace, name: str, images: Sequence, identity
         "values": recipe,
         "plan": vars(training.schedule),
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "command": command_line(),
+        "command": cli.command_line(),
         "device": str(training.device),
         "dtype": str(training.dtype).removeprefix("torch."),
         "sources": [{"path": str(one.root.resolve()), "synthetic": one.synthetic} for one in images],
@@ -432,4 +395,4 @@ def describe_run(args: argparse.Namespace, name: str, images: Sequence, identity
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, get_args_parser()))
+    sys.exit(cli.run(main, get_args_parser()))

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import train
 from utils.training.random_numbers import permutation, uniforms
-from utils.training.step import learning_rate, scaled_lr
+from utils.training.step import learning_rate, make_schedule
 
 PINNED_ORDER = [7, 1, 0, 6, 2, 3, 5, 4]
 PINNED_DRAWS = [0.6042966444313892, 0.210764308201017]
@@ -27,8 +28,8 @@ def test_the_papers_schedule_at_its_corners():
 
 
 def test_the_scaling_rule():
-    assert scaled_lr(0.1, 256) == pytest.approx(0.1)
-    assert scaled_lr(0.1, 4096) == pytest.approx(1.6)
+    for batch, peak in ((256, 0.1), (4096, 1.6)):
+        assert make_schedule(train.PAPER | {"batch_size": batch}, 10_000, 1).peak_lr == pytest.approx(peak)
 
 
 @given(total=st.integers(1, 300), warmup=st.integers(0, 400))

@@ -19,7 +19,6 @@ from utils.cli import UserError
 from utils.training.augment import AugmentSpec
 from utils.training.image_sets import dataset_name
 from utils.training.run_folder import is_finished, run_name
-from utils.training.run_log import Clock
 from utils.training.step import Schedule, Training, make_schedule
 
 
@@ -403,7 +402,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
             pieces.append(
                 {key: [crops[rows] for crops in batch[key]] if key == "crops" else batch[key][rows] for key in batch}
             )
-        train.train_step(training, iter(pieces), Clock(0), nullcontext(), 0)
+        train.train_step(training, iter(pieces), nullcontext(), 0)
         return model
 
     whole = one_step(1)

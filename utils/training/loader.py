@@ -219,19 +219,6 @@ def requests(
             yield Request(epoch, start, start + rows)
 
 
-class _ErrorsAsItems(torch.utils.data.Dataset):
-    """BATCHES, with a UserError as an item: what a worker raises arrives with its traceback for a message."""
-
-    def __init__(self, batches: Batches):
-        self.batches = batches
-
-    def __getitem__(self, wanted: Any) -> dict | UserError:
-        try:
-            return self.batches[wanted]
-        except UserError as error:
-            return error
-
-
 class Loader:
     """Batches prepared ahead of their reader by worker processes, which serve every pass over it."""
 
@@ -250,10 +237,13 @@ class Loader:
                 f"--workers {self._loader.num_workers}: a loader process cannot be started ({error.strerror}); "
                 "choose fewer, or allow more processes and memory"
             ) from None
-        for item in items:
-            if isinstance(item, UserError):
-                raise item
-            yield item
+        while True:
+            try:
+                yield next(items)
+            except StopIteration:
+                return
+            except UserError as error:  # from a worker it comes with its traceback for a message
+                raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
     def close(self) -> None:
         """End the workers, whatever they are doing: they only read, and one may be blocked by a disk that is gone."""
@@ -284,7 +274,7 @@ def make_loader(batches: Batches, wanted: Iterable, workers: int, pin: bool) -> 
     """
     loader = Loader(
         torch.utils.data.DataLoader(
-            _ErrorsAsItems(batches),
+            batches,  # type: ignore[arg-type]  # any object with __getitem__
             batch_size=None,
             sampler=wanted,
             num_workers=workers,

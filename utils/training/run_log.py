@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,40 +52,14 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-class Clock:
-    """Where the time of a run and of an interval went."""
-
-    def __init__(self, step: int):
-        self.started = self._since = time.monotonic()
-        self.first_step = self._step = step
-        self._waited = 0.0  # seconds of the interval
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent in this block is time without data."""
-        start = time.monotonic()
-        yield
-        self._waited += time.monotonic() - start
-
-    def interval(self, step: int) -> tuple[float, float]:
-        """(steps a second, share of the time spent waiting for data) since the last call."""
-        now = time.monotonic()
-        seconds = max(now - self._since, 1e-9)
-        rate, share = (step - self._step) / seconds, self._waited / seconds
-        self._since, self._step, self._waited = now, step, 0.0
-        return rate, share
-
-    def eta(self, step: int, total_steps: int) -> float:
-        """Seconds left, at the mean speed since the process started."""
-        return (total_steps - step) * (time.monotonic() - self.started) / max(1, step - self.first_step)
-
-
 class RunLog:
     """log.jsonl: one JSON object a line, kind "train" (an interval of steps) or "epoch" (its means, validation)."""
 
     def __init__(self, run: Path, step: int):
         """Continue the log of a run that resumes at STEP: lines of steps it will do again are dropped."""
         self.path = run / LOG
+        self._started = self._since = time.monotonic()
+        self._first_step = self._step = step
         lines = read_jsonl(self.path)
         kept = [line for line in lines if line["step"] <= step]
         self._epochs = {line["step"] for line in kept if line["kind"] == "epoch"}
@@ -101,20 +74,22 @@ class RunLog:
         """Append a line of KIND about the steps up to STEP."""
         append_jsonl(self.path, {"kind": kind, "step": step, **values, "time": round(time.time(), 3)})
 
-    def interval(self, training: Training, totals: Mapping[str, float], clock: Clock) -> None:
-        """The steps since the last line: for people and for machines."""
-        schedule, step = training.schedule, training.step
-        rate, waited = clock.interval(step)
+    def interval(self, training: Training, totals: Mapping[str, float]) -> None:
+        """The steps since the last line, with the sums TOTALS: for people and for machines."""
+        schedule, step, now = training.schedule, training.step, time.monotonic()
+        seconds = max(now - self._since, 1e-9)
+        seconds_a_step = (now - self._started) / max(1, step - self._first_step)  # since the process started
         values = {
             "epoch": (step - 1) // schedule.steps_per_epoch + 1,
             **means(totals),
             "lr": schedule.lr(step - 1),
-            "images_per_s": rate * schedule.batch_size,
-            "data_wait": waited,
-            "eta_s": round(clock.eta(step, schedule.total_steps)),
+            "images_per_s": (step - self._step) * schedule.batch_size / seconds,
+            "data_wait": training.waited / seconds,
+            "eta_s": round(seconds_a_step * (schedule.total_steps - step)),
             "memory_mb": peak_memory_mb(training.device),
             "bad_images": len(training.bad_images),
         }
+        self._since, self._step, training.waited = now, step, 0.0
         self.write("train", step, **values)
         print(
             "epoch {epoch}/{epochs} step {step}/{steps} loss {loss:.4f} top-1 {top1:.1f} lr {lr:.3g} "

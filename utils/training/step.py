@@ -111,6 +111,7 @@ class Training:
     interval: Counter[str] = field(default_factory=Counter)  # of this process, since the last log line
     epoch: Counter[str] = field(default_factory=Counter)  # of all processes, up to the last log line
     bad_images: list[str] = field(default_factory=list)
+    waited: float = 0.0  # seconds for data, since the last log line
     stamps: list[np.ndarray] = field(default_factory=list)  # of each image set, as it is on the disk: rank 0's
 
     def __post_init__(self) -> None:
