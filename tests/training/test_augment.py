@@ -115,7 +115,7 @@ def test_a_blurs_weights_have_the_deviation_asked_for():
 def test_blur_equals_three_float64_convolutions_by_boxes(images):
     """The same boxes drawn by hand: of deviation 1.2 / sqrt(3) and 2 / sqrt(3), whole radius 0 and 1."""
     boxes = {1.2: [0.24, 0.52, 0.24], 2.0: [0.1, 4 / 15, 4 / 15, 4 / 15, 0.1]}
-    found = ours.gaussian_blur(images[:2].float(), np.array(list(boxes)))
+    found = ours.gaussian_blur(images[:2].permute(0, 2, 3, 1).float(), np.array(list(boxes))).permute(0, 3, 1, 2)
     for image, box, result in zip(images[:2].double().numpy(), boxes.values(), found, strict=True):
         wanted = np.pad(image, ((0, 0), (6, 6), (6, 6)), mode="edge")
         for axis in (1, 1, 1, 2, 2, 2):
@@ -157,6 +157,16 @@ def test_the_whole_chain_equals_pillow_per_image(images):
     # Mean within 1.5 grey levels, 99 % of pixels within 6: Pillow rounds at each of up to seven operations, its hue
     # has 256 steps, and its blur repeats boxes.
     assert everything.mean() < 1.5 and np.quantile(everything, 0.99) < 6
+
+
+def test_batches_stay_channels_last(images):
+    """What the loader delivers, and what convolutions take: no copy in between."""
+    batch = images.contiguous(memory_format=torch.channels_last)
+    samples = np.arange(N)
+    for draws in (Draws(**nothing()), ours.random_draws(PAPER, "test", 1, np.zeros_like(samples), samples, 1)):
+        result = ours.augment(batch, draws)
+        assert result.is_contiguous(memory_format=torch.channels_last) and result.shape == batch.shape
+        torch.testing.assert_close(result, ours.augment(images, draws))
 
 
 def test_draws_have_the_stated_frequencies_and_ranges():

@@ -8,7 +8,7 @@ after each operation; here values stay real numbers, which is where the (tested)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -27,6 +27,7 @@ BLUR_REACH = 6  # pixels, of three boxes of deviation 2
 ORDERS = np.array(list(itertools.permutations(range(4))))  # of brightness, contrast, saturation, hue
 JITTER = ("brightness", "contrast", "saturation", "hue")
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+NEUTRAL = np.array([1.0, 1.0, 1.0, 0.0])  # factors of jitter that change nothing
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ def random_draws(
     low = np.maximum(0.0, 1 - strengths)
     high = 1 + strengths
     low[HUE], high[HUE] = -spec.hue, spec.hue
-    neutral = np.array([1.0, 1.0, 1.0, 0.0])
-    factors = np.where(jittered[:, None], low + (high - low) * u[:, 2:6], neutral)
+    factors = np.where(jittered[:, None], low + (high - low) * u[:, 2:6], NEUTRAL)
     radius = BLUR_RADIUS[0] + (BLUR_RADIUS[1] - BLUR_RADIUS[0]) * u[:, 9]
     return Draws(
         flip=u[:, 0] < spec.flip,
@@ -89,93 +89,92 @@ def random_draws(
 
 
 def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """uint8 (N, 3, H, W) on any device -> float32 (N, 3, H, W), augmented and normalised by ImageNet's statistics."""
-    images = _where(draws.flip, images, lambda rows: rows.flip(-1))
-    touched = (draws.factors != [1.0, 1.0, 1.0, 0.0]).any() or draws.grayscale.any() or draws.blur.any()
-    if not touched and not draws.solarize.any():
-        return normalize(images)
-    values = images.float() / 255  # 0..1
-    values = _jitter(values, draws)
-    values = _where(draws.grayscale, values, lambda chosen: _luminance(chosen).expand_as(chosen))
-    blurred = draws.blur > 0
-    if blurred.any():
-        values = _where(blurred, values, lambda chosen: gaussian_blur(chosen, draws.blur[blurred]))
-    threshold = (SOLARIZE_THRESHOLD - 0.5) / 255  # half way to the level below: values are not rounded
-    values = _where(draws.solarize, values, lambda chosen: torch.where(chosen >= threshold, 1 - chosen, chosen))
-    return normalize(values * 255)
+    """uint8 (N, 3, H, W) on any device -> float32 (N, 3, H, W), augmented and normalised by ImageNet's statistics.
 
-
-def _where(chosen: np.ndarray, values: torch.Tensor, operation) -> torch.Tensor:
-    """Apply OPERATION to the rows of VALUES that CHOSEN (N,) marks."""
-    if not chosen.any():
-        return values
-    rows = torch.from_numpy(np.flatnonzero(chosen)).to(values.device, non_blocking=True)
-    return values.index_copy(0, rows, operation(values.index_select(0, rows)).contiguous())
-
-
-def _luminance(values: torch.Tensor) -> torch.Tensor:
-    """(N, 3, H, W) -> (N, 1, H, W)"""
-    red, green, blue = values.unbind(1)
-    return (LUMINANCE[0] * red + LUMINANCE[1] * green + LUMINANCE[2] * blue).unsqueeze(1)
-
-
-def _jitter(values: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Colour jitter on 0..1 values.
-
-    Brightness, contrast and saturation are one formula, clamp(f x + (1 - f) target), with target black, the image's
-    mean grey, or each pixel's grey: one pass a place in the order, whatever operation each sample has there.
+    Every image goes through every operation, most of them with parameters that change nothing: a hundred kernels for
+    the whole batch instead of several hundred for its parts. In and out are best channels_last, as all is between.
     """
-    for place in range(4):
-        operation = draws.order[:, place]
-        factor = np.take_along_axis(draws.factors, operation[:, None], 1)[:, 0]
-        hue = (operation == HUE) & (factor != 0)
-        blend = (operation != HUE) & (factor != 1)
-        if blend.any():
-            values = _where(blend, values, lambda rows, o=operation[blend], f=factor[blend]: _blend(rows, o, f))
-        if hue.any():
-            values = _where(hue, values, lambda rows, shift=factor[hue]: shift_hue(rows, shift))
-    return values
+    neutral = (draws.factors == NEUTRAL).all() and not (draws.grayscale.any() or draws.blur.any())
+    parameters = torch.from_numpy(_table(draws)).to(images.device, non_blocking=True)
+    flip, grayscale, solarize, shift, *blends = parameters.view(*parameters.shape, 1, 1, 1).unbind(1)  # (N, 1, 1, 1)
+    pixels = images.permute(0, 2, 3, 1)  # (N, H, W, 3)
+    if draws.flip.any():
+        pixels = torch.where(flip > 0, pixels.flip(2), pixels)
+    if neutral and not draws.solarize.any():
+        return normalize(pixels.permute(0, 3, 1, 2))
+    values = pixels.contiguous().float() / 255  # 0..1
+    if not neutral:
+        luminance, _ = _constants(images.device)
+        for slot in range(2 * len(JITTER) - 2):
+            if slot == 3 and draws.factors[:, HUE].any():
+                values = shift_hue(values, shift[..., 0])
+            values = _blend(values, luminance, blends[3 * slot : 3 * slot + 3])
+        if draws.grayscale.any():
+            values = torch.where(grayscale > 0, (values @ luminance)[..., None], values)
+        if (rows := np.flatnonzero(draws.blur)).size:
+            chosen = torch.from_numpy(rows).to(images.device, non_blocking=True)
+            values.index_copy_(0, chosen, gaussian_blur(values.index_select(0, chosen), draws.blur[rows]))
+    if draws.solarize.any():
+        threshold = (SOLARIZE_THRESHOLD - 0.5) / 255  # half way to the level below: values are not rounded
+        values = torch.where((solarize > 0) & (values >= threshold), 1 - values, values)
+    return normalize(values.mul_(255).permute(0, 3, 1, 2))
 
 
-def _blend(values: torch.Tensor, operation: np.ndarray, factor: np.ndarray) -> torch.Tensor:
-    grey = _luminance(values)
-    # Weights of the two targets; brightness has neither, its target is black.
-    column = np.stack([factor, (1 - factor) * (operation == CONTRAST), (1 - factor) * (operation == SATURATION)])
-    weights = torch.from_numpy(column.astype(np.float32)).to(values.device, non_blocking=True)
-    f, contrast, saturation = weights[:, :, None, None, None]
-    target = contrast * grey.mean((2, 3), keepdim=True) + saturation * grey
-    return (f * values + target).clamp_(0, 1)
+def _table(draws: Draws) -> np.ndarray:
+    """(N, 4 + 6 * 3) float32: flip, grayscale, solarize, hue, and the three weights of _blend before and after hue.
+
+    Each image has three of the six blends in its own order, those before hue among the first three; the other three are
+    (1, 0, 0), which changes nothing.
+    """
+    n = len(draws.flip)
+    blends = np.tile(np.array([1.0, 0.0, 0.0]), (n, 6, 1))
+    place_of_hue = (draws.order == HUE).argmax(1)
+    others = draws.order[draws.order != HUE].reshape(n, 3)
+    for place in range(3):
+        operation = others[:, place]
+        factor = draws.factors[np.arange(n), operation]
+        weights = [factor, (1 - factor) * (operation == CONTRAST), (1 - factor) * (operation == SATURATION)]
+        blends[np.arange(n), place + 3 * (place >= place_of_hue)] = np.stack(weights, 1)
+    single = np.stack([draws.flip, draws.grayscale, draws.solarize, draws.factors[:, HUE]], 1)
+    return np.concatenate([single, blends.reshape(n, 18)], 1).astype(np.float32)
 
 
-def shift_hue(values: torch.Tensor, shift: np.ndarray) -> torch.Tensor:
-    """Rotate the hue of RGB 0..1 values by shift (N,) turns, -0.5..0.5: through HSV, as Pillow and torchvision."""
-    red, green, blue = values.unbind(1)
-    high, _ = values.max(1)
-    low, _ = values.min(1)
-    chroma = high - low
+def _blend(values: torch.Tensor, luminance: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Brightness, contrast and saturation are one formula: clamp(f x + (1 - f) target).
+
+    The target is black, the image's mean grey, or each pixel's grey; WEIGHTS are f and those of the two greys.
+    """
+    factor, contrast, saturation = weights
+    grey = values @ luminance  # (N, H, W)
+    target = torch.addcmul(contrast[..., 0] * grey.mean((1, 2), keepdim=True), saturation[..., 0], grey)
+    return torch.addcmul(target[..., None], factor, values).clamp_(0, 1)
+
+
+def shift_hue(values: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Rotate the hue of RGB 0..1 (N, H, W, 3) by SHIFT (N, 1, 1) turns, -0.5..0.5: through HSV, as torchvision."""
+    red, green, blue = values.unbind(-1)
+    high = values.amax(-1)
+    chroma = high - values.amin(-1)
     safe = torch.where(chroma == 0, 1.0, chroma)
-    sector = torch.where(
-        high == red,
-        (green - blue) / safe,
-        torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )  # in sixths of a turn
-    turn = torch.from_numpy(shift.astype(np.float32)).to(values.device, non_blocking=True).view(-1, 1, 1) * 6
+    of_green, of_blue = 2 + (blue - red) / safe, 4 + (red - green) / safe  # in sixths of a turn
+    sector = torch.where(high == red, (green - blue) / safe, torch.where(high == green, of_green, of_blue))
     # Channel n of HSV -> RGB: v - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + sector) mod 6, n = 5, 3, 1.
-    channels = []
-    for n in (5, 3, 1):
-        k = torch.remainder(n + sector + turn, 6)
-        channels.append(high - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, 1)
+    _, n = _constants(values.device)
+    k = torch.remainder((sector + 6 * shift)[..., None] + n, 6)
+    return high[..., None] - chroma[..., None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
 def gaussian_blur(values: torch.Tensor, deviation: np.ndarray) -> torch.Tensor:
-    """Blur (N, 3, H, W) by a Gaussian of deviation (N,) pixels, edges repeated: by three boxes, as Pillow.
+    """Blur (N, H, W, 3) by a Gaussian of deviation (N,) pixels, edges repeated: by three boxes, as Pillow.
 
     Two batched matrix products with banded matrices: at these sizes cheaper than N different convolutions.
     """
     taps = torch.from_numpy(blur_taps(deviation).astype(np.float32)).to(values.device, non_blocking=True)
-    rows, columns = ((taps @ _shifts(size, values.device)).view(-1, size, size) for size in values.shape[2:])
-    return rows[:, None] @ values @ columns[:, None].transpose(2, 3)
+    for _ in range(2):  # rows, then columns, each as the first of two axes
+        size = values.shape[1]
+        values = ((taps @ _shifts(size, values.device)).view(-1, size, size) @ values.flatten(2)).view(values.shape)
+        values = values.transpose(1, 2).contiguous()
+    return values
 
 
 def blur_taps(deviation: np.ndarray) -> np.ndarray:
@@ -193,6 +192,14 @@ def blur_taps(deviation: np.ndarray) -> np.ndarray:
     box = (inside + beyond * part[:, None]) / (2 * (whole + part) + 1)[:, None]
     spectrum = np.fft.rfft(np.fft.ifftshift(box, axes=1)) ** BLUR_PASSES
     return np.fft.fftshift(np.fft.irfft(spectrum, box.shape[1]), axes=1)
+
+
+@lru_cache
+def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(LUMINANCE, the three numbers of shift_hue), made once a device."""
+    with torch.inference_mode(False):
+        luminance, n = (torch.from_numpy(np.array(values, np.float32)) for values in (LUMINANCE, (5, 3, 1)))
+        return luminance.to(device), n.to(device)
 
 
 @lru_cache

@@ -164,16 +164,32 @@ class Training:
         self._counted.append(torch.stack([loss * images, correct]))
 
     def require_finite_loss(self) -> None:
-        """Stop the run if a loss is no number, before its weights are touched: a step's one wait for the device."""
-        loss, correct = torch.stack(self._counted).sum(0).tolist()
-        images = self.schedule.batch_size // self.schedule.world
+        """Stop the run if a loss is no number, before its weights are touched: a step's one wait for the device.
+
+        A gradient scaler waits by itself, and leaves the weights alone where gradients are no numbers: `end_step` then
+        reads what is copied meanwhile.
+        """
+        self._sums = torch.stack(self._counted).sum(0)
+        if self.scaler.is_enabled():
+            self._sums = self._sums.to("cpu", non_blocking=True)
+        else:
+            self._read_sums()
+
+    def _read_sums(self) -> None:
+        loss, correct = self._sums.tolist()
         if not math.isfinite(loss):
             self.abandon_step()
             raise NonFiniteLoss(self)
-        self._losses = {"loss": loss, "correct": round(correct), "seen": images}
+        self._losses = {
+            "loss": loss,
+            "correct": round(correct),
+            "seen": self.schedule.batch_size // self.schedule.world,
+        }
 
     def end_step(self) -> None:
         """The weights have moved."""
+        if self.scaler.is_enabled():
+            self._read_sums()
         self.interval.update(self._losses)
         self.step += 1
         self._in_step = False
