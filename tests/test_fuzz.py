@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.training.test_checkpoint import state
 from utils import classes, images, storage
 from utils.cli import UserError
 from utils.dataset import folder as datasets
@@ -34,7 +35,7 @@ from utils.report import records
 from utils.training import checkpoint, image_sets
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
-REFUSALS = (UserError, images.BadImage, checkpoint.DamagedCheckpoints)
+REFUSALS = (UserError, images.BadImage)
 MOST_MB = 600  # that a reader may take for a file of a few KB
 
 
@@ -94,7 +95,7 @@ def results() -> bytes:
     return b"".join((json.dumps(row | {"seed": k}) + "\n").encode() for k in range(2))
 
 
-STATE = {"model": {"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)}, "step": 3, "args": {"arch": "resnet10"}}
+WEIGHTS = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)}
 TABLE = b'wnid\tname\thypernym\tdefinition\nn1\trobin, bird\tthrush\t"a ""red"" one"\nn2\tjay\t\t\n'
 SITE = b'account = "vision"\nsetup = ["module load cuda"]\n[train]\nnodes = 2\n'
 READERS: dict[str, tuple[str, bytes, Any]] = {
@@ -107,8 +108,8 @@ READERS: dict[str, tuple[str, bytes, Any]] = {
     "manifest": ("manifest/n0.jsonl", manifest(), look_at_manifest),
     "results": ("results.jsonl", results(), lambda path: records.read_results([path])),
     "pickle": ("x.pkl", pickle.dumps({"L1": ["n1"], "x": np.arange(9.0), "y": {"a": 1}}, 2), read_pickle),
-    "weights": ("x.pth", saved(STATE["model"]), weights.read_weights),
-    "checkpoint": ("checkpoint.pth", saved(STATE), lambda path: checkpoint.load_checkpoint(path.parent)),
+    "weights": ("x.pth", saved(WEIGHTS), weights.read_weights),
+    "checkpoint": ("checkpoint.pth", saved(state(3, side=2)), lambda path: checkpoint.load_checkpoint(path.parent)),
     "pipeline settings": (
         "x.json",
         b'{"a": [1, 2], "b": {"c": "d"}}',
