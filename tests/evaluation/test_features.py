@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import signal
@@ -17,6 +18,8 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.models import resnet18
 
+from tests.fake_cuda import FakeCuda
+from tests.test_machine import MEMORY_ERRORS
 from utils.cli import UserError
 from utils.evaluation import feature_cache, features
 from utils.evaluation.matching import fingerprint
@@ -342,3 +345,43 @@ def test_features_of_zeros_are_computed_again(images, backbone, tmp_path, capsys
     path.write_bytes(path.read_bytes()[:128] + bytes(first.nbytes))
     assert np.array_equal(extractor(backbone)(images, TRANSFORM, tmp_path, "t"), first)
     assert "t: 1 blocks of the feature cache fail their checksum; computed again" in capsys.readouterr().out
+
+
+# ===== a GPU =====
+
+
+@pytest.mark.parametrize(("kind", "message"), MEMORY_ERRORS)
+def test_every_face_of_full_memory_names_the_remedy(images, tmp_path, kind, message):
+    class Full(torch.nn.Module):
+        def forward(self, x):
+            raise kind(message)
+
+    with pytest.raises(UserError, match=r"^--batch-size 7: the GPU is out of memory; try \d+$"):
+        extractor(Full(), batch_size=7)(images, TRANSFORM, tmp_path, "t")
+    assert not list(tmp_path.glob("*/features.npy"))
+
+
+def test_another_error_stays_what_it_is(images):
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        extractor(Broken())(images, TRANSFORM, None, "t")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_on_a_gpu_a_block_is_waited_for_once(images, backbone, monkeypatch, dtype):
+    """Devices and number formats fit together, copies to the GPU are pinned and not waited for."""
+    cuda, pinned = FakeCuda(), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(len(tensor)) or tensor)
+    statistics = [cuda.tensor(torch.ones(3, 1, 1)) for _ in range(2)]  # ImageNet's, made once a process
+    monkeypatch.setattr("utils.images._statistics", lambda device: statistics)
+    model = cuda.move(copy.deepcopy(backbone), torch.channels_last)
+    monkeypatch.setattr(model, "to", lambda *_, **__: model)  # it is there, and fake parameters cannot be swapped
+    extract = features.Extractor(model, "", torch.device("cuda"), dtype, batch_size=3, workers=1)
+    with cuda.present():
+        (block,) = extract._blocks(images, TRANSFORM, "t", [0])
+    assert block.shape == (7, 512) and block.dtype == (np.float32 if dtype == torch.float32 else np.float16)
+    assert pinned == [3, 3, 1]
+    assert cuda.waits == ["copy cuda -> cpu (7, 512)"]
