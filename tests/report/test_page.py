@@ -346,3 +346,26 @@ def test_a_runs_data_folders_are_read_as_train_py_reads_them(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     found = [source.path for source in records.read_record(tmp_path / "args.json", records.Training).data()]
     assert found == ["data/sd", f"{tmp_path}/v:1", "data/real"]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium; on Debian: apt install chromium")
+def test_nothing_is_wider_than_a_phone_except_what_scrolls_in_its_own_frame(two_models, tmp_path):
+    """The page as a whole does not scroll sideways; a table that does has a shade at its edge."""
+    text = (two_models / "report.html").read_text().replace("Can synthetic", "Can_" * 60 + "synthetic")
+    probe = """<script>
+      const wide = [...document.querySelectorAll(".wide")].filter(one => one.scrollWidth > one.clientWidth + 1);
+      const shaded = wide.every(one => getComputedStyle(one).backgroundImage.split("linear-gradient").length == 5);
+      document.title = [document.documentElement.scrollWidth <= innerWidth, wide.length > 0, shaded].join();
+    </script>"""
+    page = tmp_path / "phone.html"
+    page.write_text(text.replace("</body>", probe + "</body>"))
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}/profile",
+        "--window-size=390,900",
+    ]
+    command = ["chromium", *options, "--disable-background-networking", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+    assert "<title>true,true,true</title>" in shown

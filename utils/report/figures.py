@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,81 +49,65 @@ def training_curves(models: Mapping[str, tuple[str, Sequence[Path]]]) -> str | N
 
 
 def close_looks(models: Mapping[str, Sequence[Sidecar]]) -> list[dict[str, Any]]:
-    """Per-class accuracy and confusion of each dataset; counts are summed over a model's seeds.
-
-    MODELS: name -> the sidecars of its runs. With more than MAX_CLASSES classes the worst
-    ones of the first model are shown, without the matrix.
-    """
-    looks: dict[str, dict[str, Any]] = {}
+    """Per-class accuracy and confusion of each dataset, see shown_look. MODELS: name -> the sidecars of its runs."""
+    looks: dict[str, dict[str, list[Sidecar]]] = {}
     for name, sidecars in models.items():
-        for found in (one for one in sidecars if one.per_class):
-            look = looks.setdefault(found.dataset, {"dataset": found.dataset, "models": {}, "names": {}})
-            look["names"] |= dict(zip(found.class_ids, found.class_names, strict=True))
-            mine = look["models"].setdefault(
-                name,
-                {
-                    "ids": found.class_ids,
-                    "correct": Counter(),
-                    "n": Counter(),
-                    "images": {},
-                    "runs": 0,
-                    "confusion": None,
-                },
-            )
-            mine["runs"] += 1
-            for row in found.per_class:
-                mine["images"][row.id] = row.n
-                mine["n"][row.id] += row.n  # over seeds
-                mine["correct"][row.id] += row.n * (row.top1 or 0) / 100
-            if found.class_ids == mine["ids"] and found.confusion is not None:
-                matrix = np.array(found.confusion, dtype=np.int64)
-                mine["confusion"] = matrix if mine["confusion"] is None else mine["confusion"] + matrix
-    return [shown_look(look) for look in looks.values()]
+        for found in sidecars:
+            if found.per_class:
+                looks.setdefault(found.dataset, {}).setdefault(name, []).append(found)
+    return [shown_look(dataset, runs) for dataset, runs in looks.items()]
 
 
-def shown_look(look: dict[str, Any]) -> dict[str, Any]:
-    """{dataset, models: [{name, runs, confusion}], classes: [{id, name, n, top1: [percent a model]}], labels, cut}"""
-    models = look["models"]
-    first = next(iter(models.values()))
-    ids = [class_id for class_id in first["n"] if first["n"][class_id]]
-    accuracy = {
-        class_id: [
-            100 * mine["correct"][class_id] / mine["n"][class_id] if mine["n"].get(class_id) else None
-            for mine in models.values()
-        ]
-        for class_id in ids
+def shown_look(dataset: str, models: Mapping[str, Sequence[Sidecar]]) -> dict[str, Any]:
+    """{dataset, models: [{name, runs, confusion}], classes: [{id, name, n, top1: [percent a model]}], labels, cut}
+
+    Counts are summed over a model's runs. Of more than MAX_CLASSES classes those that the first model knows worst are
+    shown, without the matrix.
+    """
+    first = next(iter(models.values()))[0]
+    sidecars = [one for runs in models.values() for one in runs]
+    names = {
+        one: name.split(",")[0] for its in sidecars for one, name in zip(its.class_ids, its.class_names, strict=True)
     }
-    cut = len(ids) > MAX_CLASSES
+    top1 = [mean_top1(runs) for runs in models.values()]
+    images = {score.id: score.n for score in first.per_class if score.n}
+    ids, cut = list(images), len(images) > MAX_CLASSES
     if cut:
-        ids = sorted(ids, key=lambda class_id: first["correct"][class_id] / first["n"][class_id])[:MAX_CLASSES]
-    names = {class_id: name.split(",")[0] for class_id, name in look["names"].items()}
+        ids = sorted(ids, key=lambda class_id: top1[0][class_id])[:MAX_CLASSES]
     return {
-        "dataset": look["dataset"],
+        "dataset": dataset,
         "cut": cut,
-        "labels": [names[class_id] for class_id in first["ids"]],
+        "labels": [names[class_id] for class_id in first.class_ids],
         "classes": [
-            {"id": class_id, "name": names[class_id], "n": first["images"][class_id], "top1": accuracy[class_id]}
-            for class_id in ids
+            {"id": one, "name": names[one], "n": images[one], "top1": [its.get(one) for its in top1]} for one in ids
         ],
         "models": [
-            {
-                "name": name,
-                "runs": mine["runs"],
-                "confusion": None if cut or mine["ids"] != first["ids"] else shares(mine["confusion"]),
-            }
-            for name, mine in models.items()
+            {"name": name, "runs": len(runs), "confusion": None if cut else shares(runs, first.class_ids)}
+            for name, runs in models.items()
         ],
     }
 
 
-def shares(matrix: np.ndarray | None) -> list[list[dict[str, Any]]] | None:
-    """Each cell as count and share of its row (the real class)."""
-    if matrix is None:
+def mean_top1(runs: Sequence[Sidecar]) -> dict[str, float]:
+    """Class id -> percent of its images that RUNS recognised."""
+    right: defaultdict[str, float] = defaultdict(float)
+    n: Counter[str] = Counter()
+    for score in (score for one in runs for score in one.per_class if score.n):
+        n[score.id] += score.n
+        right[score.id] += score.n * (score.top1 or 0) / 100
+    return {class_id: 100 * right[class_id] / n[class_id] for class_id in n}
+
+
+def shares(runs: Sequence[Sidecar], class_ids: list[str]) -> list[list[dict[str, Any]]] | None:
+    """RUNS' confusion as counts and shares of the rows (the real class); None if they know other classes or none."""
+    matrices = [one.confusion for one in runs if one.confusion is not None and one.class_ids == class_ids]
+    if not matrices:
         return None
-    totals = np.maximum(1, matrix.sum(1, keepdims=True))
-    rows = zip(matrix.tolist(), (matrix / totals).tolist(), strict=True)
+    matrix = np.array(matrices, dtype=np.int64).sum(0)
+    parts = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     return [
-        [{"count": count, "share": share} for count, share in zip(counts, parts, strict=True)] for counts, parts in rows
+        [{"count": int(k), "share": float(p)} for k, p in zip(*row, strict=True)]
+        for row in zip(matrix, parts, strict=True)
     ]
 
 
@@ -153,14 +137,8 @@ def contact_sheets(shown: Sequence[tuple[str, Path]], manifests: Manifests) -> l
             sheet = sheets.setdefault(class_id, {"id": class_id, "name": "", "strips": []})
             sheet["name"] = sheet["name"] or names.get(class_id, "").split(",")[0]
             prompt = prompts[0].get("prompt") if prompts else None
-            sheet["strips"].append(
-                {
-                    "source": source,
-                    "prompt": prompt,
-                    "picture": strip(paths[::step][:SHEET_COLUMNS], "--show-data"),
-                    "n": len(paths),
-                }
-            )
+            picture = strip(paths[::step][:SHEET_COLUMNS], "--show-data")
+            sheet["strips"].append({"source": source, "prompt": prompt, "picture": picture, "n": len(paths)})
     return list(sheets.values())
 
 

@@ -46,11 +46,10 @@ def write_report(
     rows = records.read_results(results)
     models = group_models(rows)
     require_writable(out, "--out")
-    described = [
-        found for _, folder in show_data if (found := records.read_record(folder / "dataset.json", records.Described))
-    ]
-    trainings = [training for model in models for training in model.trainings]
-    sidecars = [sidecar for model in models for sidecar in model.sidecars]
+    datasets = (records.read_record(folder / "dataset.json", records.Described) for _, folder in show_data)
+    made: list[records.Made] = [found for found in datasets if found]
+    made += [training for model in models for training in model.trainings]
+    made += [sidecar for model in models for sidecar in model.sidecars]
     page: dict[str, Any] = {
         "title": title or "Can synthetic images replace real ones?",
         "headline": headline(models),
@@ -60,7 +59,7 @@ def write_report(
         "curves": training_curves({model.name: (model.color, model.runs) for model in models}),
         "looks": close_looks({model.name: model.sidecars for model in models}),
         "sheets": contact_sheets(show_data, manifests),
-        **records.provenance([*described, *trainings, *sidecars]),
+        **records.provenance(made),
     }
     written = [out / "report.html", out / "report.md"]
     axes, values = radar_values(models)
@@ -86,10 +85,9 @@ def group_models(rows: Iterable[Row]) -> list[Model]:
         values.setdefault((name, row.dataset, row.metric), []).append(row)
         if row.checkpoint_sha256 and row.checkpoint_sha256 not in model.checkpoints:
             model.checkpoints.add(row.checkpoint_sha256)
-            beside = sidecars.setdefault(
-                row.folder, records.read_sidecars(Path(row.folder)) if row.folder not in sidecars else []
-            )
-            model.sidecars += [one for one in beside if one.checkpoint_sha256 == row.checkpoint_sha256]
+            if row.folder not in sidecars:
+                sidecars[row.folder] = records.read_sidecars(Path(row.folder))
+            model.sidecars += [one for one in sidecars[row.folder] if one.checkpoint_sha256 == row.checkpoint_sha256]
         run = run_of(row)
         if run and run not in model.runs:
             model.runs.append(run)
@@ -204,11 +202,8 @@ def render_markdown(page: dict) -> str:
         names = [model["name"] for model in look["models"]]
         lines += [markdown_row(["class", "n", *names]), markdown_row(["---"] * (len(names) + 2))]
         for row in look["classes"]:
-            lines.append(
-                markdown_row(
-                    [row["name"], row["n"], *("" if value is None else f"{value:.1f}" for value in row["top1"])]
-                )
-            )
+            top1 = ("" if value is None else f"{value:.1f}" for value in row["top1"])
+            lines.append(markdown_row([row["name"], row["n"], *top1]))
         lines.append("")
     lines += ["## How this was made", "", *(f"    {command}" for command in page["commands"]), ""]
     lines += [f"- {name}: {value}" for name, value in page["versions"].items()] or [NOTHING_RECORDED]
@@ -216,10 +211,12 @@ def render_markdown(page: dict) -> str:
 
 
 def markdown_row(cells: Iterable[Any]) -> str:
+    """A row of a Markdown table."""
     return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def markdown_cell(cell: Cell | None, difference: str, size: str) -> str:
+    """All that a table says of one number, in one line."""
     if cell is None:
         return ""
     text = f"{cell} ({cell.interval})" if cell.interval else str(cell)
