@@ -149,8 +149,11 @@ class ClassFolder:
     def manifest(self) -> Path:
         return self.root / "manifest" / f"{self.id}.jsonl"
 
+    def name(self, index: int) -> str:
+        return f"{self.id}_{index:06d}{self.suffix}"
+
     def path(self, index: int) -> Path:
-        return self.images / f"{self.id}_{index:06d}{self.suffix}"
+        return self.images / self.name(index)
 
     def batches(self) -> list[range]:
         """The indices of each batch: cut at fixed positions within the class, whatever is already done."""
@@ -182,7 +185,7 @@ class ClassFolder:
     def done(self) -> dict[int, Any]:
         """{index: Entry} of the images whose file is there in full size."""
         files, entries = self.files(), self.entries()
-        stats = {index: files.get(self.path(index).name) for index in entries}
+        stats = {index: files.get(self.name(index)) for index in entries}
         return {index: entry for index, entry in entries.items() if (s := stats[index]) and s.st_size == entry["bytes"]}
 
     def open_batches(self) -> list[range]:
@@ -278,7 +281,7 @@ def known_images(root: Path) -> Iterator[tuple[str, dict[str, str]]] | None:
     if not (root / "dataset.json").is_file() or not (root / "manifest").is_dir():
         return None
     return (
-        (folder.id, {folder.path(index).name: entry["sha256"] for index, entry in folder.entries().items()})
+        (folder.id, {folder.name(index): entry["sha256"] for index, entry in folder.entries().items()})
         for folder in open_dataset(root).folders
     )
 

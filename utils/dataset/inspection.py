@@ -37,11 +37,10 @@ def inspect(folder: ClassFolder, hashes: bool = False) -> ClassState:
     """The state of one class by names and sizes; with HASHES every byte is read."""
     files, entries, state = folder.files(), folder.entries(), ClassState(folder.id, folder.count)
     for index in range(folder.count):
-        path = folder.path(index)
-        stat, entry = files.pop(path.name, None), entries.get(index)
+        stat, entry = files.pop(folder.name(index), None), entries.get(index)
         if entry is None or stat is None:
             state.missing.append(index)
-        elif stat.st_size != entry["bytes"] or (hashes and not _same_hash(path, entry["sha256"])):
+        elif stat.st_size != entry["bytes"] or (hashes and not _same_hash(folder.path(index), entry["sha256"])):
             state.damaged.append(index)
         else:
             state.times.append(stat.st_mtime)

@@ -137,7 +137,11 @@ def _describe_all(places: Sequence[Place], what: str) -> np.ndarray:
             rows[index] = (_hashes(picture), thumb, True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(tqdm(pool.map(fill, range(len(places))), total=len(places), desc=what, unit="img", leave=False))
+        list(
+            tqdm(
+                pool.map(fill, range(len(places))), total=len(places), desc=what, unit="img", leave=False, disable=None
+            )
+        )
     return rows
 
 
