@@ -42,7 +42,7 @@ from utils.storage import require_writable
 from utils.training import distributed
 
 if TYPE_CHECKING:
-    from utils.dataset.overlap import Place
+    from utils.dataset.overlap import Found, Place
     from utils.evaluation.judge import FrozenModel
 
 LAUNCH = Launch("evaluate", "ranks")
@@ -171,14 +171,15 @@ def judge_all(jobs: list[Job], args: argparse.Namespace) -> None:
     from utils.evaluation.judge import FrozenModel
 
     device, model = resolve_device(distributed.device_name(args.device)), None
+    seen: dict[tuple, Found] = {}  # runs of other seeds have the same training images
     with distributed.process_group(device) as ranks:
         share = Share(ranks.rank, ranks.world_size)
         for job in jobs:
             if model is None or model.source is not job.source:
                 model = FrozenModel(job.source, args.classes, device, args.batch_size, args.workers, share)
-            leak_check = ranks.is_main and not args.no_leak_check
+            leaks_seen = seen if ranks.is_main and not args.no_leak_check else None
             try:
-                (judge_by_probe if job.test_set.row.probed else judge_by_logits)(job, model, leak_check)
+                (judge_by_probe if job.test_set.row.probed else judge_by_logits)(job, model, leaks_seen)
             except (NoSharedClass, checkpoints.NoClassifier) as error:
                 if job.test_set.asked_for:
                     raise
@@ -186,14 +187,14 @@ def judge_all(jobs: list[Job], args: argparse.Namespace) -> None:
         share.wait()
 
 
-def judge_by_logits(job: Job, model: FrozenModel, leak_check: bool) -> None:
+def judge_by_logits(job: Job, model: FrozenModel, leaks_seen: dict[tuple, Found] | None) -> None:
     """Features -> logits of the model's own classifier -> metrics, on a set whose classes it knows."""
     from utils.evaluation.judge import metrics_of_logits
 
     model.classifier.require_head()
     loaded = job.test_set.loaded
     matched = match(loaded, model.classifier.class_ids)
-    leaks = training_images_in(job, matched.samples) if leak_check else ({}, {})
+    leaks = training_images_in(job, matched.samples, leaks_seen)
     stamps = loaded.stamps["test"][matched.rows]
     features = model.features(job, matched.samples, stamps)  # (N, D)
     if model.share.rank > 0:
@@ -203,13 +204,13 @@ def judge_by_logits(job: Job, model: FrozenModel, leak_check: bool) -> None:
     job.save(measured, facts | leaks[0], sidecar | leaks[1] | {"images": fingerprint(matched.samples, stamps)})
 
 
-def judge_by_probe(job: Job, model: FrozenModel, leak_check: bool) -> None:
+def judge_by_probe(job: Job, model: FrozenModel, leaks_seen: dict[tuple, Found] | None) -> None:
     """Features -> linear classifier trained on those of trainval -> metrics on those of test; seed by seed."""
     from utils.evaluation import probes
     from utils.evaluation.judge import metrics_of_probe
 
     loaded = job.test_set.loaded
-    leaks = training_images_in(job, loaded.samples) if leak_check else ({}, {})
+    leaks = training_images_in(job, loaded.samples, leaks_seen)
     features = {
         split: model.features(job, samples, loaded.stamps[split], split)  # (N, D)
         for split, samples in loaded.splits.items()
@@ -224,21 +225,24 @@ def judge_by_probe(job: Job, model: FrozenModel, leak_check: bool) -> None:
         job.save(measured, facts | leaks[0], sidecar | leaks[1])
 
 
-def training_images_in(job: Job, samples: Sequence[tuple[str, int]]) -> tuple[dict, dict]:
+def training_images_in(
+    job: Job, samples: Sequence[tuple[str, int]], seen: dict[tuple, Found] | None
+) -> tuple[dict, dict]:
     """(facts, sidecar): how many of SAMPLES (path, label) the model was trained on, and which.
 
-    Both are empty where nobody recorded the training images, or they are no longer there. UserError if a model was
-    trained on every one of SAMPLES.
+    SEEN: what was found before in this call; None to leave the check out. Both are empty then, and where nobody
+    recorded the training images or they are no longer there. UserError if a model was trained on every one of SAMPLES.
     """
     from utils.dataset.overlap import describe, overlap
 
-    if (trained := recorded_images(job.source)) is None:
+    if seen is None or (trained := recorded_images(job.source)) is None:
         return {}, {}
-    tests = [path for path, _ in samples]
-    cache = job.out / "hashes"
-    found = overlap(
-        describe(tests, cache, f"{job.title}: test images"), describe(trained, cache, f"{job.title}: training images")
-    )
+    tests, cache = [path for path, _ in samples], job.out / "hashes"
+    key = tuple(tests), tuple(trained)
+    if key not in seen:
+        some, others = (describe(places, cache, f"{job.title}: hashes") for places in key)
+        seen[key] = overlap(some, others)
+    found = seen[key]
     if len(found.exact) == len(tests):
         raise UserError(
             f"{job.title}: all {len(tests):,} test images are among the images it was trained on; judge it on others, "

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 import evaluate
 from tests.evaluation.test_evaluate import CLASSES, make_run
 from utils.cli import run
+from utils.dataset import overlap
 from utils.storage import read_jsonl
 from utils.training.image_sets import open_images
 
@@ -72,6 +73,19 @@ def test_overlap_stands_beside_every_number_and_is_named(world, capsys):
     assert "trained on 1 of the 42 test images, and on copies of 2" in said and str(sidecar) in said
     assert len(list((folder / "hashes").glob("*.npy"))) == 2
     assert not [path for data in (train, test) for path in data.rglob("*") if path.suffix not in ("", ".png")]
+
+
+def test_runs_on_the_same_images_are_compared_once(world, tmp_path, monkeypatch):
+    folder, train, test = world
+    other = make_run(tmp_path / "other", CLASSES, seed=1)
+    for one in (folder, other):
+        record(one, train)
+    calls = []
+    real = overlap.overlap
+    monkeypatch.setattr(overlap, "overlap", lambda *some: calls.append(1) or real(*some))
+    assert call("--checkpoint", folder, other, "--test", f"toys={test}", "--device", "cpu") == 0
+    assert len(calls) == 1
+    assert all(read_jsonl(one / "results.jsonl")[0]["train_overlap_exact"] == 0 for one in (folder, other))
 
 
 def test_nothing_in_common_is_recorded_as_nothing(world):
