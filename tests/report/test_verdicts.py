@@ -99,6 +99,14 @@ def test_a_difference_within_its_own_interval_is_no_finding(tmp_path):
     )
 
 
+def test_a_finding_of_single_runs_says_that_seeds_were_not_varied(tmp_path):
+    low, high = generated(tmp_path / "g2", 2.0), generated(tmp_path / "g7", 7.5)
+    models = [trained("g2", run_cell(800, 900), data=low), trained("g7", run_cell(600, 900), data=high)]
+    first, second = verdicts.headline(models)
+    assert first.endswith("the interval excludes zero for these two runs; other seeds may differ.")
+    assert second.endswith("less guidance gave better training data in these two runs, as the paper found.")
+
+
 def test_seeds_that_all_agree_do_not_make_an_interval_of_nothing():
     assert difference(seeds_cell([99.0, 99.0]), seeds_cell([98.9, 98.9])) is None
 
@@ -121,6 +129,19 @@ def test_paired_intervals_cover_the_truth_and_are_narrower():
         widths.append((together.high - together.low) / (alone.high - alone.low))
     assert 0.93 <= covered / 600 <= 0.985
     assert np.mean(widths) < 0.85 and max(widths) <= 1
+
+
+def test_paired_intervals_are_those_of_the_literature():
+    """Airway hyper-responsiveness before and after a transplantation, 1, 1, 7 and 12 of 21 (Bentur et al., 2009).
+
+    Fagerland, Lydersen and Laake, Statistics in Medicine 33 (2014), 2850, give -0.507 to -0.026 for Newcombe's method.
+    """
+    before, after = np.repeat([1, 1, 0, 0], (1, 1, 7, 12)) > 0, np.repeat([1, 0, 1, 0], (1, 1, 7, 12)) > 0
+    cells = [run_cell(int(one.sum()), 21) for one in (before, after)]
+    for cell, one in zip(cells, (before, after), strict=True):
+        cell.outcomes, cell.judged = one, "the same children"
+    found = difference(*cells)
+    assert (found.value, found.low, found.high) == pytest.approx((-28.57, -50.7, -2.6), abs=0.05)
 
 
 def test_outcomes_of_other_images_are_not_paired():

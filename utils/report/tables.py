@@ -83,6 +83,11 @@ class Difference:
         """Whether the interval excludes zero: without that no sentence may name a winner."""
         return self.low > 0 or self.high < 0
 
+    @property
+    def of_single_runs(self) -> bool:
+        """Whether the interval speaks of the images alone: other seeds of the same training may differ by more."""
+        return "one run each" in self.source
+
     def __str__(self) -> str:
         return f"{self.value:+.2f} points (95 % interval {self.low:+.2f} to {self.high:+.2f}, {self.source})"
 

@@ -64,7 +64,10 @@ def _verdict(a: Cell, b: Cell) -> str:
     found = difference(a, b)
     if found is None:
         return f"{a.value - b.value:+.2f} points, for which no interval can be given, so no difference is shown"
-    return f"{found}; " + ("the interval excludes zero" if found.shown else OPEN)
+    excludes = "the interval excludes zero"
+    if found.of_single_runs:
+        excludes += " for these two runs; other seeds may differ"
+    return f"{found}; {excludes if found.shown else OPEN}"
 
 
 def about_guidance(scored: Sequence[tuple[Model, Cell]]) -> str:
@@ -85,10 +88,10 @@ def about_guidance(scored: Sequence[tuple[Model, Cell]]) -> str:
         said += OPEN if found else "no interval can be given, so no difference is shown"
     elif differing:
         said += f"but the datasets differ in {differing} too"
-    elif found.value > 0:
-        said += "less guidance gave better training data, as the paper found"
     else:
-        said += "here more guidance gave better training data, unlike in the paper"
+        better, like = ("less", "as the paper found") if found.value > 0 else ("more", "unlike in the paper")
+        runs = " in these two runs" if found.of_single_runs else ""
+        said += f"{better} guidance gave better training data{runs}, {like}"
     return f"{said}. {_about_diversity(less, more)}".strip()
 
 
