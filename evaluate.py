@@ -34,8 +34,9 @@ from utils.cli import Launch, UserError, data_and_weight, make_parser, non_negat
 from utils.dataset.folder import known_images
 from utils.evaluation import checkpoints
 from utils.evaluation.catalog import choose, list_sets, read_all
-from utils.evaluation.jobs import Job, Settings, number_format, with_v2_mean
+from utils.evaluation.jobs import Job, Settings, number_format
 from utils.evaluation.matching import NoSharedClass, fingerprint, match
+from utils.evaluation.results import Row, with_v2_mean
 from utils.machine import resolve_device
 from utils.metrics import mean_and_std
 from utils.storage import require_writable
@@ -310,20 +311,20 @@ def print_table(jobs: list[Job]) -> None:
     """One line a pair: accuracy with its 95 % interval, or mean +- deviation over seeds; always n and classes."""
     width = max(len(job.source.label) for job in jobs)
     print(f"\n{'model':{width}}  {'dataset':14} {'top-1':>22} {'top-5':>7} {'images':>8} {'classes':>8}")
-    found: dict[tuple[str, str], dict[str, list[dict]]] = {}  # (model, dataset) -> metric -> rows
+    found: dict[tuple[str, str], dict[str, list[Row]]] = {}  # (model, dataset) -> metric -> rows
     for row in with_v2_mean([row for job in jobs for row in job.rows()]):
-        found.setdefault((row["model"], row["dataset"]), {}).setdefault(row["metric"], []).append(row)
+        found.setdefault((row.model, row.dataset), {}).setdefault(row.metric, []).append(row)
     for (model, dataset), by_metric in found.items():
         if not (top1 := by_metric.get("top1")):
             continue
         if len(top1) > 1:
-            mean, deviation = mean_and_std(row["value"] for row in top1)
+            mean, deviation = mean_and_std(row.value for row in top1)
             first = f"{mean:.2f} ± {deviation:.2f} ({len(top1)} seeds)"
         else:
-            first = f"{top1[0]['value']:.2f} ({top1[0]['low']:.1f} to {top1[0]['high']:.1f})"
-        top5 = f"{by_metric['top5'][0]['value']:.2f}" if "top5" in by_metric else ""
-        n, classes = top1[0]["n"], top1[0]["num_classes"]
-        print(f"{model:{width}}  {dataset:14} {first:>22} {top5:>7} {n:>8,} {classes:>8}")
+            bounds = (top1[0].low, top1[0].high)
+            first = f"{top1[0].value:.2f}" + ("" if None in bounds else f" ({bounds[0]:.1f} to {bounds[1]:.1f})")
+        top5 = f"{by_metric['top5'][0].value:.2f}" if "top5" in by_metric else ""
+        print(f"{model:{width}}  {dataset:14} {first:>22} {top5:>7} {top1[0].n:>8,} {top1[0].num_classes or '':>8}")
     for folder in dict.fromkeys(job.out for job in jobs):
         print(f"written: {folder / 'results.jsonl'}")
 

@@ -155,6 +155,7 @@ def test_damaged_lines_and_files_beside_the_results_heal(toy):
     results, (sidecar,) = folder / "results.jsonl", (folder / "eval").iterdir()
     good = results.read_text()
     key = json.loads(good.splitlines()[0])["key"]
+    bare = {"model": "m", "dataset": "d", "metric": "top1", "value": 5, "key": key, "n": 3}  # no interval
     strange = [
         "null",
         "5",
@@ -163,6 +164,7 @@ def test_damaged_lines_and_files_beside_the_results_heal(toy):
         '"x"',
         json.dumps({"key": key}),
         json.dumps({"key": key, "metric": 3}),
+        json.dumps(bare),
         "{" * 50,
     ]
     results.write_text("\n".join(strange) + "\n" + good)

@@ -14,8 +14,8 @@ from utils import metrics
 from utils.classes import load_classes
 from utils.cli import UserError
 from utils.evaluation import catalog, imagenet_sets
-from utils.evaluation.jobs import with_v2_mean
 from utils.evaluation.matching import LoadedSet, NoSharedClass, match
+from utils.evaluation.results import Row, with_v2_mean
 from utils.images import load_eval_image
 
 TIMM = files("timm.data") / "_info"
@@ -190,16 +190,16 @@ def test_v2_stands_for_its_variants(tmp_path):
 def test_the_mean_of_the_three_variants_by_hand():
     def row(dataset, value, **more):
         facts = {"model": "m", "checkpoint_sha256": "c", "metric": "top1", "seed": 0, "num_classes": 1000, "n": 10_000}
-        return facts | {"dataset": dataset, "value": value, "low": value - 1, "high": value + 2} | more
+        return Row(**facts | {"dataset": dataset, "value": value, "low": value - 1, "high": value + 2} | more)
 
     rows = [row("IN-v2-matched", 60.0), row("IN-v2-0.7", 69.0), row("IN-Val", 71.0)]
     assert with_v2_mean(rows) == rows  # a mean of two would be another quantity
     (mean,) = with_v2_mean([*rows, row("IN-v2-top", 75.0), row("IN-v2-top", 90.0, model="other")])[5:]
-    assert (mean["dataset"], mean["value"], mean["low"], mean["high"], mean["n"]) == ("IN-v2", 68.0, 67.0, 70.0, 30_000)
+    assert (mean.dataset, mean.value, mean.low, mean.high, mean.n) == ("IN-v2", 68.0, 67.0, 70.0, 30_000)
     published = row("IN-v2", 72.3, source="published")
     assert with_v2_mean([published]) == [published]
     (old,) = with_v2_mean([row("IN-v2", 60.0, source="measured")])  # the earlier version knew this variant alone
-    assert old["dataset"] == "IN-v2-matched"
+    assert old.dataset == "IN-v2-matched"
 
 
 # ===== IN-R and IN-A: logits cut to the set's classes =====

@@ -5,19 +5,19 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import msgspec
 
 from utils.cli import UserError, command_line
-from utils.evaluation.catalog import V2, V2_VARIANTS, ChosenSet
+from utils.evaluation.catalog import ChosenSet
 from utils.evaluation.checkpoints import Source, Transform, ordered_classes, transform_of
+from utils.evaluation.results import Row
 from utils.machine import resolve_device, snapshot
 from utils.storage import append_jsonl, read_json, read_jsonl, write_json
 
@@ -42,32 +42,11 @@ class Settings:
 Measured = Mapping[str, tuple[float, tuple[float, float] | None]]  # metric -> (value, its 95 % interval), in percent
 
 
-class Result(msgspec.Struct):
-    """What is read again of a line of results.jsonl."""
-
-    model: str
-    dataset: str
-    metric: str
-    value: float
-    n: int
-    num_classes: int
-    seed: int | None = None
-    low: float | None = None
-    high: float | None = None
-
-
 class Sidecar(msgspec.Struct):
     """What is read again of a file in eval/."""
 
     key: str
     runs: list[dict[str, Any]] = []
-
-
-def _is_result(row: dict) -> bool:
-    try:
-        return bool(msgspec.convert(row, Result))
-    except msgspec.ValidationError:
-        return False
 
 
 @dataclass
@@ -127,14 +106,10 @@ class Job:
         """The file in which probes remember the settings they tried."""
         return self.out / "eval" / f"{self.test_set.name}.{self.key}.trials.jsonl"
 
-    def rows(self) -> list[dict]:
+    def rows(self) -> list[Row]:
         """This job's finished rows; of rows written twice by a killed and a continued run, the newer."""
-        newest = {
-            (row["metric"], row.get("seed") if self.test_set.row.probed else None): row
-            for row in read_jsonl(self.out / "results.jsonl")
-            if row.get("key") == self.key and _is_result(row)
-        }
-        return list(newest.values())
+        mine = [row for row in read_jsonl(self.out / "results.jsonl", Row) if row.key == self.key and row.n]
+        return list({(row.metric, row.seed if self.test_set.row.probed else None): row for row in mine}.values())
 
     @property
     def done(self) -> bool:
@@ -143,11 +118,11 @@ class Job:
             return False
         if self.test_set.row.probed:
             return not self.missing_seeds()
-        return {row["metric"] for row in self.rows()} >= set(LOGIT_METRICS)
+        return {row.metric for row in self.rows()} >= set(LOGIT_METRICS)
 
     def missing_seeds(self) -> list[int]:
         """Seeds of linear probes that lack a row."""
-        have = {(row["seed"], row["metric"]) for row in self.rows()}
+        have = {(row.seed, row.metric) for row in self.rows()}
         return [seed for seed in self.settings.seeds if any((seed, metric) not in have for metric in PROBE_METRICS)]
 
     def finished_runs(self) -> list[dict]:
@@ -196,30 +171,6 @@ class Job:
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             }
             append_jsonl(self.out / "results.jsonl", row)
-
-
-def with_v2_mean(rows: Sequence[dict]) -> list[dict]:
-    """ROWS of results and, where a model was judged on all three variants of ImageNet-V2, their mean as "IN-v2".
-
-    Its interval is the mean of theirs, which holds however many images the variants share. Rows named IN-v2 that were
-    measured are of an earlier version, which knew the matched-frequency variant alone.
-    """
-    rows = [row | {"dataset": V2_VARIANTS[0]} if _is_old_v2(row) else row for row in rows]
-    found: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        if row["dataset"] in V2_VARIANTS:
-            kind = tuple(row.get(key) for key in ("model", "checkpoint_sha256", "metric", "seed", "num_classes"))
-            found.setdefault(kind, {})[row["dataset"]] = row
-    for variants in (list(some.values()) for some in found.values() if len(some) == len(V2_VARIANTS)):
-        columns: dict[str, list[Any]] = {key: [row.get(key) for row in variants] for key in ("value", "low", "high")}
-        mean = {key: None if None in column else fmean(column) for key, column in columns.items()}
-        total = {"dataset": V2, "n": sum(row.get("n") or 0 for row in variants), "key": None}
-        rows.append(variants[0] | total | mean)
-    return rows
-
-
-def _is_old_v2(row: dict) -> bool:
-    return row["dataset"] == V2 and row.get("source") == "measured"
 
 
 def number_format(dtype: str, device: str) -> str:

@@ -87,7 +87,8 @@ def load_classifier(source: Source, classes: str | None = None) -> Classifier:
         fits = [other for other in found if other != place and _fits(source, found[other], arch)]
         raise UserError(f"{error}; --checkpoint {source.path}:{fits[0]} fits" if fits else str(error)) from None
     if others := [one for one in found if one != place and not source.key]:
-        note = f"weights of {place or 'the file'}, which also has {_list(others)} (FILE:{others[0]} judges those){note}"
+        also = f"weights of {place or 'the file'}, which also has {_list(others)} (FILE:{others[0]} judges those)"
+        note = f"{also}; {note}" if note else also
     if note:
         print(f"{source.label}: {note}", flush=True)
     model.float().eval().requires_grad_(False)

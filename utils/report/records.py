@@ -10,53 +10,17 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
 from utils.cli import UserError, data_and_weight, safe_label
-from utils.evaluation.jobs import with_v2_mean
+from utils.evaluation.results import Count, Row, with_v2_mean
 from utils.storage import read_json, read_jsonl
 
-Count = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
-Percent = Annotated[float, msgspec.Meta(ge=0, le=100)]
 Record = TypeVar("Record", bound=msgspec.Struct)
 JUDGE_AGAIN = "delete it and run evaluate.py on its checkpoint again"
-
-
-class Row(msgspec.Struct):
-    """A line of results.jsonl, as evaluate.py writes it: one metric of one model on one dataset, in percent."""
-
-    model: str
-    dataset: str
-    metric: str
-    value: Percent
-    low: Percent | None = None  # 95 % interval
-    high: Percent | None = None
-    n: Count | None = None  # images
-    num_classes: Count | None = None
-    group: str = "folder"
-    seed: int | None = None
-    source: str = "measured"  # or "published"
-    protocol: str | None = None
-    key: str | None = None  # hash of checkpoint, images, labels and protocol
-    checkpoint: str | None = None
-    checkpoint_sha256: str | None = None
-    trained_on: str = ""  # of published rows: "real" or "synthetic"
-    train_overlap_exact: Count = 0  # test images the model was trained on
-    train_overlap_near: Count = 0  # and those it was trained on a copy of, cut, mirrored or encoded otherwise
-    folder: str = ""  # of the file; not in it
-
-    @property
-    def metric_of(self) -> tuple[str, str, str]:
-        """What was measured."""
-        return self.model, self.dataset, self.metric
-
-    @property
-    def way(self) -> tuple[str | None, str | None]:
-        """How it was measured."""
-        return self.key, self.protocol
 
 
 class Environment(msgspec.Struct):
@@ -221,7 +185,7 @@ def read_results(paths: Sequence[Path]) -> list[Row]:
         rows += [row for row in found if row.checkpoint_sha256 == checkpoint[row.model]]
     way = {row.metric_of: row.way for row in rows}
     newest = {(*row.metric_of, row.seed): row for row in rows if row.way == way[row.metric_of]}
-    return [Row(**row) for row in with_v2_mean([msgspec.structs.asdict(row) for row in newest.values()])]
+    return with_v2_mean(list(newest.values()))
 
 
 def _read_rows(path: Path) -> list[Row]:
