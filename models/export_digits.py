@@ -19,17 +19,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 from models.digits import PARTS, real_digits
 from utils.classes import load_classes
-from utils.cli import make_parser, run
+from utils.cli import any_path, make_parser, run
 from utils.storage import atomic_write, require_writable
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    """The options; --help prints the docstring of this file above them."""
     parser = make_parser(__doc__)
-    parser.add_argument("--out", default="data/digits", help="folder that receives train/ and test/")
+    parser.add_argument("--out", type=any_path, default="data/digits", help="folder that receives train/ and test/")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
+    """Write the digits as PNG files of --out/<part>/<id>; exit code."""
     from PIL import Image
 
     out = require_writable(args.out, "--out")

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 from models.digits import IMAGE_SIZE, SPLIT_FILE, real_digits
 from utils.classes import load_classes
-from utils.cli import UserError, make_parser, positive_int, run
+from utils.cli import UserError, make_parser, positive_int, run, seed_number
 from utils.generation.prompts import parse_template, prompt_text
 from utils.machine import snapshot
 from utils.storage import append_jsonl, atomic_path, atomic_write, require_writable
@@ -61,17 +61,19 @@ CARD_TEMPLATE = Path(__file__).resolve().parent / "digits_card.md"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    """The options; --help prints the docstring of this file above them."""
     parser = make_parser(__doc__)
     parser.add_argument("--out", default="models/digits-sd", help="folder that receives the pipeline")
     parser.add_argument("--work", default="runs/digits-sd", help="folder of checkpoints and the log")
     parser.add_argument("--vae-steps", type=positive_int, default=400, help="steps of the autoencoder")
     parser.add_argument("--unet-steps", type=positive_int, default=4000, help="steps of text encoder and UNet")
-    parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")
+    parser.add_argument("--seed", type=seed_number, default=0, help="everything random follows from it")
     parser.add_argument("--threads", type=positive_int, default=2, help="CPU threads; another number, other rounding")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
+    """Train autoencoder, text encoder and UNet in turn and save the pipeline; exit code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep: other work on the machine goes on
     import torch
 

@@ -45,6 +45,7 @@ DIGITS = (  # the ten digits as WordNet 3.0 has them, zero to nine
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    """The options; --help prints the docstring of this file above them."""
     parser = make_parser(__doc__)
     parser.add_argument("--wordnet", default=WORDNET, type=Path, help="data.noun of WordNet 3.0")
     parser.add_argument("--synsets", type=Path, help="the 1000 wnids in label order, one a line (default: timm's)")
@@ -54,6 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Build the tables from WordNet and write them, or compare them with those in --out; exit code."""
     # ===== reading the sources =====
     wnids = [wnid for _, wnid in read_list(args.synsets or timm_synsets())]
     if not args.wordnet.is_file():

@@ -50,10 +50,12 @@ class ClassRow:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """All names: ("tench", "Tinca tinca")."""
         return split_names(self.name)
 
     @property
     def first_name(self) -> str:
+        """The one that prompts use unless all are asked for."""
         return self.names[0]
 
 
@@ -66,6 +68,7 @@ class ClassTable:
 
     @property
     def ids(self) -> list[str]:
+        """In label order."""
         return [row.wnid for row in self.rows]
 
     @cached_property

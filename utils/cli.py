@@ -56,6 +56,7 @@ class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, without a page of usage before it, and which option may have been meant."""
 
     def error(self, message: str) -> NoReturn:
+        """End with code 2."""
         hint = ""
         if message.startswith("unrecognized arguments: --"):
             wrong = message.split()[2].partition("=")[0]

@@ -56,6 +56,7 @@ def snapshot() -> dict:
 
 
 def package_version(name: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -75,6 +76,7 @@ def git_commit() -> str | None:
 
 @cache
 def cpu_model() -> str:
+    """The processor as the system names it."""
     for line in _cpuinfo().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
