@@ -67,13 +67,14 @@ def test_against_real_images(tmp_path):
     assert abs(same["FID"]) < 1e-3 * (1 + record["totals"]["FID"]) and same["FID"] < record["totals"]["FID"]
 
 
-def checkpoint(folder):
+def checkpoint(folder, scale=1.0):
     """A ResNet18 of random weights, as a plain state dict."""
     import torch
     from torchvision.models import resnet18
 
     torch.manual_seed(0)
-    torch.save(resnet18(num_classes=2).state_dict(), folder / "net.pth")
+    weights = resnet18(num_classes=2).state_dict()
+    torch.save(weights | {"conv1.weight": weights["conv1.weight"] * scale}, folder / "net.pth")
     (folder / "args.json").write_text(
         '{"arch": "resnet18", "head": "linear", "num_classes": 2, "class_ids": ["apple", "pear"], '
         '"class_names": ["apple", "pear"], "image_size": 32, "resize": 36}'
@@ -231,3 +232,24 @@ def test_an_image_that_is_no_file_is_named_and_nothing_hangs(tmp_path, capsys, k
     said = capsys.readouterr().err
     assert (code == 2 and "pear/000.png" in said) or (code == 0 and kind == "folder")  # ImageFolder looks into folders
     assert "error: unexpected" not in said
+
+
+def test_a_single_image_and_features_without_end(tmp_path, capsys):
+    write_images(tmp_path / "data", 1, seed=0)
+    command = (
+        "--dataset-report",
+        tmp_path / "data",
+        "--real",
+        tmp_path / "data",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "look",
+    )
+    assert call(*command, "--checkpoint", checkpoint(tmp_path)) == 0
+    assert read_json(tmp_path / "look/dataset_report.json")["totals"]["images"] == 2
+    capsys.readouterr()
+    (tmp_path / "other").mkdir()
+    assert call(*command, "--checkpoint", checkpoint(tmp_path / "other", scale=float("nan"))) == 2
+    assert "the features are NaN for 2 of 2 images; check the checkpoint" in capsys.readouterr().err
+    assert measures.is_finite(np.ones((3, 2))) and not measures.is_finite(np.array([[1, np.inf]]))  # of fp16

@@ -99,6 +99,12 @@ def test_a_difference_within_its_own_interval_is_no_finding(tmp_path):
     )
 
 
+def test_a_model_that_was_trained_on_test_images_is_named():
+    real, other = trained("real", run_cell(800, 900)), trained("other", run_cell(820, 900))
+    other.cells["digits", "top1"].leaked = 12
+    assert verdicts.headline([real, other])[0].endswith("“other” was trained on 12 of these images.")
+
+
 def test_a_finding_of_single_runs_says_that_seeds_were_not_varied(tmp_path):
     low, high = generated(tmp_path / "g2", 2.0), generated(tmp_path / "g7", 7.5)
     models = [trained("g2", run_cell(800, 900), data=low), trained("g7", run_cell(600, 900), data=high)]

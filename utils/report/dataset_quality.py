@@ -25,6 +25,7 @@ from utils.report.measures import (
     diversity,
     evenly,
     frechet_distance,
+    is_finite,
     kernel_distance,
     moments,
     near_duplicates,
@@ -78,6 +79,8 @@ def run(
     described = {"synthetic": describe(synthetic)}
     if real:
         described["real"] = describe(real)
+    if network and not all(map(is_finite, described.values())):
+        raise UserError(f"--checkpoint {network.checkpoint}: its features are not finite; try --dtype fp32, or another")
 
     # ===== measuring =====
     centre = moments(described["synthetic"])[0].astype(np.float32)
@@ -242,6 +245,7 @@ def sort_classes(classes: list[dict[str, Any]]) -> None:
 
 
 def as_text(value: Any) -> str:
+    """A number for people: counts in full, measures to four digits, "" for what is not known."""
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -20,6 +20,11 @@ BLOCK = 2048  # images compared at a time with all before them
 MOST_IMAGES = 5000  # of a set whose distances or kernel, quadratic in them, are held at once
 
 
+def is_finite(x: np.ndarray) -> bool:
+    """Whether no number of x (N, D) is NaN or infinite; a block at a time, since x may be a file."""
+    return all(np.isfinite(x[start : start + CHUNK_ROWS]).all() for start in range(0, len(x), CHUNK_ROWS))
+
+
 def unit(x: np.ndarray) -> np.ndarray:
     """(N, D) rows of length 1."""
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
@@ -101,9 +106,11 @@ def evenly(rows: np.ndarray, most: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
 
 
-def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased squared MMD, times 1000 as is usual."""
+def kernel_distance(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Unbiased squared MMD, times 1000 as is usual; None where a set has no two images."""
     n, m = len(x), len(y)
+    if n < 2 or m < 2:
+        return None
 
     def kernel(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         return (left.astype(np.float64) @ right.T.astype(np.float64) / left.shape[1] + 1) ** 3

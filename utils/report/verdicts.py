@@ -52,6 +52,9 @@ def against_reference(
             sentences.append(f"At an equal budget “{other.name}” has {its} %: {_verdict(its, reference[1])}.")
         elif known:
             sentences.append("The two differ in images or steps, and no run here has an equal budget.")
+    for one, its in (best, reference):
+        if its.leaked:
+            sentences.append(f"“{one.name}” was trained on {its.leaked:,} of these images.")
     return " ".join(sentences)
 
 
