@@ -4,8 +4,8 @@
     python -m utils.launch --launcher slurm --partition gpu --chunks 64 generate.py --classes 100 --out data/x
     python -m utils.launch --launcher slurm --partition gpu --nodes 2 --gpus-per-node 4 train.py --data data/x
 
-generate.py becomes independent chunks of classes (an array on SLURM), train.py the ranks of one DDP job, evaluate.py
-stays one process. The script's own options are checked before anything starts or is queued. Several commands joined by
+generate.py becomes independent chunks of classes (an array on SLURM), train.py and evaluate.py the ranks of one job
+that share its work. A script's own options are checked before anything starts or is queued. Several commands joined by
 `--then` run one after the other, each only if the one before succeeded (on SLURM by dependencies, queued at once);
 launcher options before the first script hold for all of them, options after a `--then` for that command only.
 
