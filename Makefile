@@ -75,7 +75,7 @@ LAUNCH = $(strip $(PY) $(if $(filter-out inline,$(LAUNCHER)),-m utils.launch $(L
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock | cksum | cut -d' ' -f1)
 DEV_STAMP := $(VENV)/.installed-dev-$(shell cat requirements.lock requirements-dev.lock | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test fuzz lint bench generate train evaluate pipeline docker clean lock check-prompts
+.PHONY: help setup demo test fuzz lint bench generate train evaluate pipeline docker clean lock check-prompts gpu-check
 help: ## this text
 	@printf 'imagenet-sd: can synthetic images replace real ones?\n\nusage: make TARGET [VARIABLE=value ...]\n\n'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -184,6 +184,9 @@ lint: $(DEV_STAMP) ## ruff, mypy and hadolint
 
 bench: $(DEV_STAMP) ## speed as ratios to the named peers: make bench [ONLY=row]
 	$(PY) benchmarks/bench.py $(if $(ONLY),--only $(ONLY))
+
+gpu-check: $(STAMP) ## does this GPU give the results that the CPU gives? a page in runs/gpu-check, some minutes
+	$(PY) benchmarks/gpu_check.py $(if $(DEVICE),--device "$$DEVICE") $(ARGS)
 
 lock: $(DEV_STAMP) ## rewrite the two locks from requirements*.in
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
