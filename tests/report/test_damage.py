@@ -179,11 +179,12 @@ def test_a_line_of_another_kind(world, capsys, line, name):
     assert is_said(report(world), capsys)
 
 
-def test_torn_lines_of_results_are_left_out_and_said(world, capsys):
-    path = world / "run/results.jsonl"
-    path.write_text(path.read_text() + '{"model": "m", "data')
+@pytest.mark.parametrize("name", ["results.jsonl", "log.jsonl"])
+def test_torn_lines_of_results_are_left_out_and_said(world, capsys, name):
+    path = world / "run" / name
+    path.write_text('{"model": "m", "data\n' + path.read_text() + '{"kind": "epo')
     assert report(world) == 0
-    assert "results.jsonl: 1 damaged lines are left out" in capsys.readouterr().err
+    assert f"{name}: 2 damaged lines are left out" in capsys.readouterr().err
 
 
 def test_a_damaged_image_is_named(world, capsys):

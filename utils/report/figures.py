@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from utils.cli import UserError
 from utils.images import INK, BadImage, Curve, contact_sheet, decode_rgb, draw_curves, drop_strays, list_image_folder
-from utils.report.records import Described, Epoch, Sidecar, read_record
+from utils.report.records import Described, Epoch, Interval, Sidecar, read_lines, read_record
 from utils.storage import atomic_path, read_jsonl
 
 # (folder) -> (class id, file names) ... of a generated dataset's manifests, None for other folders
@@ -38,7 +38,8 @@ def training_curves(models: Mapping[str, tuple[str, Sequence[Path]]]) -> str | N
     panels: dict[str, tuple[str, list[Curve]]] = {"training loss": ("epoch", []), "training top-1 (%)": ("epoch", [])}
     for name, (color, folders) in models.items():
         for folder in folders:
-            epochs = read_jsonl(folder / "log.jsonl", Epoch)
+            lines = read_lines(folder / "log.jsonl", Epoch | Interval)
+            epochs = [line for line in lines if isinstance(line, Epoch)]
             for (_, curves), key in zip(panels.values(), ("loss", "top1"), strict=True):
                 if epochs:
                     curves.append((name, [one.epoch for one in epochs], [getattr(one, key) for one in epochs], color))
