@@ -171,7 +171,8 @@ test: $(DEV_STAMP) $(if $(wildcard /usr/share/wordnet/data.noun),check-prompts) 
 	$(PY) -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered -q
 
 fuzz: $(DEV_STAMP) ## ten minutes of damaged files at every reader, and three times as many random kills
-	FUZZ_SECONDS=30 KILLS=3 $(PY) -m pytest -n 2 --dist worksteal -q --timeout 1800 tests/test_fuzz.py tests/test_kills.py
+	FUZZ_SECONDS=30 KILLS=3 $(PY) -m pytest -n 2 --dist worksteal -q --timeout 1800 tests/test_fuzz.py tests/test_kills.py \
+	  tests/test_damaged_files.py
 
 check-prompts: $(DEV_STAMP) ## rebuild prompts/*.tsv from WordNet and compare byte for byte
 	$(PY) prompts/build_tables.py --check
