@@ -166,6 +166,9 @@ def test_a_damaged_or_lost_dataset_json_has_a_way_back(out, content):
     for options in (["--status"], []):
         code, _, error = look(out, *options)
         assert code == 2 and f"`{command}` brings it back" in error
+    (out / "dataset.json").symlink_to("nowhere")
+    assert "brings it back" in look(out)[2]
+    (out / "dataset.json").unlink()
     os.system(command)
     assert look(out, "--verify")[0] == 0
 

@@ -67,8 +67,8 @@ def refuse_foreign_folder(root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise UserError(f"--out {root} is a file; name a folder")
     names = os.listdir(root) if root.is_dir() else []
-    foreign = [name for name in names if not name.startswith(".") and name != "lost+found"]
-    if foreign and "dataset.json" not in foreign:
+    foreign = [name for name in names if not name.startswith(".") and name not in ("lost+found", "dataset.json")]
+    if foreign and not (root / "dataset.json").exists():
         remedy = way_back(root, "choose an empty or new folder")
         raise UserError(f"--out {root} holds {foreign[0]!r} but no dataset.json; {remedy}")
 
