@@ -175,7 +175,7 @@ def test_a_limit_of_submitted_jobs_is_named_with_its_remedy(cluster, programs, t
     assert "time limits); give fewer --chunks, or more --processes a node" in said and not (tmp_path / "logs").exists()
 
 
-@pytest.mark.parametrize("folder", ["logs%j", "a\nb", "back\\slash"])
+@pytest.mark.parametrize("folder", ["logs%j", "back\\slash"])
 def test_a_log_folder_that_slurm_would_read_as_a_pattern_is_refused(cluster, tmp_path, capsys, folder):
     assert "--log-dir" in refusal(capsys, "--log-dir", tmp_path / folder, *DIGITS, tmp_path / "out")
     assert not (tmp_path / folder).exists()
@@ -188,7 +188,7 @@ def test_what_is_no_jobs_id_is_refused(cluster, tmp_path, capsys, word):
     )
 
 
-TEXT_OPTIONS = ("partition", "account", "qos", "constraint", "exclude", "container_image", "apptainer", "log_dir")
+TEXT_OPTIONS = ("partition", "account", "qos", "constraint", "exclude", "container_image", "apptainer")
 LIST_OPTIONS = ("container_mounts", "setup", "sbatch")
 
 
@@ -204,6 +204,19 @@ def test_no_option_can_add_a_line_to_the_batch_script(monkeypatch, tmp_path, key
         with pytest.raises(UserError, match=f"^{option} .*: holds a line break or control character") as refused:
             stage_of("slurm", *options, *DIGITS, "out")
         assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_log_folder_is_one_line_too_and_knows_the_home_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert stage_of("slurm", "--log-dir=~/logs", *DIGITS, "out").args.log_dir == tmp_path / "logs"
+    site = tmp_path / "site.toml"
+    site.write_text(json.dumps("logs\ntouch stolen").join(["log_dir = ", ""]))
+    for options in (["--log-dir=logs\ntouch stolen"], ["--site", str(site)]):
+        with pytest.raises(SystemExit) as end:
+            stage_of("slurm", *options, *DIGITS, "out")
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and "has control characters" in said and said.count("\n") == 1
 
 
 # ===== a site file =====

@@ -57,9 +57,9 @@ def fill_in(args: Namespace, limits_min: dict[str, float], nodes: Sequence[dict[
         # "gpu:a100:4(S:0-1),shard:8"
         gpus = sum(map(int, re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", node.get("Gres", ""))))
         if 0 < args.gpus_per_node <= gpus:
-            cores, memory = int(node.get("CPUEfctv", node["CPUTot"])), int(node["RealMemory"])
-            free_mb = memory - int(node.get("MemSpecLimit", 0))
-            shares.append([value * args.gpus_per_node // gpus for value in (cores, free_mb)])
+            cores = int(node.get("CPUEfctv", node.get("CPUTot", 1)))  # less those that SLURM keeps for itself
+            memory_mb = int(node.get("RealMemory", 0)) - int(node.get("MemSpecLimit", 0))
+            shares.append([value * args.gpus_per_node // gpus for value in (cores, memory_mb)])
     cores, memory_mb = map(min, zip(*shares, strict=True)) if shares else (args.processes, 0)
     if args.cpus_per_task is None:
         args.cpus_per_task = max(1, cores // args.processes)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.cli import Launch, UserError, make_parser, non_negative_int, positive_float, positive_int
+from utils.cli import Launch, UserError, any_path, make_parser, non_negative_int, positive_float, positive_int
 from utils.launch.processes import free_port, make_team, visible_gpus
 from utils.launch.watch import watch
 from utils.machine import ROOT
@@ -53,8 +53,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.prog = "python -m utils.launch"
     add = parser.add_argument
     add("--launcher", choices=("inline", "local", "slurm"), default="inline", help="where to run")
-    add("--site", type=Path, metavar="FILE.toml", help="a cluster's options (docs/cluster.md)")
-    add("--watch", type=Path, metavar="FOLDER", help="wait for jobs queued earlier (their log folder)")
+    add("--site", type=any_path, metavar="FILE.toml", help="a cluster's options (docs/cluster.md)")
+    add("--watch", type=any_path, metavar="FOLDER", help="wait for jobs queued earlier (their log folder)")
     add("--chunks", type=positive_int, help="generate.py: chunks of classes (slurm: an array)")
     processes = "processes at once on a node (one a GPU, else 1)"
     add("--processes", "--tasks-per-node", type=positive_int, help=processes)
@@ -79,7 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--max-requeues", type=non_negative_int, default=20, help="time-outs until a job is given up")
     before = "seconds before the time limit at which jobs save and requeue"
     add("--signal-delay-s", type=positive_int, default=90, help=before)
-    add("--log-dir", type=Path, help="logs, on a shared disk (runs/launch/TIME-SCRIPT)")
+    add("--log-dir", type=any_path, help="logs, on a shared disk (runs/launch/TIME-SCRIPT)")
     add("--container-image", help="run in this image through pyxis/enroot")
     add("--container-mounts", **several, metavar="HOST:INSIDE", help="further mounts")
     add("--apptainer", metavar="IMAGE.sif", help="run in this image through Apptainer")

@@ -144,7 +144,7 @@ def run_on_slurm(stages: Sequence[Stage]) -> int:
     first = stages[0].args
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = (first.log_dir or Path("runs/launch") / f"{stamp}-{stages[0].name}").resolve()
-    if not str(folder).isprintable() or set("%\\") & set(str(folder)):
+    if set("%\\") & set(str(folder)) or not str(folder).isprintable():
         raise UserError(f"--log-dir {str(folder)!r}: SLURM reads % and \\ in it as patterns; choose plain characters")
     planned = []
     for stage in stages:
