@@ -304,6 +304,9 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path, monkeypatch, kind
             file.truncate(storage.MOST_JSON + 1)  # a hole: takes no room
     with pytest.raises(UserError, match=r"cannot read .*x\.json \(.+\); remedy"):
         read_json(path, remedy="remedy")
+    if kind != "large":
+        with pytest.raises(OSError):
+            sha256_file(path)
     if kind in ("fifo", "device", "folder"):
         with pytest.raises(OSError) as caught:
             append_jsonl(path, {})

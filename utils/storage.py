@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -171,17 +172,23 @@ def append_jsonl(path: str | Path, *values: Any, fsync: bool = False) -> None:
 # ===== reading back =====
 
 
-def read_regular(path: str | Path, most: int) -> bytes:
-    """The content of a regular file of at most MOST bytes.
+def open_regular(path: str | Path) -> BufferedReader:
+    """PATH for reading if it is a regular file; OSError, which names it, for a FIFO or device: they may never end."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    try:
+        _refuse_special(os.fstat(file.fileno()), path)
+    except OSError:
+        file.close()
+        raise
+    return file
 
-    OSError, which names PATH, for anything else: a FIFO or device would block for ever or never end, a file of a
-    terabyte would take all memory.
-    """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        _refuse_special(status, path)
-        if status.st_size > most:
-            raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, more than the {most:,} that are read", str(path))
+
+def read_regular(path: str | Path, most: int) -> bytes:
+    """The content of a regular file of at most MOST bytes; OSError, which names PATH, for anything else."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"{size:,} bytes, more than the {most:,} that are read", str(path))
         data = file.read(most + 1)  # files of /proc and /sys say that they have 0 bytes
         if len(data) > most:
             raise OSError(errno.EFBIG, f"more than the {most:,} bytes that are read", str(path))
@@ -266,7 +273,7 @@ def sha256_bytes(data: bytes) -> str:
 
 def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file, read in pieces: what `sha256sum` prints."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import tarfile
 
 import numpy as np
@@ -257,6 +258,12 @@ def test_tar_shards_give_the_same_batches_as_folders(folder, tmp_path, flat):
     assert torch.equal(one["crops"][0], other["crops"][0]) and torch.equal(one["labels"], other["labels"])
     packed.limit(1)
     assert len(packed) == 2 and packed.read(1) == images.read(5)
+
+
+def test_a_shard_that_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "shard-000000.tar")
+    with pytest.raises(UserError, match=r"shard-000000\.tar is no readable tar file .*not a regular file"):
+        open_images(tmp_path)
 
 
 def test_ids_with_dots_survive_packing(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 from utils.classes import load_classes
 from utils.cli import UserError
 from utils.images import IMAGE_SUFFIXES, BadImage, list_image_folder, read_image
-from utils.storage import read_json
+from utils.storage import open_regular, read_json
 from utils.training.distributed import print0
 
 
@@ -144,7 +144,7 @@ class TarImages(ImageSet):
         found = []
         for number, shard in enumerate(shards):
             try:
-                with tarfile.open(shard, "r:") as tar:
+                with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                     found += [
                         (_class_of(member.name), member.name, number, member.offset_data, member.size)
                         for member in tar
