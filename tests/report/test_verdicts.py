@@ -99,6 +99,18 @@ def test_a_difference_within_its_own_interval_is_no_finding(tmp_path):
     )
 
 
+def test_published_rows_neither_hide_a_finding_nor_are_subtracted_across_classes():
+    """43.0 of 1,000 classes and 62.7 of 100 stand side by side; nobody recorded on how many images."""
+    runs = [trained("real", run_cell(800, 900)), trained("other", run_cell(600, 900))]
+    paper = [Model("1K", published=True), Model("100", published=True)]
+    for model, value, classes in zip(paper, (43.0, 62.7), (1000, 100), strict=True):
+        model.cells["IN-v2", "top1"] = Cell(value, num_classes=classes, group="imagenet")
+    assert verdicts.headline([*runs, *paper]) == verdicts.headline(runs) != []
+    made = tables.metric_table("t", [("IN-v2", "top1", "IN-v2")], paper)
+    assert [row["differences"] for row in made["rows"]] == [[""], [""]]
+    assert [row["sizes"] for row in made["rows"]] == [["1000 classes"], ["100 classes"]]
+
+
 def test_a_model_that_was_trained_on_test_images_is_named():
     real, other = trained("real", run_cell(800, 900)), trained("other", run_cell(820, 900))
     other.cells["digits", "top1"].leaked = 12

@@ -52,8 +52,8 @@ class Cell:
     @property
     def size(self) -> str:
         """ "5,000 images, 100 classes", or "" where it is not known."""
-        classes = f", {self.num_classes} classes" if self.num_classes else ""
-        return f"{self.n:,} images{classes}" if self.n else ""
+        parts = [f"{self.n:,} images" if self.n else "", f"{self.num_classes} classes" if self.num_classes else ""]
+        return ", ".join(filter(None, parts))
 
     @property
     def leak(self) -> str:
@@ -62,7 +62,7 @@ class Cell:
 
     def less(self, other: Cell) -> str:
         """ "-2.5 (-3.9 to -1.1)": the difference with its 95 % interval, or "" where other images were judged."""
-        if self.size and other.size and self.size != other.size:
+        if self.size != other.size:  # what is not known of one may differ too; averages over sets have none
             return ""
         found = difference(self, other)
         text = f"{self.value - other.value:+.{self.digits}f}"

@@ -20,10 +20,10 @@ MACHINE = {"name", "classes", "images_per_class", "dtype", "attention", "compile
 
 def headline(models: Sequence[Model]) -> list[str]:
     """Sentences on runs of train.py that were judged on one set of images; nothing for other kinds of report."""
-    measured = {dataset for model in models for dataset, metric in model.cells if metric == "top1"}
+    trained = [model for model in models if model.trainings]
+    measured = {dataset for model in trained for dataset, metric in model.cells if metric == "top1"}
     dataset = next(iter(measured)) if len(measured) == 1 else "IN-Val"
-    scored = [(model, model.cells[dataset, "top1"]) for model in models if (dataset, "top1") in model.cells]
-    scored = [(model, cell) for model, cell in scored if model.trainings]
+    scored = [(model, model.cells[dataset, "top1"]) for model in trained if (dataset, "top1") in model.cells]
     if len(scored) < 2 or len({cell.size for _, cell in scored}) > 1:
         return []
     reference = next((pair for pair in scored if pair[0].kind == "real"), scored[0])
