@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -61,22 +60,13 @@ class FeatureCache:
     @contextmanager
     def owned(self, what: str) -> Iterator[np.ndarray | None]:
         """The entry as its only writer; yields the features if they are complete. Waits for another run that has it."""
-        waited = False
-        while True:
-            with ExitStack() as stack:
-                if (kept := self.read()) is not None:
-                    yield kept
-                    return
-                try:
-                    stack.enter_context(owner_lock(self.entry / "lock"))
-                except AlreadyOwned:
-                    if not waited:
-                        print(f"{what}: another run is computing these features; waiting for it", flush=True)
-                    waited = True
-                    time.sleep(0.5)
-                    continue
-                yield self.read()  # another run may have finished it meanwhile
-                return
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(owner_lock(self.entry / "lock"))
+            except AlreadyOwned:
+                print(f"{what}: another run is computing these features; waiting for it", flush=True)
+                stack.enter_context(owner_lock(self.entry / "lock", wait=True))
+            yield self.read()
 
     def blocks(self, what: str) -> dict[int, np.ndarray]:
         """start -> block of what is there and right; says how many are damaged, WHAT being the features' name.
@@ -152,7 +142,7 @@ def _read_block(path: Path) -> np.ndarray | None:
         data = read_regular(path, MOST_BLOCK)
         if path.name.split(".")[1] != _short_hash(data) or not path.name[6:14].isdigit():
             return None
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: joining takes no memory
     except (OSError, IndexError):  # its content is what was written: np.load knows it
         return None
 

@@ -23,7 +23,7 @@ from utils.storage import append_jsonl, read_json, read_jsonl, write_json
 
 LOGIT_METRICS = ("top1", "mean_per_class", "ece")  # of a set the model classifies itself; top5 too with > 5 classes
 PROBE_METRICS = ("top1", "mean_per_class")  # of a transfer dataset, one of each a seed
-FORMAT = 2  # raise it when numbers change: finished pairs are then computed again
+FORMAT = 3  # raise it when numbers change: finished pairs are then computed again
 
 
 @dataclass(frozen=True)

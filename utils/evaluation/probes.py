@@ -38,7 +38,7 @@ TRIALS = 30  # t-ReX's suite, as all constants below unless said otherwise
 HELD_OUT = 0.2  # of each class of trainval, for the choice
 C_RANGE = (1e-5, 1e6)  # inverse strength of the L2 penalty
 MAX_ITER = 2000
-LR_RANGE, WEIGHT_DECAY_RANGE = (1e-1, 1e2), (1e-12, 1e-4)
+SGD_RANGES = {"lr": (1e-1, 1e2), "weight_decay": (1e-12, 1e-4)}
 EPOCHS, BATCH, MOMENTUM = 100, 1024, 0.9
 
 # Not in paper, our choices for `fast`:
@@ -50,7 +50,9 @@ FAST_GRID = [(lr, decay) for lr in (0.3, 1.0, 3.0, 10.0, 30.0, 100.0) for decay 
 
 Split = tuple[np.ndarray, np.ndarray]  # features (N, D), labels (N,) of 0..K-1
 Setting = dict[str, float]
+Ranges = dict[str, tuple[float, float]]  # of each hyper-parameter, log-uniform
 Predictor = Callable[[np.ndarray], np.ndarray]  # features (N, D) -> labels (N,)
+Fit = Callable[[Split, Setting, int, Any], Predictor]  # (images to train on, setting, seed, device)
 
 
 def run_probe(
@@ -65,14 +67,13 @@ def run_probe(
     for split, (values, _) in features.items():
         metrics.refuse_nan(np.asarray(values), f"the {split} features")
     train, test = features["trainval"], features["test"]
-    search = {
-        ("logreg", "paper"): search_suite,
-        ("logreg", "fast"): search_path,
-        ("sgd", "paper"): search_suite_sgd,
-        ("sgd", "fast"): search_stages,
-    }[kind, protocol]
-    fits: dict[str, Callable[..., Predictor]] = {"paper": fit_sklearn, "fast": fit_logreg}
-    fit = fits[protocol] if kind == "logreg" else fit_sgd
+    ways: dict[tuple[str, str], tuple[Callable[..., tuple[Setting, float]], Fit]] = {
+        ("logreg", "paper"): (partial(search_suite, {"C": C_RANGE}, fit_sklearn), fit_sklearn),
+        ("logreg", "fast"): (search_path, fit_logreg),
+        ("sgd", "paper"): (partial(search_suite, SGD_RANGES, fit_sgd), fit_sgd),
+        ("sgd", "fast"): (search_stages, fit_sgd),
+    }
+    search, fit = ways[kind, protocol]
     part, held = split_per_class(train[1], seed, as_suite=protocol == "paper")
     trials = Trials(memo, {"protocol": protocol, "kind": kind, "seed": seed})
     chosen, accuracy = search(_take(train, part, kind), _take(train, held, kind), trials, seed, device)
@@ -145,18 +146,14 @@ def top1_of(predict: Predictor, split: Split) -> float:
 # ===== logistic regression =====
 
 
-def search_suite(train: Split, held: Split, trials: Trials, seed: int, device: Any) -> tuple[Setting, float]:
-    """The suite's search over C, every trial a fit of scikit-learn's: (setting, its held-out accuracy in percent)."""
-
-    def judge(setting: Setting) -> float:
-        return trials(setting, lambda: top1_of(fit_sklearn(train, setting, seed, device), held))
-
-    return search_tpe({"C": C_RANGE}, judge, seed)
-
-
-def search_tpe(
-    ranges: dict[str, tuple[float, float]], judge: Callable[[Setting], float], seed: int
+def search_suite(
+    ranges: Ranges, fit: Fit, train: Split, held: Split, trials: Trials, seed: int, device: Any
 ) -> tuple[Setting, float]:
+    """The suite's search, every trial a whole FIT: (setting, its held-out accuracy in percent)."""
+    return search_tpe(ranges, lambda one: trials(one, lambda: top1_of(fit(train, one, seed, device), held)), seed)
+
+
+def search_tpe(ranges: Ranges, judge: Callable[[Setting], float], seed: int) -> tuple[Setting, float]:
     """The best of TRIALS settings that Optuna's TPE proposes and what JUDGE, in percent, says of it.
 
     Log-uniform over RANGES; jointly where there are several, as the suite has it.
@@ -233,15 +230,6 @@ def fit_logreg(train: Split, setting: Setting, seed: int, device: Any) -> Linear
 
 
 # ===== SGD =====
-
-
-def search_suite_sgd(train: Split, held: Split, trials: Trials, seed: int, device: Any) -> tuple[Setting, float]:
-    """The suite's joint search over learning rate and weight decay, every trial 100 epochs."""
-
-    def judge(setting: Setting) -> float:
-        return trials(setting, lambda: top1_of(fit_sgd(train, setting, seed, device), held))
-
-    return search_tpe({"lr": LR_RANGE, "weight_decay": WEIGHT_DECAY_RANGE}, judge, seed)
 
 
 def search_stages(train: Split, held: Split, trials: Trials, seed: int, device: Any) -> tuple[Setting, float]:
