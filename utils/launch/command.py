@@ -56,8 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--site", type=any_path, metavar="FILE.toml", help="a cluster's options (docs/cluster.md)")
     add("--watch", type=any_path, metavar="FOLDER", help="wait for jobs queued earlier (their log folder)")
     add("--chunks", type=positive_int, help="generate.py: chunks of classes (slurm: an array)")
-    processes = "processes at once on a node (one a GPU, else 1)"
-    add("--processes", "--tasks-per-node", type=positive_int, help=processes)
+    add("--processes", "--tasks-per-node", type=positive_int, help="processes at once on a node (one a GPU, or 1)")
     add("--nodes", type=positive_int, default=1, help="train.py: nodes of the DDP job")
 
     add = parser.add_argument_group("slurm").add_argument
@@ -77,8 +76,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--array-parallelism", type=positive_int, default=64, help="array elements at once, at most")
     add("--after", **several, metavar="JOBID", help="start when that job succeeded")
     add("--max-requeues", type=non_negative_int, default=20, help="time-outs until a job is given up")
-    before = "seconds before the time limit at which jobs save and requeue"
-    add("--signal-delay-s", type=positive_int, default=90, help=before)
+    add("--signal-delay-s", type=positive_int, default=90, help="seconds before its limit at which a job saves")
     add("--log-dir", type=any_path, help="logs, on a shared disk (runs/launch/TIME-SCRIPT)")
     add("--container-image", help="run in this image through pyxis/enroot")
     add("--container-mounts", **several, metavar="HOST:INSIDE", help="further mounts")

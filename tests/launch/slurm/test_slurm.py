@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -288,6 +290,26 @@ def test_what_the_cluster_cannot_do_is_refused_before_anything_is_queued(cluster
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert cluster.run("squeue", "--noheader") == before and not (here / "logs").exists()
+
+
+def test_any_process_of_a_job_killed_at_any_instant_costs_no_image(cluster, here):
+    """srun, the Task or the script: the job ends or comes back, and the same command finishes the work."""
+    chance = random.Random(0)
+    arguments = ("--chunks", "2", "--processes", "2", "draw.py", "--out", "out", "--count", "120", "--seconds", "0.05")
+    for kill in range(4):
+        submit(cluster, here, "--log-dir", f"logs{kill}", *arguments)
+        wait_for(lambda: "RUNNING" in cluster.jobs().values())
+        time.sleep(chance.uniform(0, 3))
+        if processes := cluster._pids_here("SUBMITIT_EXECUTOR=slurm"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(chance.choice(processes), signal.SIGKILL)
+        wait_for(lambda: not cluster.jobs(), 90, cluster.start_requeued_now)
+        watched = launch(cluster, here, "--watch", f"logs{kill}")
+        assert "error: unexpected" not in watched.stderr and watched.returncode in range(256)
+    again = launch(cluster, here, *CPU[:-1], "last", "--wait", *arguments)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert complete(here / "out", 120)
+    assert len(drawn(here / "out")) <= 120 + 4 * 2  # of each killed process the image that it was at
 
 
 # ===== what a job gets =====
