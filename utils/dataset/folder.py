@@ -16,6 +16,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -28,7 +29,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from msgspec import Meta, Struct
 
 from utils import storage
-from utils.classes import ClassRow, ClassTable, images_per_class, safe_id
+from utils.classes import FACTOR, ClassRow, ClassTable, images_per_class, safe_id
 from utils.cli import UserError, safe_name
 from utils.machine import snapshot
 
@@ -69,7 +70,7 @@ class RecipeRecord(Struct):
 
     classes: str
     prompt: str
-    images_per_class: int | str
+    images_per_class: Annotated[int, Meta(ge=1)] | Annotated[str, Meta(pattern=f"^(imagenet|{FACTOR.pattern})$")]
     scheduler: str
     steps: int
     guidance_scale: float
@@ -261,7 +262,8 @@ def open_dataset(root: str | Path) -> Dataset:
 
 def way_back(root: Path, otherwise: str) -> str:
     """What to do about a damaged or missing dataset.json: without it the images are of no known recipe."""
-    return f"`cp {root / COPY} {root / 'dataset.json'}` brings it back" if (root / COPY).is_file() else otherwise
+    command = shlex.join(["cp", str(root / COPY), str(root / "dataset.json")])
+    return f"`{command}` brings it back" if (root / COPY).is_file() else otherwise
 
 
 def record_lock(root: Path) -> AbstractContextManager[None]:

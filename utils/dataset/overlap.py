@@ -236,8 +236,10 @@ def _near_hashes(test: np.ndarray, train: np.ndarray) -> Iterator[tuple[np.ndarr
         return np.array(pairs, np.int64).reshape(-1, 3).T
 
     corners = product(range(0, len(test), ROWS), range(0, len(train), COLUMNS))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    bar = tqdm(total=len(test), desc="overlap", unit="img", leave=False, disable=None)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         while some := list(islice(corners, 256)):
+            bar.update(some[-1][0] - bar.n)
             for found in pool.map(search, some):
                 found = found[:, test["readable"][found[0]] & train["readable"][found[1]]]
                 for a, b, which in (found[:, at : at + PAIRS] for at in range(0, found.shape[1], PAIRS)):
