@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from utils.generation.diffusion import Sampler
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
-FORMATS = tuple(datasets.SUFFIXES)
 LAUNCH = cli.Launch("generate", "chunks", whole=("preview", "pack", "reproduce"))
 
 
@@ -74,7 +73,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help="images drawn together; auto keeps the folder's, else suits the device")  # fmt: skip
     # What to keep
     parser.add_argument("--out", type=cli.any_path, help="dataset folder (default: data/<classes>_sd)")
-    parser.add_argument("--format", choices=FORMATS, default="jpg", help=f"of the images; jpg: quality {QUALITY}")
+    parser.add_argument(
+        "--format", choices=list(datasets.SUFFIXES), default="jpg", help=f"of the images; jpg: quality {QUALITY}"
+    )
     parser.add_argument("--save-size", type=positive_int, metavar="PIXELS", help="store with this shorter side")
     parser.add_argument("--safety", choices=("redraw", "keep", "off"),
                         help="images the safety checker flags (default: redraw if the model has one)")  # fmt: skip

@@ -120,15 +120,12 @@ class Sampler:
         for number, guided in enumerate(self.guided):
             step = self.scheduler.timesteps[number]
             scaled = self.scheduler.scale_model_input(latents, step).to(self.dtype, memory_format=self.layout)
+            rows, text = (torch.cat([scaled, scaled]), both) if guided else (scaled, cond)
+            noise = self.unet(rows, timesteps[number], encoder_hidden_states=text, return_dict=False)[0].float()
             if guided:  # classifier-free guidance, Ho & Salimans 2021
-                noise = self.unet(
-                    torch.cat([scaled, scaled]), timesteps[number], encoder_hidden_states=both, return_dict=False
-                )[0].float()
                 uncond_noise, cond_noise = noise.chunk(2)
                 noise = uncond_noise + self.recipe.guidance_scale * (cond_noise - uncond_noise)
-            else:
-                noise = self.unet(scaled, timesteps[number], encoder_hidden_states=cond, return_dict=False)[0]
-            latents = self.scheduler.step(noise.float(), step, latents, return_dict=False)[0]
+            latents = self.scheduler.step(noise, step, latents, return_dict=False)[0]
             if on_step:
                 on_step(number + 1, len(self.guided))
         return latents

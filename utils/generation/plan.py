@@ -52,17 +52,14 @@ def show_plan(
     pixels = height * width
     stored = pixels * (save_size / min(height, width)) ** 2 if save_size else pixels
     size = images * (1000 + stored * BYTES_PER_PIXEL[recipe.format])
-    part, parts = chunk or (0, 1)
     print(f"out: {out}")
-    print(f"classes: {len(rows)} of {table.name}" + (f" (chunk {part} of {parts})" if parts > 1 else ""))
+    print(f"classes: {len(rows)} of {table.name}" + (f" (chunk {chunk[0]} of {chunk[1]})" if chunk else ""))
     print(f"images: {images:,} of {width} x {height} pixels")
     print(f"UNet forwards: about {forwards} an image, {images * forwards:,} in all "
           f"({recipe.name}: {recipe.scheduler},\n  {recipe.steps} steps, "
           f"guidance {recipe.guidance_scale:g})")  # fmt: skip
-    if images_per_s:
-        rate, unit, how = images_per_s, "GPU", "as given"
-    else:
-        rate, unit, how = expected_rate(recipe, folder, model, device_name, forwards)
+    given = images_per_s and (images_per_s, "GPU", "as given")
+    rate, unit, how = given or expected_rate(recipe, folder, model, device_name, forwards)
     if rate:
         print(f"{unit} hours: {images / rate / 3600:,.1f} at {rate:.2f} images/s a {unit} ({how})")
     else:

@@ -146,32 +146,24 @@ def _render(row: ClassRow, template: Template, names: str, background: str) -> s
 # ===== CLIP tokens =====
 
 
-class TokenCounter:
-    """Counts the tokens of a text, start and end included, with the tokenizer saved in FOLDER."""
+def token_counter(model: str) -> tuple[Callable[[str], int], int] | None:
+    """(tokens of a text, start and end included; tokens that are read) of MODEL, a folder in diffusers' layout or a
+    Hugging Face name; None if its tokenizer is not here. Nothing is downloaded.
 
-    def __init__(self, folder: Path) -> None:
-        from transformers import CLIPTokenizer  # a second to import, but it brings no torch
-
-        self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        self._tokenizer.backend_tokenizer.no_truncation()  # which some models save in it
-        self._tokenizer.backend_tokenizer.no_padding()
-        self.max_tokens = min(int(self._tokenizer.model_max_length), CLIP_MAX_TOKENS)
-
-    def __call__(self, text: str) -> int:
-        return len(self._tokenizer.backend_tokenizer.encode(text).ids)
-
-
-def token_counter(model: str) -> TokenCounter | None:
-    """The counter of MODEL, a folder in diffusers' layout or a Hugging Face name; None if its tokenizer is not here.
-
-    Nothing is downloaded. The files are looked for before transformers is asked: for an absent model it hands out an
-    empty vocabulary without an error.
+    The files are looked for before transformers is asked: for an absent model it hands out an empty vocabulary.
     """
-    for files in (("tokenizer.json",), ("vocab.json", "merges.txt")):
-        paths = [_local_file(model, f"tokenizer/{file}") for file in files]
-        if paths[0] and all(paths):
-            return TokenCounter(paths[0].parent)
-    return None
+    names = (["tokenizer.json"], ["vocab.json", "merges.txt"])
+    found = ([_local_file(model, f"tokenizer/{name}") for name in together] for together in names)
+    folder = next((paths[0].parent for paths in found if paths[0] and all(paths)), None)
+    if folder is None:
+        return None
+    from transformers import CLIPTokenizer  # a second to import, but it brings no torch
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.backend_tokenizer.no_truncation()  # which some models save in it
+    tokenizer.backend_tokenizer.no_padding()
+    most = min(int(tokenizer.model_max_length), CLIP_MAX_TOKENS)
+    return lambda text: len(tokenizer.backend_tokenizer.encode(text).ids), most
 
 
 def _local_file(model: str, file: str) -> Path | None:
@@ -260,23 +252,21 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    table = load_classes(args.classes)
-    template = parse_template(args.prompt)
-    counter = token_counter(args.model)
-    warnings = prompt_warnings(table, template, args.names, counter, counter.max_tokens if counter else CLIP_MAX_TOKENS)
-
+    table, template = load_classes(args.classes), parse_template(args.prompt)
+    count, max_tokens = token_counter(args.model) or (None, CLIP_MAX_TOKENS)
+    warnings = prompt_warnings(table, template, args.names, count, max_tokens)
     rows = []
     for row in table.rows[: args.limit]:
         (prompt,) = class_prompts(row, template, [0], args.seed, args.names)
-        rows.append({"id": prompt.wnid, "prompt": prompt.text, "tokens": counter(prompt.text) if counter else None})
+        rows.append({"id": prompt.wnid, "prompt": prompt.text, "tokens": count(prompt.text) if count else None})
     if args.json:
         report = {"classes": table.name, "sha256": table.sha256, "template": template.text, "names": args.names}
-        report |= {"tokens": "exact" if counter else "unknown", "prompts": rows, "warnings": warnings}
+        report |= {"tokens": "exact" if count else "unknown", "prompts": rows, "warnings": warnings}
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return
     for item in rows:
-        print(f"{item['id']}\t{item['prompt']}" + (f"\t{item['tokens']}" if counter else ""))
-    if not counter:
+        print(f"{item['id']}\t{item['prompt']}" + (f"\t{item['tokens']}" if count else ""))
+    if not count:
         print(f"note: no tokenizer of {args.model} on this machine: tokens are not counted", file=sys.stderr)
     for line in warnings:
         print(f"warning: {line}", file=sys.stderr)

@@ -125,13 +125,10 @@ def differences(recorded: Any, here: Any, name: str = "") -> Iterator[tuple[str,
 
 def choose_batches(dataset: Dataset, images: int, seed: int) -> list[tuple[ClassFolder, range]]:
     """Whole batches, chosen by SEED among those the manifests call done, with at least IMAGES images if there are."""
-    done = [
-        (folder, batch)
-        for folder in dataset.folders
-        for entries in [folder.entries()]
-        for batch in folder.batches()
-        if all(index in entries for index in batch)
-    ]
+    done: list[tuple[ClassFolder, range]] = []
+    for folder in dataset.folders:
+        entries = folder.entries()
+        done += [(folder, batch) for batch in folder.batches() if entries.keys() >= set(batch)]
     if not done:
         raise UserError(f"--reproduce {dataset.root}: no batch of it is drawn yet (generate.py --status shows more)")
     random.Random(seed).shuffle(done)
