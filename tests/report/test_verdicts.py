@@ -109,6 +109,9 @@ def test_published_rows_neither_hide_a_finding_nor_are_subtracted_across_classes
     made = tables.metric_table("t", [("IN-v2", "top1", "IN-v2")], paper)
     assert [row["differences"] for row in made["rows"]] == [[""], [""]]
     assert [row["sizes"] for row in made["rows"]] == [["1000 classes"], ["100 classes"]]
+    paper[1].cells["IN-v2", "top1"] = Cell(62.7)  # not even the classes are known
+    made = tables.metric_table("t", [("IN-v2", "top1", "IN-v2")], paper)
+    assert made["note"] == "" and [row["sizes"] for row in made["rows"]] == [["1000 classes"], [""]]
 
 
 def test_a_model_that_was_trained_on_test_images_is_named():

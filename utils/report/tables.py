@@ -259,10 +259,10 @@ def as_table(title: str, heads: list[str], body: Sequence[tuple[Model, list[Cell
     body = [(model, cells) for model, cells in body if any(cells)]
     notes, agreed = [], []
     for head, *column in zip(heads, *(cells for _, cells in body), strict=True):
-        sizes = list(dict.fromkeys(cell.size for cell in column if cell and cell.size))
+        sizes = {cell.size for cell in column if cell}  # "" where it is not known: that may be another
         agreed.append(len(sizes) <= 1)
-        if len(sizes) == 1:
-            notes.append((head, sizes[0]))
+        if len(sizes) == 1 and sizes != {""}:
+            notes.append((head, *sizes))
     rows = []
     for model, cells in body:
         reference = body[0][1]
