@@ -21,6 +21,7 @@ from tests.training_runs import TINY
 from utils.storage import read_jsonl
 
 THOROUGH = bool(os.environ.get("FUZZ_SECONDS"))
+SPECIAL = ("FIFO", "folder", "dangling link")
 COMMANDS = ("status", "verify", "pack", "preview", "train", "evaluate", "report")
 
 
@@ -54,7 +55,7 @@ class World:
                 ["--report", str(self.run / "results.jsonl"), "--out", str(self.root / "report")],
             ),
         } | {key: ("generate", ["--out", str(self.sd), option]) for key, option in look.items()}
-        codes, _ = self.forker.run((*order[name], {}), said=self.root / "said")
+        codes, _ = self.forker.run((*order[name], {}), said=self.root / "said", kill_after_s=100)  # then it hangs
         return codes[0], (self.root / "said").read_text()
 
     def numbers(self) -> set[str]:
@@ -76,7 +77,8 @@ def world(tmp_path_factory, forker) -> World:
     return made
 
 
-def damages(good: bytes, other: bytes, rng: random.Random) -> dict[str, bytes]:
+def damages(good: bytes, other: bytes, rng: random.Random) -> dict[str, bytes | str]:
+    """{kind: content}, or for a path that is no file what is there instead."""
     at = rng.randrange(max(1, len(good)))
     cut = rng.randrange(1, max(2, len(good)))
     flipped = bytearray(good)
@@ -94,7 +96,17 @@ def damages(good: bytes, other: bytes, rng: random.Random) -> dict[str, bytes]:
         "object": b"{}\n",
         "nested": b"[" * 5000,
         "not UTF-8": b'{"a": "\xff\xfe"}\n',
+        **{kind: kind for kind in SPECIAL},
     }
+
+
+def damage(path: Path, content: bytes | str) -> None:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+        return
+    path.unlink()
+    make = {"FIFO": lambda: os.mkfifo(path), "folder": path.mkdir, "dangling link": lambda: path.symlink_to("nowhere")}
+    make[content]()
 
 
 # What is damaged -> the commands that read it.
@@ -126,12 +138,12 @@ def test_a_damaged_file_is_refused_or_healed_and_no_number_changes(pattern, worl
     path = sorted(world.root.glob(pattern))[0].relative_to(world.root)
     good, other = (world.root / path).read_bytes(), (world.inputs / "tiny/model_index.json").read_bytes()
     cases = damages(good, other, rng)
-    chosen = cases if THOROUGH else rng.sample(sorted(cases), 5)
+    chosen = cases if THOROUGH else [*rng.sample(sorted(cases), 4), rng.choice(SPECIAL)]
     wrong, clean = [], world.numbers()
     for kind in chosen:
         damaged = World(tmp_path / kind, world.inputs, world.forker)
         shutil.copytree(world.root, damaged.root)
-        (damaged.root / path).write_bytes(cases[kind])
+        damage(damaged.root / path, cases[kind])
         for name in FILES[pattern]:
             code, said = damaged.command(name)
             last = (said.strip().splitlines() or [""])[-1]

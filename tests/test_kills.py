@@ -52,9 +52,15 @@ for line in sys.stdin:
     started = time.monotonic()
     children = [fork(globals()[name], argv, environment, order["said"]) for name, argv, environment in order["runs"]]
     if order["kill_after_s"] is not None:
-        time.sleep(order["kill_after_s"])
+        end = started + order["kill_after_s"]
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while time.monotonic() < end and not all(os.waitid(os.P_PID, child, flags) for child in children):
+            time.sleep(0.002)
         for child in children:
-            os.killpg(child, signal.SIGKILL)
+            try:
+                os.killpg(child, signal.SIGKILL)
+            except ProcessLookupError:  # it has just begun
+                os.kill(child, signal.SIGKILL)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     print(json.dumps({"codes": codes, "seconds": time.monotonic() - started}), flush=True)
 """
