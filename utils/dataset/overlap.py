@@ -90,13 +90,13 @@ def refuse_contained(train: Sequence[Place], test: Sequence[Place], option: str)
 
 
 def _stat(place: Place) -> tuple[str, int, int]:
-    """(folder and name, bytes, time of change in ns) of an image. UserError names one that is not there."""
+    """(folder and name, bytes, time of change in ns) of an image; -1 bytes if it is not there."""
     path, *part = (place,) if isinstance(place, str) else place
+    name = "/".join(Path(path).parts[-2:])
     try:
         found = Path(path).stat()
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); restore the folder") from None
-    name = "/".join(Path(path).parts[-2:])
+    except OSError:
+        return name, -1, 0
     return (f"{name}@{part[0]}", part[1], found.st_mtime_ns) if part else (name, found.st_size, found.st_mtime_ns)
 
 
@@ -137,11 +137,8 @@ def _describe_all(places: Sequence[Place], what: str) -> np.ndarray:
             rows[index] = (_hashes(picture), thumb, True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(
-            tqdm(
-                pool.map(fill, range(len(places))), total=len(places), desc=what, unit="img", leave=False, disable=None
-            )
-        )
+        made = pool.map(fill, range(len(places)))
+        list(tqdm(made, total=len(places), desc=what, unit="img", leave=False, disable=None))
     return rows
 
 
