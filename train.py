@@ -151,8 +151,8 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     """From options to exported weights: data, model, optimizer, then `train`. CLOSING ends what is opened here."""
     from utils.dataset.folder import known_images
     from utils.dataset.overlap import refuse_contained
+    from utils.training.checkpoint import is_finished, make_identity, own_run, run_name
     from utils.training.image_sets import open_sources, open_validation
-    from utils.training.run_folder import is_finished, make_identity, own_run, run_name
 
     # ===== what to do =====
     recipe = make_recipe(args)

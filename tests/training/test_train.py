@@ -17,8 +17,8 @@ import train
 from tests.training_runs import ROOT, STEPS, TINY, finish, log_without_clock, make_images, start, weights
 from utils.cli import UserError
 from utils.training.augment import AugmentSpec
+from utils.training.checkpoint import is_finished, run_name
 from utils.training.image_sets import dataset_name
-from utils.training.run_folder import is_finished, run_name
 from utils.training.step import Schedule, Training, make_schedule
 
 

@@ -5,8 +5,6 @@ four operations in random order), grayscale, Gaussian blur, solarize, normalise.
 after each operation; here values stay real numbers, which is where the (tested) difference of a few levels comes from.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

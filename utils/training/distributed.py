@@ -44,27 +44,23 @@ def ranks() -> Ranks:
     """Read the launcher's variables; half a set of them, or ranks that cannot be, is a UserError."""
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return Ranks()
+    texts = {"LOCAL_WORLD_SIZE": "1"} | os.environ
     values = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        text = os.environ.get(name)
-        if text is None and name == "LOCAL_WORLD_SIZE":
-            text = "1"
-        if text is None or not text.isdigit():
-            raise UserError(
-                f"{name} is {'not set' if text is None else repr(text)} but others of its kind are; start several "
-                "processes with `torchrun` or `python -m utils.launch`, or unset RANK and WORLD_SIZE for a single one"
-            )
+        if not (text := texts.get(name, "")).isdigit():
+            state = f"{text!r}" if text else "not set"
+            remedy = "start several processes with `torchrun` or `python -m utils.launch`, or unset RANK and WORLD_SIZE"
+            raise UserError(f"{name} is {state} but others of its kind are; {remedy} for a single one")
         values[name.lower()] = int(text)
     found = Ranks(**values)
-    if found.rank >= found.world_size or found.local_rank >= found.world_size:
+    size = found.world_size
+    if found.rank >= size or found.local_rank >= size:
         raise UserError(
-            f"RANK={found.rank} LOCAL_RANK={found.local_rank} do not fit WORLD_SIZE={found.world_size}; "
-            "ranks count from 0"
+            f"RANK={found.rank} LOCAL_RANK={found.local_rank} do not fit WORLD_SIZE={size}; they begin at 0"
         )
-    if found.world_size > 1:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if not os.environ.get(name):
-                raise UserError(f"{name} is not set with WORLD_SIZE={found.world_size}; torchrun and utils.launch do")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if size > 1 and not os.environ.get(name):
+            raise UserError(f"{name} is not set with WORLD_SIZE={size}; torchrun and utils.launch do")
     return found
 
 
@@ -106,14 +102,14 @@ def print0(*values: Any, **options: Any) -> None:
 
 def device_name(requested: str) -> str:
     """This process's device: with several processes, `auto` and `cuda` become its own GPU, cuda:LOCAL_RANK."""
-    found = ranks()
-    if found.world_size > 1 and requested in ("auto", "cuda"):
-        import torch
+    import torch
 
-        if torch.cuda.is_available():
-            return f"cuda:{found.local_rank}"
-        return "cpu" if requested == "auto" else requested
-    return requested
+    found = ranks()
+    if found.world_size == 1 or requested not in ("auto", "cuda"):
+        return requested
+    if torch.cuda.is_available():
+        return f"cuda:{found.local_rank}"
+    return "cpu" if requested == "auto" else requested
 
 
 @contextmanager

@@ -1,13 +1,11 @@
 """Where training images come from: class folders or tar shards, by number, in compact arrays that workers can share."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -49,19 +47,15 @@ class ImageSet:
     def stamps(self) -> np.ndarray:
         """(N, 2) int32: size and time of change of each file modulo 2^31, -1 where it is gone."""
 
-        def look(rows: range) -> list[tuple[int, int]]:
-            found = []
-            for row in rows:
-                try:
-                    status = Path(self.name(row)).stat()
-                    found.append((status.st_size % 2**31, status.st_mtime_ns % 2**31))
-                except OSError:
-                    found.append((-1, -1))
-            return found
+        def look(row: int) -> tuple[int, int]:
+            try:
+                status = Path(self.name(row)).stat()
+            except OSError:
+                return -1, -1
+            return status.st_size % 2**31, status.st_mtime_ns % 2**31
 
-        with ThreadPoolExecutor(16) as pool:  # a server of files answers each after a while
-            parts = pool.map(look, (range(len(self))[start : start + 1000] for start in range(0, len(self), 1000)))
-            return np.array([pair for part in parts for pair in part], np.int32).reshape(-1, 2)
+        with ThreadPool(16) as pool:  # a server of files answers each after a while
+            return np.array(pool.map(look, range(len(self)), chunksize=1000), np.int32).reshape(-1, 2)
 
     def keep(self, rows: np.ndarray) -> None:
         """Keep only ROWS."""
@@ -70,21 +64,21 @@ class ImageSet:
 
     def keep_known(self, known: Iterable[tuple[str, Mapping[str, str]]]) -> list[str]:
         """Keep the images of a manifest, KNOWN: (class id, {file name: sha256}) ...; the names of the others."""
-        starts = np.searchsorted(self.labels, np.arange(len(self.class_ids) + 1))
-        label_of = {class_id: label for label, class_id in enumerate(self.class_ids)}
-        digests = np.zeros((len(self), 32), np.uint8)
-        is_known = np.zeros(len(self), bool)
+        digests, is_known = np.zeros((len(self), 32), np.uint8), np.zeros(len(self), bool)
         for class_id, hashes in known:
-            label = label_of.get(class_id)
-            if label is not None:
-                packed = {as_packed(name): sha256 for name, sha256 in hashes.items()}
-                for row in range(starts[label], starts[label + 1]):
-                    if sha256 := packed.get(as_packed(self.file_name(row))):
-                        digests[row], is_known[row] = np.frombuffer(bytes.fromhex(sha256), np.uint8), True
+            packed = {as_packed(name): bytes.fromhex(sha256) for name, sha256 in hashes.items()}
+            for row in self.rows_of(class_id):
+                if digest := packed.get(as_packed(self.file_name(row))):
+                    digests[row], is_known[row] = np.frombuffer(digest, np.uint8), True
         strays = [self.name(row) for row in np.flatnonzero(~is_known).tolist()]
         self.digests = digests
         self.keep(np.flatnonzero(is_known))
         return strays
+
+    def rows_of(self, class_id: str) -> range:
+        """The images of a class, none if it is not in the set."""
+        label = self.class_ids.index(class_id) if class_id in self.class_ids else -1
+        return range(*np.searchsorted(self.labels, [label, label + 1]).tolist())
 
     def file_name(self, row: int) -> str:
         """The image's path below its class folder."""
@@ -236,9 +230,8 @@ def _dataset_classes(folder: Path) -> list[dict]:
 
 def missing_images(images: ImageSet) -> int:
     """Images that the dataset.json of a generated dataset wants of these classes and that are not there."""
-    counts = dict(zip(images.class_ids, np.bincount(images.labels, minlength=len(images.class_ids)), strict=True))
-    rows = _dataset_classes(images.root.parent)
-    return sum(max(0, row.get("images", 0) - int(counts[row["id"]])) for row in rows if row["id"] in counts)
+    rows = [row for row in _dataset_classes(images.root.parent) if row["id"] in images.class_ids]
+    return sum(max(0, row.get("images", 0) - len(images.rows_of(row["id"]))) for row in rows)
 
 
 def require_same_classes(found: list[str], expected: list[str], where: str, reference: str) -> None:

@@ -4,8 +4,6 @@ What a sample looks like depends on (seed, epoch, sample) alone: not on workers,
 resumed. A batch is asked for by its place in the epoch's order, so that skipping is resuming.
 """
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 import os
@@ -14,7 +12,7 @@ import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,8 +52,7 @@ def crop_specs(recipe: Mapping[str, Any]) -> list[CropSpec]:
     return crops
 
 
-@dataclass(frozen=True)
-class Order:
+class Order(NamedTuple):
     """The samples of one epoch in order: (N,) indices into the mixture and (N,) how often each was drawn before."""
 
     samples: np.ndarray
@@ -95,19 +92,12 @@ def share_out(total: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One micro-batch of one process: rows start..stop of an epoch's order."""
 
     epoch: int
     start: int
     stop: int
-
-
-class Batches(Protocol):
-    """What a loader reads: a request -> a batch, or a UserError."""
-
-    def __getitem__(self, wanted: Any, /) -> dict: ...
 
 
 class CropBatches:
@@ -122,13 +112,10 @@ class CropBatches:
         return int(self.starts[-1])
 
     def order(self, epoch: int) -> Order:
+        """Of epoch EPOCH, kept until another is asked for."""
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, epoch_order([len(s) for s in self.sets], self.weights, self.seed, epoch))
         return self._order[1]
-
-    def locate(self, sample: int) -> tuple[ImageSet, int]:
-        which = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        return self.sets[which], sample - int(self.starts[which])
 
     def __getitem__(self, request: Request) -> dict:
         order = self.order(request.epoch)
@@ -144,13 +131,14 @@ class CropBatches:
     def _fill_row(self, sample: int, draws: np.ndarray, out: list[torch.Tensor], bad: list[str]) -> int:
         """Write one sample's crops into OUT and return its label; a damaged image is replaced by the next good one."""
         for step in range(SUBSTITUTES):
-            images, index = self.locate((sample + step) % len(self))
+            place = (sample + step) % len(self)
+            which = int(np.searchsorted(self.starts, place, side="right")) - 1
+            images, index = self.sets[which], place - int(self.starts[which])
             try:
                 random_crops(images.read_verified(index), self.crops, draws, out, images.name(index))
+                return int(images.labels[index])
             except BadImage as error:
                 bad.append(str(error))
-                continue
-            return int(images.labels[index])
         raise UserError(f"--data: {SUBSTITUTES} damaged images in a row, the last is {bad[-1]}")
 
 
@@ -219,35 +207,29 @@ def requests(
             yield Request(epoch, start, start + rows)
 
 
-class Loader:
+class Loader(torch.utils.data.DataLoader):
     """Batches prepared ahead of their reader by worker processes, which serve every pass over it."""
 
-    def __init__(self, loader: torch.utils.data.DataLoader):
-        self._loader = loader
-
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[dict]:  # type: ignore[override]
         """One pass; the workers start with the first."""
         before = {*multiprocessing.active_children()}
         try:
-            items = iter(self._loader)
+            items = super().__iter__()
         except OSError as error:
             for started in {*multiprocessing.active_children()} - before:  # it waits for work that will never come
                 _end_process(started)
             raise UserError(
-                f"--workers {self._loader.num_workers}: a loader process cannot be started ({error.strerror}); "
+                f"--workers {self.num_workers}: a loader process cannot be started ({error.strerror}); "
                 "choose fewer, or allow more processes and memory"
             ) from None
-        while True:
-            try:
-                yield next(items)
-            except StopIteration:
-                return
-            except UserError as error:  # from a worker it comes with its traceback for a message
-                raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+        try:
+            yield from items
+        except UserError as error:  # from a worker it comes with its traceback for a message
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
     def close(self) -> None:
         """End the workers, whatever they are doing: they only read, and one may be blocked by a disk that is gone."""
-        items = self._loader._iterator
+        items = self._iterator
         if isinstance(items, _MultiProcessingDataLoaderIter):
             signal_handling._remove_worker_pids(id(items))  # torch would report each as a failure
             items._worker_pids_set, items._shutdown = False, True
@@ -265,25 +247,23 @@ def _end_process(process: multiprocessing.process.BaseProcess) -> None:
 
 
 @contextmanager
-def make_loader(batches: Batches, wanted: Iterable, workers: int, pin: bool) -> Iterator[Loader]:
-    """Yield a loader of the items WANTED of BATCHES in order, each prepared by one of WORKERS processes.
+def make_loader(batches: Any, wanted: Iterable, workers: int, pin: bool) -> Iterator[Loader]:
+    """Yield a loader of BATCHES[item] for the items WANTED in order, each prepared by one of WORKERS processes.
 
     WANTED is gone through once a pass; a generator allows one. The workers end with the block: later, an error's
     traceback would keep them alive until Python exits, which sends them SIGTERM, which they ignore. UserError for a
     batch's own UserError, and for a worker that dies or cannot start.
     """
     loader = Loader(
-        torch.utils.data.DataLoader(
-            batches,  # type: ignore[arg-type]  # any object with __getitem__
-            batch_size=None,
-            sampler=wanted,
-            num_workers=workers,
-            pin_memory=pin,
-            prefetch_factor=2 if workers else None,
-            persistent_workers=workers > 0,
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # torch draws a seed for its workers: not from the generator that dropout uses
-        )
+        batches,
+        batch_size=None,
+        sampler=wanted,
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=2 if workers else None,
+        persistent_workers=workers > 0,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # torch draws a seed for its workers: not from the generator that dropout uses
     )
     try:
         yield loader
@@ -300,10 +280,8 @@ def make_loader(batches: Batches, wanted: Iterable, workers: int, pin: bool) -> 
 
 def worker_count(asked: int | None, device: torch.device) -> int:
     """Loader processes: as asked, else this process's share of the cores; on the CPU one, the model needs the rest."""
-    if asked is not None:
-        return asked
-    if device.type == "cpu":
-        return 1
+    if asked is not None or device.type == "cpu":
+        return 1 if asked is None else asked
     return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))  # distributed.take_own_cores
 
 

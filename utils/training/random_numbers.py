@@ -4,8 +4,6 @@ So neither the number of workers or processes nor a resume changes what a sample
 to save. The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) used as a counter-based one.
 """
 
-from __future__ import annotations
-
 import zlib
 
 import numpy as np

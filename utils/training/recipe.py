@@ -1,7 +1,5 @@
 """A training recipe's values as the command line changes them; the recipes themselves stand in train.py."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -24,11 +24,11 @@ from torch import nn
 from utils.cli import UserError
 from utils.training import checkpoint
 from utils.training.augment import augment, augmentations, random_draws
+from utils.training.checkpoint import require_same_images, require_same_run
 from utils.training.distributed import ranks, sum_counts
 from utils.training.image_sets import ImageSet
 from utils.training.loader import CropBatches, make_loader, requests
 from utils.training.random_numbers import uniforms
-from utils.training.run_folder import require_same_images, require_same_run
 
 COUNTS = ("loss", "correct", "seen")
 
@@ -268,15 +268,16 @@ class Training:
 
     def require_same_step(self, run: Path) -> None:
         """UserError on every process unless all stand at the same step: each has read RUN by itself."""
-        mine, world = ranks().rank, self.schedule.world
-        steps = sum_counts({f"{rank:06d}": self.step if rank == mine else 0 for rank in range(world)}, self.device)
-        others = {rank: step for rank, step in enumerate(steps.values()) if step != steps["000000"]}
-        if others:
-            rank, step = next(iter(others.items()))
-            raise UserError(
-                f"--out {run}: rank 0 continues from step {steps['000000']:.0f} but rank {rank} from step {step:.0f}; "
-                "put --out on a disk that all nodes share, or delete the checkpoint that not every rank could read"
-            )
+        steps = [0.0] * self.schedule.world
+        steps[ranks().rank] = self.step
+        named = {f"{rank:06d}": step for rank, step in enumerate(steps)}
+        steps = list(sum_counts(named, self.device).values())
+        for rank, step in enumerate(steps):
+            if step != steps[0]:
+                raise UserError(
+                    f"--out {run}: rank 0 continues from step {steps[0]:.0f} but rank {rank} from step {step:.0f}; put "
+                    "--out on a disk that all nodes share, or delete the checkpoint that not every rank could read"
+                )
 
     def note_bad_images(self, found: list[str], allowed: int) -> None:
         """Remember damaged images by name; more than ALLOWED stop the run with the list."""
@@ -285,10 +286,8 @@ class Training:
                 self.bad_images.append(message)
                 print(f"damaged image {len(self.bad_images)}, the next one takes its place: {message}", file=sys.stderr)
         if len(self.bad_images) > allowed:
-            raise UserError(
-                f"--max-bad-images {allowed}: {len(self.bad_images)} damaged: {'; '.join(self.bad_images)}; "
-                "repair or delete them, or allow more"
-            )
+            what = f"{len(self.bad_images)} damaged: {'; '.join(self.bad_images)}"
+            raise UserError(f"--max-bad-images {allowed}: {what}; repair or delete them, or allow more")
 
 
 class NonFiniteLoss(UserError):

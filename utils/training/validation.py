@@ -1,7 +1,5 @@
 """Top-1 and top-5 on real images after an epoch, every image counted once, whatever the number of processes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
