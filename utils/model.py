@@ -4,8 +4,6 @@ Both heads keep their weights where torchvision keeps them (`fc.weight` for a Re
 into an unmodified torchvision model.
 """
 
-from __future__ import annotations
-
 import copy
 import difflib
 from collections.abc import Sequence

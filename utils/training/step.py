@@ -5,8 +5,6 @@ can be abandoned and leaves no trace. Randomness comes from counters (utils/trai
 rate is a function of the step, so that neither a generator nor a scheduler has to be saved.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections import Counter
@@ -119,7 +117,6 @@ class Training:
         self._buffers = [buffer for _, buffer in self.model.named_buffers()]
         self._buffers_before = [buffer.clone() for buffer in self._buffers]
         self._counted: list[torch.Tensor] = []  # of the step: (loss, correct answers) of each micro-batch
-        self._losses: dict[str, float] = {}
         self._in_step = False
         self.augmentations = augmentations(self.recipe)
 
@@ -180,17 +177,13 @@ class Training:
         if not math.isfinite(loss):
             self.abandon_step()
             raise NonFiniteLoss(self)
-        self._losses = {
-            "loss": loss,
-            "correct": round(correct),
-            "seen": self.schedule.batch_size // self.schedule.world,
-        }
+        images = self.schedule.batch_size // self.schedule.world
+        self.interval.update({"loss": loss, "correct": round(correct), "seen": images})
 
     def end_step(self) -> None:
         """The weights have moved."""
         if self.scaler.is_enabled():
             self._read_sums()
-        self.interval.update(self._losses)
         self.step += 1
         self._in_step = False
 
