@@ -192,3 +192,32 @@ def test_synchronised_batch_norm_equals_that_of_the_joined_batch(tmp_path, world
     ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * world, errors
+
+
+COMPILED = """
+import sys, torch, torch._dynamo
+from utils.model import MultiCrop, build_model, sync_batchnorm
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1)
+forward = MultiCrop(sync_batchnorm(build_model("resnet10", 10)).train())
+graphs = []
+def backend(graph, inputs):
+    graphs.append(any(isinstance(value, (torch.SymInt, int)) for value in inputs))
+    return graph.forward
+compiled = torch.compile(forward, backend=backend, dynamic=False)
+crops = [torch.randn(2, 3, 64, 64), torch.randn(6, 3, 32, 32)]
+for function in (compiled, compiled, forward):
+    forward.zero_grad()
+    function(crops).square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in forward.parameters()]
+    assert function is compiled or all(map(torch.allclose, gradients, kept))
+    kept = gradients
+# One for each crop size and one for what joins them: the head is left as it is, batch norms break nothing.
+assert len(graphs) == 3 and not any(graphs), graphs
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_compiled_model_is_not_cut_at_its_batch_norms(tmp_path):
+    command = [sys.executable, "-c", COMPILED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
