@@ -289,14 +289,13 @@ def train_data_wait() -> dict:
 
 def augment_share() -> dict:
     """Device-side augmentation as a share of forward + backward + augmentation, in turn on the same batch."""
+    import train
     from utils.machine import resolve_device, resolve_dtype
-    from utils.training.augment import AugmentSpec, augment, random_draws
+    from utils.training.augment import augment, random_draws
 
     device = resolve_device("auto")
     dtype = resolve_dtype("auto", device)
     count = 64 if device.type == "cuda" else STEP_IMAGES
-    shared = dict(flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grayscale=0.2)
-    specs = [AugmentSpec(**shared, blur=0.2, solarize=0.2), AugmentSpec(**shared, blur=0.5)]
     generator = torch.Generator().manual_seed(0)
     pixels = [
         torch.randint(0, 256, (count * n, size, size, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
@@ -309,8 +308,8 @@ def augment_share() -> dict:
     def views() -> list[torch.Tensor]:
         epoch = np.full(count, next(calls))
         return [
-            augment(images.to(device), random_draws(spec, f"view{i}", 0, epoch, samples, n))
-            for i, (images, spec, n) in enumerate(zip(pixels, specs, (1, 8), strict=True))
+            augment(images.to(device), random_draws(train.PAPER, view, 0, epoch, samples, n))
+            for view, (images, n) in enumerate(zip(pixels, (1, 8), strict=True))
         ]
 
     ready = [view.contiguous(memory_format=torch.channels_last) for view in views()]

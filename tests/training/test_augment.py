@@ -12,12 +12,13 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import functional as reference
 
+import train
 from utils.images import _statistics, normalize
 from utils.training import augment as ours
-from utils.training.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION, AugmentSpec, Draws
+from utils.training.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws
 
 N, SIZE = 6, 40
-PAPER = AugmentSpec(0.5, 0.8, 0.4, 0.4, 0.2, 0.1, 0.2, 0.5, 0.2)
+PAPER = train.PAPER | {"local_solarize": 0.2}  # view 1: every operation
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_the_whole_chain_equals_pillow_per_image(images):
     repeat = 8
     batch = images.repeat(repeat, 1, 1, 1)
     samples = np.arange(len(batch))
-    draws = ours.random_draws(PAPER, "test", 3, np.zeros_like(samples), samples, 1)
+    draws = ours.random_draws(PAPER, 1, 3, np.zeros_like(samples), samples, 1)
     assert draws.flip.any() and draws.grayscale.any() and draws.solarize.any() and (draws.blur > 0).any()
     found = levels(ours.augment(batch, draws)).permute(0, 2, 3, 1).numpy()
     differences = []
@@ -163,7 +164,7 @@ def test_batches_stay_channels_last(images):
     """What the loader delivers, and what convolutions take: no copy in between."""
     batch = images.contiguous(memory_format=torch.channels_last)
     samples = np.arange(N)
-    for draws in (Draws(**nothing()), ours.random_draws(PAPER, "test", 1, np.zeros_like(samples), samples, 1)):
+    for draws in (Draws(**nothing()), ours.random_draws(PAPER, 1, 1, np.zeros_like(samples), samples, 1)):
         result = ours.augment(batch, draws)
         assert result.is_contiguous(memory_format=torch.channels_last) and result.shape == batch.shape
         torch.testing.assert_close(result, ours.augment(images, draws))
@@ -171,7 +172,7 @@ def test_batches_stay_channels_last(images):
 
 def test_draws_have_the_stated_frequencies_and_ranges():
     samples = np.arange(4000)
-    draws = ours.random_draws(PAPER, "view", 0, np.zeros_like(samples), samples, 1)
+    draws = ours.random_draws(PAPER, 1, 0, np.zeros_like(samples), samples, 1)
     jittered = (draws.factors != [1, 1, 1, 0]).any(1)
     for name, chosen, probability in (
         ("flip", draws.flip, 0.5),
@@ -189,11 +190,19 @@ def test_draws_have_the_stated_frequencies_and_ranges():
     assert len(np.unique(draws.order @ [64, 16, 4, 1])) == 24  # all orders of colour jitter occur
 
 
+def test_global_and_local_crops_differ_as_the_recipe_says():
+    samples = np.arange(4000)
+    large, small = (ours.random_draws(train.PAPER, view, 0, np.zeros_like(samples), samples, 1) for view in (0, 1))
+    assert abs((large.blur > 0).mean() - 0.2) < 0.03 and abs((small.blur > 0).mean() - 0.5) < 0.03
+    assert abs(large.solarize.mean() - 0.2) < 0.03 and not small.solarize.any()
+    assert not np.array_equal(large.flip, small.flip)
+
+
 def test_a_sample_gets_the_same_draws_in_any_batch_and_other_ones_in_another_epoch(images):
-    together = ours.random_draws(PAPER, "view", 7, np.full(5, 2), np.arange(5), 3)
-    alone = ours.random_draws(PAPER, "view", 7, np.array([2]), np.array([4]), 3)
+    together = ours.random_draws(PAPER, 1, 7, np.full(5, 2), np.arange(5), 3)
+    alone = ours.random_draws(PAPER, 1, 7, np.array([2]), np.array([4]), 3)
     assert np.array_equal(together.factors[12:], alone.factors) and np.array_equal(together.flip[12:], alone.flip)
-    later = ours.random_draws(PAPER, "view", 7, np.array([3]), np.array([4]), 3)
+    later = ours.random_draws(PAPER, 1, 7, np.array([3]), np.array([4]), 3)
     assert not np.array_equal(later.factors, alone.factors)
-    crops = ours.random_draws(PAPER, "view", 7, np.array([2]), np.array([4]), 8)
+    crops = ours.random_draws(PAPER, 1, 7, np.array([2]), np.array([4]), 8)
     assert len({tuple(row) for row in crops.factors}) > 4  # each crop of a sample has its own

@@ -23,33 +23,9 @@ BLUR_RADIUS = (0.1, 2.0)  # standard deviation in pixels: DINO and t-ReX
 BLUR_PASSES = 3  # boxes that make a Gaussian: Pillow's
 BLUR_REACH = 6  # pixels, of three boxes of deviation 2
 ORDERS = np.array(list(itertools.permutations(range(4))))  # of brightness, contrast, saturation, hue
-JITTER = ("brightness", "contrast", "saturation", "hue")
+BLURS, SOLARIZES = ("global_blur", "local_blur"), ("global_solarize", "local_solarize")  # probabilities by view
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 NEUTRAL = np.array([1.0, 1.0, 1.0, 0.0])  # factors of jitter that change nothing
-
-
-@dataclass(frozen=True)
-class AugmentSpec:
-    """Probabilities (0..1) of each operation, and the strengths of colour jitter as torchvision defines them."""
-
-    flip: float = 0.0
-    jitter: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    grayscale: float = 0.0
-    blur: float = 0.0
-    solarize: float = 0.0
-
-
-def augmentations(recipe: Mapping[str, Any]) -> list[AugmentSpec]:
-    """The recipe's, one entry a crop size: global ones first, then local ones if it has any."""
-    shared = {key: recipe[key] for key in ("flip", "jitter", *JITTER, "grayscale")}
-    views = [AugmentSpec(**shared, blur=recipe["global_blur"], solarize=recipe["global_solarize"])]
-    if recipe["local_count"]:
-        views.append(AugmentSpec(**shared, blur=recipe["local_blur"], solarize=recipe["local_solarize"]))
-    return views
 
 
 @dataclass(frozen=True)
@@ -65,24 +41,27 @@ class Draws:
 
 
 def random_draws(
-    spec: AugmentSpec, purpose: str, seed: int, epochs: np.ndarray, samples: np.ndarray, crops: int
+    recipe: Mapping[str, Any], view: int, seed: int, epochs: np.ndarray, samples: np.ndarray, crops: int
 ) -> Draws:
-    """Random parameters for `crops` crops of each sample: N = len(samples) * crops, a sample's crops side by side."""
-    u = uniforms(12 * crops, purpose, seed, epochs, samples).reshape(-1, 12)  # (N, 12)
-    jittered = u[:, 1] < spec.jitter
-    strengths = np.array([spec.brightness, spec.contrast, spec.saturation, spec.hue])
+    """Random parameters by RECIPE for `crops` crops of each sample, a sample's side by side: N = len(samples) * crops.
+
+    VIEW 0 are the global crops, 1 the local ones, which differ in blur and solarize. Colour jitter as in torchvision.
+    """
+    u = uniforms(12 * crops, f"view{view}", seed, epochs, samples).reshape(-1, 12)  # (N, 12)
+    jittered = u[:, 1] < recipe["jitter"]
+    strengths = np.array([recipe["brightness"], recipe["contrast"], recipe["saturation"], recipe["hue"]])
     low = np.maximum(0.0, 1 - strengths)
     high = 1 + strengths
-    low[HUE], high[HUE] = -spec.hue, spec.hue
+    low[HUE], high[HUE] = -recipe["hue"], recipe["hue"]
     factors = np.where(jittered[:, None], low + (high - low) * u[:, 2:6], NEUTRAL)
     radius = BLUR_RADIUS[0] + (BLUR_RADIUS[1] - BLUR_RADIUS[0]) * u[:, 9]
     return Draws(
-        flip=u[:, 0] < spec.flip,
+        flip=u[:, 0] < recipe["flip"],
         order=ORDERS[(u[:, 6] * len(ORDERS)).astype(int)],
         factors=factors,
-        grayscale=u[:, 7] < spec.grayscale,
-        blur=np.where(u[:, 8] < spec.blur, radius, 0.0),
-        solarize=u[:, 10] < spec.solarize,
+        grayscale=u[:, 7] < recipe["grayscale"],
+        blur=np.where(u[:, 8] < recipe[BLURS[view]], radius, 0.0),
+        solarize=u[:, 10] < recipe[SOLARIZES[view]],
     )
 
 
@@ -103,7 +82,7 @@ def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     values = pixels.contiguous().float() / 255  # 0..1
     if not neutral:
         luminance, _ = _constants(images.device)
-        for slot in range(2 * len(JITTER) - 2):
+        for slot in range(6):
             if slot == 3 and draws.factors[:, HUE].any():
                 values = shift_hue(values, shift[..., 0])
             values = _blend(values, luminance, blends[3 * slot : 3 * slot + 3])

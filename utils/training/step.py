@@ -21,7 +21,7 @@ from torch import nn
 
 from utils.cli import UserError
 from utils.training import checkpoint
-from utils.training.augment import augment, augmentations, random_draws
+from utils.training.augment import augment, random_draws
 from utils.training.checkpoint import require_same_images, require_same_run
 from utils.training.distributed import ranks, sum_counts
 from utils.training.image_sets import ImageSet
@@ -118,7 +118,6 @@ class Training:
         self._buffers_before = [buffer.clone() for buffer in self._buffers]
         self._counted: list[torch.Tensor] = []  # of the step: (loss, correct answers) of each micro-batch
         self._in_step = False
-        self.augmentations = augmentations(self.recipe)
 
     @contextmanager
     def loader(self, batches: CropBatches, workers: int, most_steps: int | None = None) -> Iterator[Iterator[dict]]:
@@ -143,10 +142,10 @@ class Training:
     def augmented(self, batch: dict) -> list[torch.Tensor]:
         """Loader batch -> [(B * n, 3, s, s) float] augmented on the device; a sample's n crops side by side."""
         views = []
-        for number, (pixels, spec) in enumerate(zip(batch["crops"], self.augmentations, strict=True)):
+        for view, pixels in enumerate(batch["crops"]):
             images = pixels.to(self.device, non_blocking=True).flatten(0, 1).permute(0, 3, 1, 2)  # channels_last
-            samples, crops = (batch["passes"], batch["samples"]), pixels.shape[1]
-            views.append(augment(images, random_draws(spec, f"view{number}", self.seed, *samples, crops)))
+            of = (batch["passes"], batch["samples"], pixels.shape[1])
+            views.append(augment(images, random_draws(self.recipe, view, self.seed, *of)))
         return views
 
     def gradients_shared(self, last: bool) -> AbstractContextManager:
