@@ -33,6 +33,7 @@ class StopSignals:
         self._interruptible = False
 
     def install(self) -> None:
+        """From now on STOP_SIGNALS are remembered instead of ending the process."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
@@ -43,6 +44,7 @@ class StopSignals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
+        """A block that a signal may leave at any moment, by StopRequested; several processes stay in it."""
         self._interruptible = self._alone
         try:
             if self._alone and self.received is not None:
