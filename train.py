@@ -325,13 +325,14 @@ def finish_epoch(training, validation, log, stop, val_every: int) -> None:
 
 def export(training, out: Path, name: str) -> None:
     """RUN/<name>.pth for torchvision, evaluate.py and anyone; with its sha256 in args.json the run is finished."""
+    import torch
+
     from utils.model import export_state_dict
-    from utils.training.checkpoint import write_tensors
     from utils.training.run_log import draw_run
 
     draw_run(out)
-    with atomic_path(out / f"{name}.pth", fsync=True) as temporary:
-        write_tensors(temporary, export_state_dict(training.model))
+    with atomic_path(out / f"{name}.pth", fsync=True) as temporary, open(temporary, "wb") as file:
+        torch.save(export_state_dict(training.model), file)
     described = read_json(out / "args.json") | {"weights_sha256": sha256_file(out / f"{name}.pth")}
     write_json(out / "args.json", described)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils import storage
 from utils.cli import UserError
 from utils.storage import remove_leftovers
 from utils.training import checkpoint
@@ -194,7 +195,8 @@ def test_a_full_disk_is_an_oserror_as_the_command_line_expects(tmp_path, monkeyp
                 raise OSError(errno.ENOSPC, "No space left on device")
             return super().write(data)
 
-    monkeypatch.setattr(checkpoint, "open", Full, raising=False)
+    for module in (checkpoint, storage):
+        monkeypatch.setattr(module, "open", lambda path, mode: Full(path, mode.replace("b", "")), raising=False)
     with pytest.raises(OSError) as caught:
         save_checkpoint(tmp_path, state(1))
     assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []

@@ -122,24 +122,14 @@ def save_checkpoint(run: Path, state: dict) -> None:
 
     A kill between the two renames leaves only the previous one, which load_checkpoint then takes.
     """
-    newest = run / NEWEST
-    with atomic_path(newest, fsync=True) as temporary:
-        write_tensors(temporary, state)
-        if newest.exists():
-            newest.replace(run / PREVIOUS)
-
-
-def write_tensors(path: Path, state: dict) -> None:
-    """torch.save with the system's error, such as a full disk, where torch reports one of its own that hides it."""
     import torch
 
-    with open(path, "wb") as file:
-        try:
+    newest = run / NEWEST
+    with atomic_path(newest, fsync=True) as temporary:
+        with open(temporary, "wb") as file:  # by its name torch would put that of the temporary file into it
             torch.save(state, file)
-        except RuntimeError as error:  # from ending the archive, while the OSError of a write is on its way
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+        if newest.exists():
+            newest.replace(run / PREVIOUS)
 
 
 def load_checkpoint(run: Path) -> tuple[State, Path, list[str]] | None:
