@@ -343,6 +343,11 @@ def test_wrong_number_of_classes():
         checkpoints.name_outputs(source(class_ids=["a", "b"]), 3, None)
 
 
+def test_names_that_do_not_belong_to_the_classes():
+    with pytest.raises(UserError, match=r"args\.json .*has 1 class_names for 2 class_ids"):
+        checkpoints.name_outputs(source(class_ids=["a", "b"], class_names=["A"]), 2, None)
+
+
 def test_classes_must_not_contradict_the_run():
     with pytest.raises(UserError, match="records other classes"):
         checkpoints.name_outputs(source(class_ids=["a"] * 100), 100, "100")

@@ -195,6 +195,8 @@ def name_outputs(source: Source, count: int, classes: str | None) -> tuple[list[
     if len(ids) != count:
         where = f"--classes {classes}" if classes is not None else f"args.json beside {source.path}"
         raise UserError(f"{where}: names {len(ids)} classes but the checkpoint has {count} outputs")
+    if len(names) != count:
+        raise UserError(f"args.json beside {source.path}: has {len(names)} class_names for {count} class_ids; mend it")
     return ids, names, origin
 
 
