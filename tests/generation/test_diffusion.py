@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from types import SimpleNamespace
@@ -486,6 +487,34 @@ def test_no_pipeline_folder(tmp_path, text, message):
         (tmp_path / "model_index.json").write_text(text)
     with pytest.raises(UserError, match=message):
         find_pipeline(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("model_index.json", '{"_class_name": "StableDiffusionPipeline", "unet": 5}', "names no unet"),
+        ("model_index.json", "[]", "expected object"),
+        ("unet/config.json", '{"sample_size": null}', "at .*sample_size"),
+        ("unet/config.json", "{}", "sample_size"),
+        ("vae/config.json", '{"block_out_channels": 5}', "at .*block_out_channels"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_one_line_with_the_file(tiny, tmp_path, file, text, message):
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    (broken / file).write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        Recipe().with_model(find_pipeline(str(broken)))
+    assert "\n" not in str(error.value)
+
+
+def test_parts_of_weights_are_looked_for_in_their_folder_only(tiny, tmp_path):
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.move(weights, tmp_path / "elsewhere.safetensors")
+    index = {"weight_map": {"conv_in.weight": "../../elsewhere.safetensors"}}
+    weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="component unet is missing"):
+        find_pipeline(str(broken))
 
 
 def test_neither_folder_nor_hub_id():

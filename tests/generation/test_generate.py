@@ -18,7 +18,7 @@ import generate
 from tests.tiny_sd import build_tiny_sd
 from utils.cli import run
 from utils.generation import diffusion, drawing, loading, plan
-from utils.generation.pipeline import find_pipeline
+from utils.generation.pipeline import NoiseSchedule, find_pipeline
 from utils.generation.prompts import image_seed
 from utils.generation.recipe import Recipe
 
@@ -309,6 +309,9 @@ def test_another_model_into_the_same_folder_is_refused(tmp_path, tiny, capsys, f
     [
         (["--guidance-scale", 0.5], "--guidance-scale 0.5"),
         (["--steps", 1001], "--steps 1001"),
+        (["--guidance-scale", "1e300"], "--guidance-scale 1e+300: take at most 1000"),
+        (["--height", 10**9], "--height 1e+09: take at most 8192"),
+        (["--batch-size", 10**12], "--batch-size 1e+12: take at most 10000"),
         (["--height", 17], "--height 17: this model draws multiples of 2"),
         (["--save-size", 64], "--save-size 64 is larger"),
         (["--safety", "redraw"], "has no safety checker"),
@@ -422,7 +425,7 @@ def test_dry_run_reckons_the_forwards_that_are_run(tmp_path, tiny, recipe):
     folder = find_pipeline(str(tiny))
     wanted = generate.asked_recipe(args, "", "c").with_model(folder)
     sampler = loading.load_sampler(folder, wanted, torch.device("cpu"))
-    schedule = folder.settings("scheduler/scheduler_config.json")
+    schedule = folder.settings("scheduler/scheduler_config.json", NoiseSchedule)
     assert abs(plan.expected_forwards(wanted, schedule) - sampler.forwards_per_image) <= 1
 
 

@@ -5,7 +5,9 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
+from msgspec import Meta, Struct
 from safetensors import SafetensorError, safe_open
 
 from utils.cli import UserError
@@ -28,6 +30,31 @@ HUB_FILES = ["model_index.json", "*/*.json", "*/*.txt"]
 HUB_FILES += [f"*/{stem}{rest}" for stem in ("model", "diffusion_pytorch_model") for rest in (".safetensors", "-0*")]
 
 
+class UNetSettings(Struct):
+    """Of unet/config.json what is read here."""
+
+    sample_size: Annotated[int, Meta(ge=1)] | Annotated[list[int], Meta(min_length=1)]  # latents a side
+
+
+class VAESettings(Struct):
+    """Of vae/config.json."""
+
+    block_out_channels: Annotated[list[int], Meta(min_length=1)]
+
+
+class NoiseSchedule(Struct):
+    """Of scheduler/scheduler_config.json; what it lacks is as in Stable Diffusion 1.4."""
+
+    beta_start: Annotated[float, Meta(gt=0, lt=1)] = 0.00085
+    beta_end: Annotated[float, Meta(gt=0, lt=1)] = 0.012
+
+
+class WeightParts(Struct):
+    """Of the index of weights that are cut in parts."""
+
+    weight_map: dict[str, str]  # {tensor: file}
+
+
 @dataclass(frozen=True)
 class PipelineFolder:
     """A checked pipeline folder. `name` is the hub id or the folder as the user gave it."""
@@ -43,12 +70,12 @@ class PipelineFolder:
     @property
     def pixels_per_latent(self) -> int:
         """Side of the square of pixels that one latent stands for: 8 for SD 1.x and 2.x."""
-        return 2 ** (len(self.settings("vae/config.json")["block_out_channels"]) - 1)
+        return 2 ** (len(self.settings("vae/config.json", VAESettings).block_out_channels) - 1)
 
     @property
     def native_size(self) -> int:
         """Side of the images the UNet was trained on, in pixels: 512 for SD 1.x."""
-        size = self.settings("unet/config.json")["sample_size"]
+        size = self.settings("unet/config.json", UNetSettings).sample_size
         return (size[0] if isinstance(size, list) else size) * self.pixels_per_latent
 
     def hashes(self, with_safety_checker: bool) -> dict[str, str]:
@@ -59,11 +86,11 @@ class PipelineFolder:
             names = (file.relative_to(self.path).as_posix() for file in files)
             return dict(zip(names, pool.map(sha256_file, files), strict=True))
 
-    def settings(self, name: str) -> dict:
-        """The JSON object in file NAME; UserError if there is none."""
+    def settings(self, name: str, kind: Any = dict[str, Any]) -> Any:
+        """The value of KIND in the JSON file NAME; UserError if there is none."""
         if not (self.path / name).is_file():
             raise UserError(f"--model {self.name}: {self.path / name} does not exist; give a whole pipeline folder")
-        return read_json(self.path / name, dict, "fetch the model again")
+        return read_json(self.path / name, kind, "fetch the model again")
 
     def files(self, component: str) -> list[Path]:
         """What from_pretrained reads of COMPONENT, sorted; [] if something it cannot do without is missing."""
@@ -72,8 +99,8 @@ class PipelineFolder:
         if not found or "safetensors" not in found[0].name:
             return sorted(file for file in folder.iterdir() if file.suffix in (".json", ".txt")) if found else []
         if found[0].suffix == ".json":
-            weights = self.settings(f"{component}/{found[0].name}").get("weight_map", {})
-            found += sorted({folder / name for name in weights.values()}) or [folder / "no weights"]
+            files = self.settings(f"{component}/{found[0].name}", WeightParts).weight_map.values()
+            found += sorted({folder / Path(name).name for name in files}) or [folder / "no weights"]
         found.insert(0, folder / "config.json")
         return found if all(file.is_file() for file in found) else []
 
@@ -148,7 +175,8 @@ def check_pipeline(folder: PipelineFolder) -> PipelineFolder:
 
 def _class_of(index: dict, component: str) -> str | None:
     """The class that model_index.json names for COMPONENT: ["diffusers", "AutoencoderKL"], or [null, null]."""
-    return (index.get(component) or [None])[0]
+    named = index.get(component)
+    return named[0] if isinstance(named, list) and named else None
 
 
 def safetensors_problem(path: Path) -> str | None:

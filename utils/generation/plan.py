@@ -4,13 +4,12 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from utils.cli import UserError
 from utils.dataset.folder import in_chunk
-from utils.generation.pipeline import PipelineFolder, find_pipeline
+from utils.generation.pipeline import NoiseSchedule, PipelineFolder, find_pipeline
 from utils.generation.prompts import ClassTable, Template, class_prompts, prompt_warnings
 from utils.generation.recipe import Recipe
 from utils.machine import gpus
@@ -38,10 +37,10 @@ def show_plan(
 ) -> None:
     """Print what a run by RECIPE would draw and cost. Downloads nothing; what it does not know of the MODEL is as in
     Stable Diffusion 1.4. The rate is IMAGES_PER_S if given, else see expected_rate()."""
-    folder, schedule = None, {}
+    folder, schedule = None, NoiseSchedule()
     try:
         folder = find_pipeline(model, revision, download=False)
-        recipe, schedule = recipe.with_model(folder), folder.settings("scheduler/scheduler_config.json")
+        recipe, schedule = recipe.with_model(folder), folder.settings("scheduler/scheduler_config.json", NoiseSchedule)
     except UserError as error:
         print(f"note: {error}", file=sys.stderr)
     height, width, save_size = recipe.height or 512, recipe.width or 512, recipe.save_size
@@ -100,17 +99,14 @@ def expected_rate(
     return 0.0, "GPU", f"{model} on {', '.join(sorted(set(cards))) or 'this machine'}"
 
 
-def expected_forwards(recipe: Recipe, schedule: dict[str, Any]) -> int:
-    """UNet forwards an image, reckoned without the scheduler's code; exact but for a guidance interval's ends.
-
-    SCHEDULE is the model's scheduler_config.json; what it lacks is as in SD 1.4.
-    """
+def expected_forwards(recipe: Recipe, schedule: NoiseSchedule) -> int:
+    """UNet forwards an image, reckoned without the scheduler's code; exact but for a guidance interval's ends."""
     evaluations = recipe.steps + (recipe.scheduler == "pndm" and recipe.steps > 1)  # PNDM draws one step twice
     if recipe.guidance_scale <= 1:
         return evaluations
     if not recipe.guidance_interval:
         return 2 * evaluations
-    betas = np.linspace(schedule.get("beta_start", 0.00085) ** 0.5, schedule.get("beta_end", 0.012) ** 0.5, 1000) ** 2
+    betas = np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, 1000) ** 2
     signal = np.cumprod(1 - betas)
     levels = np.sqrt((1 - signal) / signal)
     low, high = recipe.guidance_interval

@@ -80,6 +80,9 @@ class Recipe:
             raise UserError(f"--guidance-scale {self.guidance_scale:g}: 1 means no guidance, less has no meaning here")
         if self.steps > 1000:
             raise UserError(f"--steps {self.steps}: the models are trained with 1000 noise levels; take at most 1000")
+        for key, most in (("guidance_scale", 1000), ("height", 8192), ("width", 8192), ("batch_size", 10_000)):
+            if (getattr(self, key) or 0) > most:
+                raise UserError(f"--{key.replace('_', '-')} {getattr(self, key):g}: take at most {most}")
         if self.guidance_interval is not None:
             object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
 
