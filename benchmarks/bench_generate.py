@@ -23,7 +23,7 @@ import torch
 from benchmarks.bounds import bound, count_flops
 from generate import draw
 from tests.tiny_sd import build_tiny_sd, byte_tokenizer
-from utils.classes import load_classes
+from utils.classes import ClassRow, ClassTable, load_classes
 from utils.dataset import folder as datasets
 from utils.generation import diffusion, loading
 from utils.generation.drawing import Session
@@ -170,11 +170,8 @@ def measure(options: list[str]) -> tuple[float, float]:
 
 def fake_dataset(root: Path, classes: int, images: int) -> None:
     """A complete dataset of one-byte images."""
-    rows = [
-        {"id": f"n{k:08d}", "name": "c", "hypernym": "", "definition": "d", "images": images} for k in range(classes)
-    ]
-    info = {"name": "fake", "recipe": {"format": "jpg", "batch_size": images}, "model": {}, "classes": rows}
-    for folder in datasets.create_dataset(root, info | {"environment": {}}).folders:
+    table = ClassTable("fake", tuple(ClassRow(f"n{k:08d}", "c", "", "d") for k in range(classes)))
+    for folder in new_dataset(root, table, Recipe(batch_size=images), images).folders:
         folder.prepare()
         entries = []
         for index in range(images):
@@ -182,6 +179,18 @@ def fake_dataset(root: Path, classes: int, images: int) -> None:
             entry = {"id": folder.id, "index": index, "prompt": "robin, large American thrush", "seed": 2**62 + index}
             entries.append(entry | {"attempt": 0, "rejected": [], "safety": None, "bytes": 1, "sha256": "0" * 64})
         folder.commit(entries)
+
+
+def new_dataset(root: Path, table: ClassTable, recipe: Recipe, images: int) -> datasets.Dataset:
+    """An empty one of IMAGES a class."""
+    rows = [
+        {"id": r.wnid, "name": r.name, "hypernym": r.hypernym, "definition": r.definition, "images": images}
+        for r in table.rows
+    ]
+    recipe = replace(recipe, classes=table.sha256, images_per_class=images)
+    model = {"id": "models/bench", "revision": None, "files": {}}
+    info = {"name": "bench", "recipe": recipe.record(), "model": model, "classes": rows, "environment": {}}
+    return datasets.create_dataset(root, info | {"command": "bench.py"})
 
 
 # ===== ours and the peer =====
@@ -200,13 +209,8 @@ class Ours:
         self.table, self.template = load_classes(classes), parse_template(TEMPLATE)
 
     def images_per_s(self, images_a_class: int) -> float:
-        rows = [
-            {"id": row.wnid, "name": row.name, "hypernym": "", "definition": "", "images": images_a_class}
-            for row in self.table.rows
-        ]
-        info = {"name": "bench", "recipe": self.recipe.record(), "model": {}, "classes": rows, "environment": {}}
         with tempfile.TemporaryDirectory() as work:
-            dataset = datasets.create_dataset(Path(work) / "bench", info)
+            dataset = new_dataset(Path(work) / "bench", self.table, self.recipe, images_a_class)
             session = Session(dataset, dataset.folders, self.recipe)
             batches = session.open_batches(self.table, self.template)
             for batch, entries in draw(batches, self.recipe, self.sampler, session.bar):

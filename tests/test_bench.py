@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from benchmarks import bench, bounds
+from benchmarks import bench, bench_generate, bounds
 
 RESULT = {
     "row": "loader_vs_dino",
@@ -68,6 +68,16 @@ def test_attention_is_counted():
     query = torch.ones(1, heads, tokens, width)
     counted = bounds.count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query))
     assert counted == 2 * (2 * heads * tokens * tokens * width)
+
+
+def test_the_rows_of_generation_draw_with_todays_records(tmp_path):
+    """Without measuring: a batch of the embedded model, and the dataset whose status is timed."""
+    one = bench_generate.Ours(
+        bench_generate.ROOT / "models" / "digits-sd", "zero", 1, torch.device("cpu"), torch.float32
+    )
+    assert one.images_per_s(2) > 0 and "GFLOP an image" in one.bound()["bound_is"]
+    bench_generate.fake_dataset(tmp_path / "fake", 2, 3)
+    assert bench_generate.measure(["--out", str(tmp_path / "fake"), "--status"])[0] > 0
 
 
 def test_the_list_names_every_row_without_measuring():
