@@ -160,10 +160,7 @@ def timed_fit(train: probes.Split, setting: probes.Setting) -> tuple[float, prob
 def probe_vs_suite() -> dict[str, Any]:
     """The row of the benchmark, see bench.py."""
     rng = np.random.default_rng(0)
-    sets = {
-        "digits, 80 poses": digits_in_poses(rng),
-        "photographs, 100 regions": photograph_regions(rng),
-    }
+    sets = {"digits, 80 poses": digits_in_poses(rng), "photographs, 100 regions": photograph_regions(rng)}
     (some, of), (more, among) = [(images[:TRAINVAL], labels[:TRAINVAL]) for images, labels in sets.values()]
     features = trained_network(np.concatenate([some, more]), np.concatenate([of, among + of.max() + 1]))
     measured = []  # (seconds, top-1) of ours and of the suite's way, a row a dataset

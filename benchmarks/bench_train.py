@@ -279,7 +279,7 @@ def train_data_wait() -> dict:
         "what": "Share of a training step's time spent waiting for the loader: `train.py`, paper recipe, CPU.",
         "notes": [
             f"{len(lines)} steps of 4 images at {statistics.median(line['images_per_s'] for line in lines):.2f} img/s, "
-            "one loader process beside the model's threads",
+            "one loader process beside the model's threads"
         ],
     }
 

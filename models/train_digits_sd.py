@@ -351,13 +351,7 @@ def noise_loss(pipeline, latents: "torch.Tensor", captions: Captions, rng: "torc
 
 
 def train(
-    name: str,
-    modules: dict,
-    loss_of: Callable,
-    total_steps: int,
-    peak_lr: float,
-    args: argparse.Namespace,
-    work: Path,
+    name: str, modules: dict, loss_of: Callable, total_steps: int, peak_lr: float, args: argparse.Namespace, work: Path
 ) -> dict:
     """Minimise loss_of(step, rng) with AdamW and leave the averaged weights (EMA) in MODULES.
 

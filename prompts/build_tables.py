@@ -21,11 +21,7 @@ from typing import BinaryIO
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # run as a file from anywhere, without an installation
 
-from utils.classes import (  # noqa: E402
-    ClassRow,
-    format_tsv,
-    read_list,
-)
+from utils.classes import ClassRow, format_tsv, read_list  # noqa: E402
 from utils.cli import UserError, make_parser, run  # noqa: E402
 from utils.storage import atomic_write  # noqa: E402
 

@@ -154,10 +154,7 @@ def test_real_images_per_class(imagenet):
     assert (min(counts.values()), max(counts.values())) == (732, 1300)
     assert sum(count == 1300 for count in counts.values()) == 895
     assert list(counts) == imagenet.ids
-    assert images_per_class(load_classes("n01440764,zero"), "imagenet") == {
-        "n01440764": 1300,
-        "n13742358": MOST_IMAGES,
-    }
+    assert images_per_class(load_classes("n01440764,zero"), "imagenet") == {"n01440764": 1300, "n13742358": MOST_IMAGES}
 
 
 def test_the_papers_larger_sets_have_whole_factors_of_the_real_number():

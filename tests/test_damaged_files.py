@@ -50,10 +50,7 @@ class World:
                 "evaluate",
                 ["--checkpoint", str(self.run), "--test", f"toys={self.inputs / 'test'}", "--device", "cpu"],
             ),
-            "report": (
-                "evaluate",
-                ["--report", str(self.run / "results.jsonl"), "--out", str(self.root / "report")],
-            ),
+            "report": ("evaluate", ["--report", str(self.run / "results.jsonl"), "--out", str(self.root / "report")]),
         } | {key: ("generate", ["--out", str(self.sd), option]) for key, option in look.items()}
         codes, _ = self.forker.run((*order[name], {}), said=self.root / "said", kill_after_s=100)  # then it hangs
         return codes[0], (self.root / "said").read_text()

@@ -13,6 +13,7 @@ UTILS = ROOT / "utils"
 SHARED = {"cli", "storage", "machine", "classes", "images", "model", "metrics"}
 STAGES = {"generation", "dataset", "training", "evaluation", "report", "launch"}
 CROSSINGS = {("generation", "dataset"), ("report", "evaluation")}
+MOST_LINES = 12_500  # scripts and utils together
 SCRIPTS = ("generate.py", "train.py", "evaluate.py")
 SOURCES = [ROOT / name for name in SCRIPTS] + sorted(UTILS.rglob("*.py"))
 
@@ -71,3 +72,38 @@ def test_the_listing_is_the_architecture():
     assert {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} >= STAGES
     for path in UTILS.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} does not say what it holds"
+
+
+def test_files_and_functions_stay_readable():
+    total = 0
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        lines = text.count("\n")
+        total += lines
+        assert lines <= (450 if path.parent == ROOT else 350), f"{path.name} has {lines} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 90, f"{path.name}: {node.name} has {length} lines"
+    assert total <= MOST_LINES, f"{total} lines: a new capability is paid for by what it lets you delete"
+
+
+def test_no_library_takes_a_script_s_arguments():
+    own_parser = {UTILS / "launch", UTILS / "generation" / "prompts.py", UTILS / "cli.py"}
+    for path in SOURCES:
+        if path.parent == ROOT or {path, path.parent} & own_parser:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                notes = [ast.unparse(argument.annotation) for argument in node.args.args if argument.annotation]
+                assert not any("Namespace" in note for note in notes), f"{path.name}: {node.name}"
+
+
+def test_public_functions_say_what_they_do():
+    silent = []
+    for path in SOURCES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                silent += [f"{path.name}:{node.name}"] * (ast.get_docstring(node) is None)
+    assert not silent, ", ".join(silent)

@@ -6,8 +6,6 @@ sorted by id on reading, so that a class's position is its label: ImageFolder's 
 names file, line and column.
 """
 
-from __future__ import annotations
-
 import csv
 import difflib
 import re

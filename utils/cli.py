@@ -3,8 +3,6 @@
 Exit codes: 0 done; 2 something the user can mend (option, file, disk); 1 unexpected; 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib
@@ -73,9 +71,7 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def run(
-    main: Callable[[argparse.Namespace], int | None],
-    parser: argparse.ArgumentParser,
-    argv: Sequence[str] | None = None,
+    main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> int:
     """Parse ARGV, call MAIN and turn its exceptions into one line on stderr and an exit code."""
     with contextlib.suppress(AttributeError):  # a stream that somebody put in its place

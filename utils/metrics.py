@@ -4,8 +4,6 @@ All functions take numpy arrays: logits (N, C) and either labels (N,) of ints or
 where several answers are right (ReaL, ObjectNet). Percentages are 0..100. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 

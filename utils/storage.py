@@ -1,7 +1,5 @@
 """Files that survive a kill, and reading that trusts nothing: bounded, regular files only, checked against a type."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -136,10 +136,7 @@ def cog(root):
     (base / "cog_concepts_split_file.pkl").write_bytes(pickle.dumps(files))
     for concept in files:
         touch(*(base / f"images/{concept}/{concept}_{number}.JPEG" for number in (1, 2, 3)))
-    return (
-        [("n0001_1.JPEG", 0), ("n0002_1.JPEG", 1), ("n0002_3.JPEG", 1)],
-        [("n0001_2.JPEG", 0), ("n0002_2.JPEG", 1)],
-    )
+    return ([("n0001_1.JPEG", 0), ("n0002_1.JPEG", 1), ("n0002_3.JPEG", 1)], [("n0001_2.JPEG", 0), ("n0002_2.JPEG", 1)])
 
 
 LAYOUTS = {

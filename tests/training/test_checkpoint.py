@@ -20,12 +20,7 @@ from utils import storage
 from utils.cli import UserError
 from utils.storage import remove_leftovers
 from utils.training import checkpoint
-from utils.training.checkpoint import (
-    NEWEST,
-    PREVIOUS,
-    load_checkpoint,
-    save_checkpoint,
-)
+from utils.training.checkpoint import NEWEST, PREVIOUS, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,7 +1,5 @@
 """The state of a dataset folder: what is done, missing, damaged or foreign, by sizes or hashes. Imports no torch."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import sys

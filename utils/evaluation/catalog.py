@@ -5,8 +5,6 @@ copy: those of its paper or archive and, for transfer datasets, of t-ReX's suite
 numbers could not be compared. The order is that of reports. To add a set, add a row.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ What fails its checksum is computed again, that block alone, and said so. A flip
 measured.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Iterator

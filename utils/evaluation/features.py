@@ -5,8 +5,6 @@ time), the transform and the number format. Blocks are written as they are ready
 the kernel frees makes a second run wait for the first one's features instead of computing them again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import warnings

@@ -5,8 +5,6 @@ order can shift labels. Each reader takes the set's name (for messages), its fol
 raises UserError where the folder is not what the set's authors publish.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What evaluate.py is to do: one checkpoint on one test set is a job, done already or not, with its rows on disk."""
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json

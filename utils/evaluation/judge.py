@@ -1,7 +1,5 @@
 """How right a frozen model is: its features and logits, and from logits or a probe to metrics with their intervals."""
 
-from __future__ import annotations
-
 import base64
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Multinomial logistic regression, exact and fast, and the linear classifier that comes out of a probe."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

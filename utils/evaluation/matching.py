@@ -4,8 +4,6 @@ Three words for hashes, here and in jobs.py: a sha256 is that of one file's byte
 their labels; a key is that of everything a result depends on. Nothing here imports torch: a dry run is instant.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Pickles from outside, read without running anything in them: lists, dicts, numbers, text, numpy arrays of these."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import re

@@ -13,8 +13,6 @@ Either way the choice is made on 20 % of each class of trainval (see split_per_c
 (t-ReX's suite).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """A line of results.jsonl, one metric of one model on one test set, as evaluate.py and its reports read it again."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Annotated

@@ -6,8 +6,6 @@ loaders know these layouts too, but some check every file, mix train with val, o
 are short, so they are read here, the same way for all.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ timm ResNets and of every torchvision classifier that ends in a linear layer, wi
 safetensors. Pickled Python objects are never run.
 """
 
-from __future__ import annotations
-
 import errno
 import pickle
 import zipfile

@@ -237,6 +237,7 @@ def _first(lines: list[str], limit: int = 20) -> list[str]:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    """Of the inspector of prompts."""
     parser = make_parser(__doc__)
     templates = "".join(f"  {name:18} {pattern}\n" for name, pattern in TEMPLATES.items())
     placeholders = "".join(f"  {'{' + name + '}':18} {meaning}\n" for name, meaning in PLACEHOLDERS.items())
@@ -252,6 +253,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Print one prompt a class, its tokens, and warnings; see the head of this file."""
     table, template = load_classes(args.classes), parse_template(args.prompt)
     count, max_tokens = token_counter(args.model) or (None, CLIP_MAX_TOKENS)
     warnings = prompt_warnings(table, template, args.names, count, max_tokens)

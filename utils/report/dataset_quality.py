@@ -5,8 +5,6 @@ suffice to find duplicates. What is measured against real images (--real, needs 
 and KID are over all images, the others class by class, since a classifier learns classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

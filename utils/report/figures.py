@@ -1,7 +1,5 @@
 """The figures of a report: training curves, per-class accuracy, confusion, the images themselves, the radar plot."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math

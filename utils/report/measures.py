@@ -9,8 +9,6 @@ On the features of a classifier FID and KID are not comparable with published on
 one checkpoint. All functions take and give numpy arrays.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 NEIGHBOURS = 5  # of the balls of precision, recall, density and coverage (Naeem et al., 2020)

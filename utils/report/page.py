@@ -4,8 +4,6 @@ Everything shown comes from files: the results, and what lies beside each of the
 Runs that differ by their seed alone (`NAME-seed0`, `NAME-seed1`, ...) are one model: mean and standard deviation.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence

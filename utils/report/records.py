@@ -3,8 +3,6 @@
 A file of another type is a UserError that names the file, the field and the remedy.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import sys

@@ -1,7 +1,5 @@
 """What the numbers say, in sentences, each with the 95 % interval it stands on; if that includes zero, it says so."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence
