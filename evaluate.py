@@ -128,6 +128,9 @@ def main(args: argparse.Namespace) -> int:
     # ===== finding checkpoints and test sets =====
     sources = [checkpoints.locate(spec, download=not args.dry_run) for spec in args.checkpoint]
     checkpoints.refuse_twins(sources)
+    for source in sources:
+        if source.unfinished:
+            print(f"{source.label}: its training is not finished; {source.path} is judged as it is now", flush=True)
     chosen = choose(args.datasets, args.test, args.data_root)
     test_sets, wrong_copies = read_all(chosen, look_at_images=not args.dry_run)
     if not test_sets:

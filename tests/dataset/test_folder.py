@@ -251,7 +251,8 @@ sys.exit(code)
 
 def test_shards_hold_every_image_once_and_the_same_bytes_again(dataset, monkeypatch):
     monkeypatch.setattr("utils.dataset.shards.IMAGES_A_SHARD", 12)
-    assert "30 images in 3 shards" in write_shards(dataset)
+    assert "30 images in 3 shards; 3 written now" in write_shards(dataset)
+    assert "30 images in 3 shards; 0 written now" in write_shards(dataset)
     shards = sorted((dataset.root / "shards").glob("*.tar"))
     before = [shard.read_bytes() for shard in shards]
     samples: dict[str, dict[str, bytes]] = {}

@@ -66,6 +66,18 @@ def toy(tmp_path) -> tuple[Path, Path]:
     return make_run(tmp_path / "runs/toy-seed0", CLASSES), make_images(tmp_path / "test", CLASSES)
 
 
+def test_a_run_that_has_not_ended_is_judged_and_said_to_be_unfinished(toy, capsys):
+    folder, test = toy
+    weights = torch.load(folder / "toy.pth", weights_only=True)
+    (folder / "toy.pth").unlink()
+    torch.save({"model": weights, "step": 3}, folder / "checkpoint.pth")
+    assert call("--checkpoint", folder, "--test", f"toys={test}", "--device", "cpu") == 0
+    assert "toy-seed0: its training is not finished; " in capsys.readouterr().out
+    assert all(row["unfinished"] is True for row in read_jsonl(folder / "results.jsonl"))
+    assert call("--report", folder / "results.jsonl", "--out", folder / "report") == 0
+    assert "not finished" in (folder / "report/report.md").read_text()
+
+
 def test_rows_and_sidecar(toy, capsys):
     folder, test = toy
     assert call("--checkpoint", folder, "--test", f"toys={test}", "--device", "cpu") == 0

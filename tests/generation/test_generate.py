@@ -227,7 +227,8 @@ def test_a_larger_set_does_not_shrink_and_what_grows_may_be_drawn_in_chunks(tmp_
         assert call(out, tiny, "--chunk", f"{part}/2") == 0
     assert files_of(out) == reference
     assert call(out, tiny, images=4) == 2
-    assert "images_per_class is 7, asked 4" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "images_per_class is 7, asked 4" in said and "a set only grows: train.py --images-per-class" in said
     assert files_of(out) == reference
 
 

@@ -41,12 +41,13 @@ def write_shards(dataset: Dataset) -> str:
     target, name = dataset.root / "shards", dataset.info["name"]
     target.mkdir(exist_ok=True)
     remove_leftovers(target)
-    index = []
+    index, written = [], 0
     for number, part in enumerate(tqdm(parts, unit="shard", desc="pack")):
         path = target / f"{name}-{number:06d}.tar"
         note = {"file": path.name, "images": len(part), "samples": sha256_bytes(json.dumps(part).encode())}
         if not is_as_written(path, note):
             write_shard(dataset, path, part)
+            written += 1
             write_json(path.with_suffix(".json"), note | {"sha256": sha256_file(path)})
         index.append(read_json(path.with_suffix(".json")))
     for path in target.glob(f"{glob.escape(name)}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
@@ -54,7 +55,7 @@ def write_shards(dataset: Dataset) -> str:
             path.with_suffix(".json").unlink(missing_ok=True)
             path.unlink()
     write_json(target / "index.json", {"images": len(samples), "shards": index})
-    return f"{target}: {len(samples)} images in {len(parts)} shards"
+    return f"{target}: {len(samples)} images in {len(parts)} shards; {written} written now, the others were whole"
 
 
 def is_as_written(path: Path, note: dict) -> bool:

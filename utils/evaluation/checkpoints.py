@@ -78,6 +78,11 @@ class Source:
         return msgspec.convert(self.args, Recorded)
 
     @property
+    def unfinished(self) -> bool:
+        """Whether these are the weights of a run of train.py that has not come to its end."""
+        return Path(self.path).name == "checkpoint.pth" and bool(self.args)
+
+    @property
     def folder(self) -> Path:
         """Where its results go if the user does not say: the checkpoint's own folder, or runs/LABEL."""
         return Path("runs") / self.label if self.torchvision else Path(self.path).parent

@@ -164,6 +164,7 @@ class Job:
                 "high": high,
                 "protocol": self.protocol,
                 **facts,
+                "unfinished": self.source.unfinished,
                 "source": "measured",
                 "key": self.key,
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

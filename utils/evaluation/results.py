@@ -30,6 +30,7 @@ class Row(msgspec.Struct):
     key: str | None = None  # hash of checkpoint, images, labels and protocol
     checkpoint: str | None = None
     checkpoint_sha256: str | None = None
+    unfinished: bool = False  # the checkpoint of a run that had not come to its end
     trained_on: str = ""  # of published rows: "real" or "synthetic"
     train_overlap_exact: Count = 0  # test images the model was trained on
     train_overlap_near: Count = 0  # and those it was trained on a copy of, cut, mirrored or encoded otherwise

@@ -160,11 +160,13 @@ def refuse_difference(existing: Dataset, recorded: dict, wanted: dict, what: str
     if keys:
         shown = "; ".join(f"{key} is {_short(recorded.get(key))}, asked {_short(wanted.get(key))}" for key in keys[:12])
         more = f"; and {len(keys) - 12} more" if len(keys) > 12 else ""
+        grows = "; a set only grows: train.py --images-per-class takes part of it" * (keys == ["images_per_class"])
         raise UserError(
-            f"--out {existing.root} was made with another {what}: {shown}{more}; give the same options or another --out"
+            f"--out {existing.root} was made with another {what}: {shown}{more}; give the same options or another "
+            f"--out{grows}"
         )
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text[:14] + "..." if isinstance(value, str) and len(value) == 64 else text
+    return text[:9] + '..."' if isinstance(value, str) and len(value) == 64 else text

@@ -80,6 +80,7 @@ def group_models(rows: Iterable[Row]) -> list[Model]:
     for row in rows:
         name = SEED_SUFFIX.sub("", row.model)
         model = models.setdefault(name, Model(name, published=row.source == "published", kind=row.trained_on))
+        model.unfinished |= row.unfinished
         values.setdefault((name, row.dataset, row.metric), []).append(row)
         if row.checkpoint_sha256 and row.checkpoint_sha256 not in model.checkpoints:
             model.checkpoints.add(row.checkpoint_sha256)

@@ -136,6 +136,7 @@ class Model:
     published: bool = False
     kind: str = ""  # of its training images: "real", "synthetic", "mixed", or "" where it is not known
     color: str = "#000"
+    unfinished: bool = False  # a run of it had not come to its end when it was judged
     images: int | None = None  # trained on
     steps: int | None = None  # of the optimizer
     runs: list[Path] = field(default_factory=list)  # folders of train.py's runs
@@ -147,7 +148,8 @@ class Model:
     @property
     def trained_on(self) -> str:
         """ "2,000 synthetic", or what is known of it."""
-        return f"{self.images:,} {self.kind}".strip() if self.images else self.kind
+        known = f"{self.images:,} {self.kind}".strip() if self.images else self.kind
+        return ", ".join(filter(None, (known, "not finished" * self.unfinished)))
 
     def has_budget_of(self, other: Model) -> bool:
         """Whether both saw as many images (within 1 %: classes of real images are rarely equal) in as many steps."""

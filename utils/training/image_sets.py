@@ -20,6 +20,8 @@ from utils.training.distributed import print0
 class ImageSet:
     """Images 0..N-1 with labels (N,), sorted by class id and name. Subclasses read them."""
 
+    mend = "--verify` finds such images, --repair draws them again"
+
     def __init__(self, root: Path, class_ids: list[str], labels: np.ndarray, names: np.ndarray):
         self.root, self.class_ids, self.labels, self.names = root, class_ids, labels, names
         self.digests: np.ndarray | None = None  # (N, 32) uint8: SHA-256 of each file, where a manifest records it
@@ -90,7 +92,7 @@ class ImageSet:
         if self.digests is not None and hashlib.sha256(data).digest() != self.digests[index].tobytes():
             raise BadImage(
                 f"{self.name(index)}: not the bytes that the dataset's manifest records; `python generate.py --out "
-                f"{self.root.parent} --verify` finds such images, --repair draws them again"
+                f"{self.root.parent} {self.mend}"
             )
         return data
 
@@ -133,6 +135,8 @@ class TarImages(ImageSet):
     The class id is the member's folder (`<id>/<name>.jpg`) or, as in WebDataset's flat naming, what precedes the
     last underscore (`<id>_000001.jpg`).
     """
+
+    mend = "--pack` writes such shards again, those of a dataset that has grown since too"
 
     def __init__(self, root: Path, shards: list[Path], option: str = "--data"):
         found = []
