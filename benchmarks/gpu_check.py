@@ -213,12 +213,11 @@ def augmentation(device) -> list[Figure]:
     """Colour, blur and the rest of training's augmentation against the CPU, in parts of the 0..255 range."""
     import torch
 
-    from utils.training.augment import AugmentSpec, augment, random_draws
+    from train import PAPER
+    from utils.training.augment import augment, random_draws
 
-    spec = AugmentSpec(flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grayscale=0.2,
-                       blur=0.5, solarize=0.2)  # fmt: skip
     images = torch.randint(0, 256, (32, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    draws = random_draws(spec, "view0", 0, torch.zeros(32, dtype=torch.long), torch.arange(32), 1)
+    draws = random_draws(PAPER | {"local_solarize": 0.2}, 1, 0, np.zeros(32, np.int64), np.arange(32), 1)
     error = (augment(images.to(device), draws).cpu() - augment(images, draws)).abs().max().item()
     return [at_most("largest difference", error * 0.229, 1 / 255 + 1e-3)]  # 0.229: ImageNet's deviation of red
 

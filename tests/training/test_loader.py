@@ -402,7 +402,10 @@ def test_a_generated_dataset_is_what_its_manifest_knows(folder, tmp_path, capsys
     batches = batches_of(images)
     for epoch in (0, 1):
         (bad,) = batches[Request(epoch, 0, 6)]["bad"]  # a decodable picture: only its hash tells
-        assert "n01_000002.jpg: not the bytes that the dataset's manifest records" in bad and ("--pack" if packed else "--repair") in bad
+        assert (
+            "n01_000002.jpg: not the bytes that the dataset's manifest records" in bad
+            and ("--pack" if packed else "--repair") in bad
+        )
     subset = open_sources([out], 2, None, lambda root: iter(known))[0]
     assert len(subset) == 3 and subset.read_verified(2)
 
