@@ -117,7 +117,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data", action="append", required=True, metavar="PATH[:WEIGHT]", help="repeat to mix")
     add("--classes", metavar="SPEC", help="use these class folders only; SPEC as in generate.py --help")
     add("--val", type=cli.any_path, metavar="DIR", help="real images to validate on, DIR/<class id>/<images>")
-    add("--no-leak-check", action="store_true", help="validate on training images if told to")
+    add("--no-leak-check", action="store_true", help="take --val even if all of it was trained on (evaluate.py counts)")
     add("--val-every", type=cli.positive_int, default=1, metavar="EPOCHS", help="epochs between; and after the last")
     add("--images-per-class", type=cli.positive_int, metavar="N", help="first N images of each class only")
     add("--max-bad-images", type=cli.non_negative_int, default=0, help="damaged images to skip over")
