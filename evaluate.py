@@ -327,7 +327,10 @@ def print_table(jobs: list[Job]) -> None:
             bounds = (top1[0].low, top1[0].high)
             first = f"{top1[0].value:.2f}" + ("" if None in bounds else f" ({bounds[0]:.1f} to {bounds[1]:.1f})")
         top5 = f"{by_metric['top5'][0].value:.2f}" if "top5" in by_metric else ""
-        print(f"{model:{width}}  {dataset:14} {first:>22} {top5:>7} {top1[0].n:>8,} {top1[0].num_classes or '':>8}")
+        row = top1[0]
+        leaked = row.train_overlap_exact + row.train_overlap_near
+        mark = f"  {leaked:,} of them trained on" if leaked else ""
+        print(f"{model:{width}}  {dataset:14} {first:>22} {top5:>7} {row.n:>8,} {row.num_classes or '':>8}{mark}")
     for folder in dict.fromkeys(job.out for job in jobs):
         print(f"written: {folder / 'results.jsonl'}")
 

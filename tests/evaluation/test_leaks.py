@@ -71,6 +71,7 @@ def test_overlap_stands_beside_every_number_and_is_named(world, capsys):
     ]
     said = capsys.readouterr().out
     assert "trained on 1 of the 42 test images, and on copies of 2" in said and str(sidecar) in said
+    assert "  3 of them trained on\n" in said  # beside the number too
     assert len(list((folder / "hashes").glob("*.npy"))) == 2
     assert not [path for data in (train, test) for path in data.rglob("*") if path.suffix not in ("", ".png")]
 
