@@ -299,7 +299,7 @@ def recorded_images(source: checkpoints.Source) -> list[Place] | None:
     try:
         paths = [data_and_weight(text)[0] for text in run.options.data]
         images = open_sources(paths, run.options.images_per_class, run.options.classes, known_images)
-        if [f"{len(one)} images {one.fingerprint()[:16]}" for one in images] != run.identity.data:
+        if [one.summary() for one in images] != run.identity.data:
             raise UserError("they have changed since")
     except UserError as error:
         print(f"{source.label}: no leak check, its training images are not where args.json says: {error}", flush=True)

@@ -22,7 +22,7 @@ import torchvision
 from utils.cli import UserError
 from utils.evaluation.checkpoints import NoClassifier, Source, name_outputs
 from utils.metrics import CHUNK_ROWS
-from utils.model import CosineLinear, build_model, head_name
+from utils.model import CosineLinear, build_model, head_name, verify_archive
 
 # Where training scripts put the weights inside a checkpoint: the first of these is taken, the others are named. DINO
 # itself judges the teacher, MoCo the query encoder.
@@ -118,7 +118,7 @@ def read_weights(path: str | Path) -> dict[str, dict[str, torch.Tensor]]:
             content: Any = safetensors.torch.load_file(str(path))
         else:
             if zipfile.is_zipfile(path):  # as torch before 1.6 wrote it: without checksums, and with its own types only
-                _verify_archive(path)
+                verify_archive(path)
                 objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             with torch.serialization.safe_globals([(Inert, name) for name in objects]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -154,20 +154,6 @@ def _holds_objects(path: str | Path, names: Sequence[str]) -> UserError:
         f"--checkpoint {path}: holds Python objects{what}, which are not loaded because they can run code (or it is "
         "not a checkpoint at all); save its model.state_dict() instead"
     )
-
-
-def _verify_archive(path: str | Path) -> None:
-    """Read every byte that torch.save wrote and compare its checksums, which torch.load does not look at.
-
-    What is compressed, as torch never writes it, is refused: three megabytes can hold gigabytes.
-    """
-    with zipfile.ZipFile(path) as archive:
-        for record in archive.infolist():
-            # A record marked as a folder passes as whole, and torch.load takes what is in memory by chance for it.
-            if record.compress_type != zipfile.ZIP_STORED or record.external_attr & 0x10:
-                raise zipfile.BadZipFile(f"{record.filename} is compressed or a folder")
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"{damaged} fails its checksum")
 
 
 def state_dicts(content: Any) -> dict[str, dict[str, torch.Tensor]]:

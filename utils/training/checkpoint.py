@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_STORED, ZipFile
 
 import msgspec
 import numpy as np
@@ -34,11 +33,7 @@ def make_identity(recipe: Mapping[str, Any], images: Sequence[ImageSet], weights
     identity = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
     # How a step is spread over devices may change between stop and resume: only batch norm's batches feel it.
     del identity["batch_per_device"]
-    return identity | {
-        "seed": seed,
-        "weights": list(weights),
-        "data": [f"{len(one)} images {one.fingerprint()[:16]}" for one in images],
-    }
+    return identity | {"seed": seed, "weights": list(weights), "data": [one.summary() for one in images]}
 
 
 def require_same_run(saved: dict, wanted: dict, run: Path) -> None:
@@ -153,11 +148,9 @@ def read_checkpoint(path: Path) -> State:
     """The content of a checkpoint whose checksums hold and whose parts are of the types of State; else any error."""
     import torch
 
-    with ZipFile(path) as archive:
-        if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("it is compressed, which torch.save never does")
-        if damaged := archive.testzip():  # torch.save writes a CRC of every tensor, torch.load skips it
-            raise ValueError(f"{damaged} fails its checksum")
+    from utils.model import verify_archive
+
+    verify_archive(path)
     state = msgspec.convert(torch.load(path, map_location="cpu", weights_only=True), State)
     tensors = [*state.model.values(), *state.stamps]
     tensors += [value for values in state.optimizer.state.values() for value in values.values() if value is not None]

@@ -116,6 +116,10 @@ class ImageSet:
         digest.update(b"\n".join(name.rpartition(b"/")[2] for name in self.names.tolist()))
         return digest.hexdigest()
 
+    def summary(self) -> str:
+        """Number and fingerprint, as a run's identity records them."""
+        return f"{len(self)} images {self.fingerprint()[:16]}"
+
 
 class FolderImages(ImageSet):
     """ROOT/<class id>/<image>."""
