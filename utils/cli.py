@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn
 
 MOST = 10**12  # of anything that is counted
 LONGEST_NAME = 100  # characters; with suffixes and a temporary name it stays below a disk's 255 bytes
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, and of a quota
 DISK_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENXIO, errno.ENODEV)
 
 
@@ -102,7 +103,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return "no memory is left; use fewer --workers, a smaller batch or a machine with more", 2
     if isinstance(error, OSError):
         path, number = error.filename, error.errno
-        if number in (errno.ENOSPC, errno.EDQUOT):
+        if number in FULL:
             where = f" ({path})" if path else ""
             return f"the disk is full{where}; free some space and run the same command again", 2
         if number in (errno.EACCES, errno.EPERM, errno.EROFS) and path:

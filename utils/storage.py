@@ -19,13 +19,12 @@ from typing import Any
 
 import msgspec
 
-from utils.cli import UserError
+from utils.cli import FULL, UserError
 
 MOST_JSON = 256 << 20  # bytes of one JSON file; iNaturalist 2018's list of 437,513 images has 140 MB
 MOST_JSONL = 1 << 30  # bytes of one JSON Lines file: some two million lines of a manifest
 TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})[0-9a-f]{8}\.([0-9]+)\.tmp")  # .NAME.<where><random>.<process id>.tmp
 DAY = 24 * 3600
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 # ===== writing =====
