@@ -12,7 +12,7 @@ UTILS = ROOT / "utils"
 SHARED = {"cli", "storage", "machine", "classes", "images", "model", "metrics"}
 STAGES = {"generation", "dataset", "training", "evaluation", "report", "launch"}
 CROSSINGS = {("generation", "dataset"), ("report", "evaluation")}
-MOST_LINES = 12_500  # scripts and utils together
+MOST_LINES = 15_500  # scripts and utils together
 SCRIPTS = ("generate.py", "train.py", "evaluate.py")
 SOURCES = [ROOT / name for name in SCRIPTS] + sorted(UTILS.rglob("*.py"))
 
