@@ -271,7 +271,7 @@ class DataOptions(msgspec.Struct):
     """What train.py was told about its images."""
 
     data: list[str]
-    images_per_class: int | None = None
+    images_per_class: int | list[int] | None = None
     classes: str | None = None
 
 

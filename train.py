@@ -119,7 +119,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--val", type=cli.any_path, metavar="DIR", help="real images to validate on, DIR/<class id>/<images>")
     add("--no-leak-check", action="store_true", help="take --val even if all of it was trained on (evaluate.py counts)")
     add("--val-every", type=cli.positive_int, default=1, metavar="EPOCHS", help="epochs between; and after the last")
-    add("--images-per-class", type=cli.positive_int, metavar="N", help="first N images of each class only")
+    add("--images-per-class", type=cli.one_or_more, metavar="N[,N...]", help="first N of each class only; one a --data")
     add("--max-bad-images", type=cli.non_negative_int, default=0, help="damaged images to skip over")
     # Recipe
     add("--recipe", choices=list(RECIPES), default="paper", help="defaults of all that follows")

@@ -134,6 +134,12 @@ def positive_int(text: str) -> int:
     return _number(text, int, 1, MOST, "a whole number above 0")
 
 
+def one_or_more(text: str) -> int | list[int]:
+    """A count, or several of them with commas between."""
+    counts = [positive_int(part) for part in text.split(",")]
+    return counts if len(counts) > 1 else counts[0]
+
+
 def non_negative_int(text: str) -> int:
     """A count that may be 0, to MOST."""
     return _number(text, int, 0, MOST, "a whole number, 0 or more")

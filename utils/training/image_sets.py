@@ -256,11 +256,13 @@ def require_same_classes(found: list[str], expected: list[str], where: str, refe
 
 def open_sources(
     paths: Sequence[Path],
-    images_per_class: int | None,
+    images_per_class: int | Sequence[int] | None,
     classes: str | None = None,
     manifests: Callable[[Path], Iterable[tuple[str, Mapping[str, str]]] | None] = lambda dataset: None,
 ) -> list[ImageSet]:
     """The ImageSets of --data, which must agree on their classes; an unfinished dataset is used with a warning.
+
+    IMAGES_PER_CLASS: the first so many of each class only, of all sets alike or one number a set.
 
     MANIFESTS(folder) -> (class id, {file name: sha256}) ... of a generated dataset, None of any other folder. Files
     that it does not name are left out, with a warning; the others are compared with their hashes when they are read.
@@ -284,8 +286,11 @@ def open_sources(
     for path, other in zip(paths[1:], images[1:], strict=True):
         require_same_classes(other.class_ids, images[0].class_ids, f"--data {path}", f"--data {paths[0]}")
     if images_per_class:
-        for one in images:
-            one.limit(images_per_class)
+        limits = [images_per_class] * len(images) if isinstance(images_per_class, int) else images_per_class
+        if len(limits) != len(images):
+            raise UserError(f"--images-per-class: {len(limits)} numbers for {len(images)} --data; give one, or one each")
+        for one, limit in zip(images, limits, strict=True):
+            one.limit(limit)
     return images
 
 
