@@ -238,7 +238,7 @@ def test_subsets_are_the_first_images_of_each_class_and_nested(folder):
 def test_each_data_may_have_a_limit_of_its_own(folder):
     few, more = open_sources([folder, folder], [1, 3])
     assert [len(few), len(more)] == [2, 4] and {*few.names.tolist()} < {*more.names.tolist()}
-    with pytest.raises(UserError, match="--images-per-class: 3 numbers for 2 --data; give one, or one each"):
+    with pytest.raises(UserError, match="--images-per-class: 3 numbers for 2 --data; give one or as many"):
         open_sources([folder, folder], [1, 2, 3])
 
 

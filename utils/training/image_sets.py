@@ -288,7 +288,7 @@ def open_sources(
     if images_per_class:
         limits = [images_per_class] * len(images) if isinstance(images_per_class, int) else images_per_class
         if len(limits) != len(images):
-            raise UserError(f"--images-per-class: {len(limits)} numbers for {len(images)} --data; give one, or one each")
+            raise UserError(f"--images-per-class: {len(limits)} numbers for {len(images)} --data; give one or as many")
         for one, limit in zip(images, limits, strict=True):
             one.limit(limit)
     return images
