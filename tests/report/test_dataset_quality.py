@@ -13,7 +13,7 @@ from tests.dataset.test_folder import record_of
 from utils.cli import run
 from utils.dataset.folder import known_images
 from utils.report import measures
-from utils.report.dataset_quality import Folder
+from utils.report.figures import Folder
 from utils.storage import append_jsonl, read_json, write_json
 from utils.training.image_sets import open_sources
 

@@ -14,22 +14,10 @@ import numpy as np
 
 from utils.cli import UserError, command_line
 from utils.evaluation import checkpoints
-from utils.images import BadImage, decode_rgb, drop_strays, list_image_folder
+from utils.images import BadImage, decode_rgb
 from utils.machine import snapshot
-from utils.report.figures import Manifests, strip
-from utils.report.measures import (
-    DUPLICATE,
-    MOST_IMAGES,
-    diversity,
-    evenly,
-    frechet_distance,
-    is_finite,
-    kernel_distance,
-    moments,
-    near_duplicates,
-    neighbourhoods,
-)
-from utils.report.records import Described, read_record
+from utils.report import measures
+from utils.report.figures import Folder, Manifests, strip
 from utils.storage import require_writable, write_json, write_page
 
 THUMBNAIL = 16  # pixels a side of the descriptor without a checkpoint
@@ -77,11 +65,11 @@ def run(
     described = {"synthetic": describe(synthetic)}
     if real:
         described["real"] = describe(real)
-    if network and not all(map(is_finite, described.values())):
+    if network and not all(map(measures.is_finite, described.values())):
         raise UserError(f"--checkpoint {network.checkpoint}: its features are not finite; try --dtype fp32, or another")
 
     # ===== measuring =====
-    centre = moments(described["synthetic"])[0].astype(np.float32)
+    centre = measures.moments(described["synthetic"])[0].astype(np.float32)
     classes = [measure_class(class_id, synthetic, real, described, centre) for class_id in synthetic.ids]
     sort_classes(classes)
     totals = summarize(classes)
@@ -90,8 +78,11 @@ def run(
             (described["synthetic"], synthetic.of_classes(real.ids)),
             (described["real"], real.of_classes(synthetic.ids)),
         ]
-        some = [features[evenly(rows, MOST_IMAGES)] for features, rows in both]
-        totals |= {"FID": frechet_distance(*(moments(*one) for one in both)), "KID": kernel_distance(*some)}
+        some = [features[measures.evenly(rows, measures.MOST_IMAGES)] for features, rows in both]
+        totals |= {
+            "FID": measures.frechet_distance(*(measures.moments(*one) for one in both)),
+            "KID": measures.kernel_distance(*some),
+        }
 
     # ===== telling =====
     record = {
@@ -114,7 +105,7 @@ def run(
         shown=pictures(shown, synthetic, real),
         order=LEAST_LIKE_REAL if real else MOST_ALIKE,
         columns=[column for column in COLUMNS if any(row.get(column) is not None for row in classes)],
-        cut=DUPLICATE,
+        cut=measures.DUPLICATE,
         first=first,
         last=last,
         text=as_text,
@@ -123,28 +114,6 @@ def run(
         print(f"{name:12} {as_text(value)}")
     print(f"written: {out / 'dataset_report.html'}\nwritten: {out / 'dataset_report.json'}")
     return 0
-
-
-class Folder:
-    """Images by class: ids, (path, label) samples without strays, and the rows of each class."""
-
-    def __init__(self, folder: str, option: str, manifests: Manifests) -> None:
-        self.folder = Path(folder)
-        train = self.folder / "train"
-        ids, samples = list_image_folder(train if train.is_dir() else self.folder, option)
-        self.samples = drop_strays(samples, manifests(self.folder), option)
-        labels = np.array([label for _, label in self.samples])
-        rows = {class_id: np.flatnonzero(labels == label) for label, class_id in enumerate(ids)}
-        self.rows = {class_id: its for class_id, its in rows.items() if len(its)}
-        self.ids = list(self.rows)
-        if not self.ids:
-            raise UserError(f"{option}: no image of {folder} is in its manifests; draw it with generate.py first")
-        described = read_record(self.folder / "dataset.json", Described)
-        self.names = described.names if described else {}
-
-    def of_classes(self, ids: list[str]) -> np.ndarray:
-        """The rows of those of IDS that are here."""
-        return np.concatenate([self.rows[class_id] for class_id in self.ids if class_id in set(ids)])
 
 
 def descriptor_of(network: Network | None, out: Path) -> tuple[Callable[[Folder], np.ndarray], str]:
@@ -195,18 +164,18 @@ def measure_class(
 ) -> dict[str, Any]:
     """One row: counts, near-duplicates, diversity, and the neighbourhoods' measures where the class has real images."""
     x = described["synthetic"][synthetic.rows[class_id]].astype(np.float32)
-    duplicates, closest = near_duplicates(x - centre)
+    duplicates, closest = measures.near_duplicates(x - centre)
     first = int(synthetic.rows[class_id][0])
     row: dict[str, Any] = {
         "id": class_id,
         "name": synthetic.names.get(class_id, ""),
         "images": len(x),
         "duplicates": 100 * duplicates / len(x),
-        "diversity": diversity(x - centre),
+        "diversity": measures.diversity(x - centre),
         "closest": [synthetic.samples[first + index][0] for index in closest],
     }
     if real and class_id in real.rows:
-        row |= neighbourhoods(described["real"][real.rows[class_id]].astype(np.float32), x)
+        row |= measures.neighbourhoods(described["real"][real.rows[class_id]].astype(np.float32), x)
         row["real_images"] = len(real.rows[class_id])
     return row
 
@@ -251,16 +220,11 @@ def as_text(value: Any) -> str:
 
 def pictures(classes: Sequence[dict[str, Any]], synthetic: Folder, real: Folder | None) -> list[dict[str, Any]]:
     """[{row, strips: [(name, data URI)]}] of CLASSES: their images, real ones, the pair most alike."""
-
-    def picture(folder: Folder, class_id: str, option: str) -> str:
-        rows = folder.rows[class_id]
-        return strip([folder.samples[row][0] for row in evenly(rows, PICTURES)], option)
-
     shown = []
     for row in classes:
-        strips = [("synthetic", picture(synthetic, row["id"], "--dataset-report"))]
+        strips = [("synthetic", synthetic.strip(row["id"], PICTURES, "--dataset-report"))]
         if real and row["id"] in real.rows:
-            strips.append(("real", picture(real, row["id"], "--real")))
+            strips.append(("real", real.strip(row["id"], PICTURES, "--real")))
         if row["duplicates"] > 0:
             strips.append(("most alike", strip(row["closest"], "--dataset-report")))
         shown.append({"row": row, "strips": strips})

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from utils.cli import UserError
 from utils.images import INK, BadImage, Curve, contact_sheet, decode_rgb, draw_curves, drop_strays, list_image_folder
+from utils.report.measures import evenly
 from utils.report.records import Described, Epoch, Interval, Sidecar, read_lines, read_record
 from utils.storage import atomic_path, read_jsonl
 
@@ -113,31 +114,46 @@ def shares(runs: Sequence[Sidecar], class_ids: list[str]) -> list[list[dict[str,
 # ===== pictures =====
 
 
-def contact_sheets(shown: Sequence[tuple[str, Path]], manifests: Manifests) -> list[dict[str, Any]]:
-    """[{id, name, strips: [{source, prompt, picture}]}]: the same classes of several datasets, one under the other.
+class Folder:
+    """Images by class: ids, (path, label) samples without strays, the rows of each class, and the classes' names."""
 
-    Images are taken at even distances through a class; pictures are data URIs of one WebP strip each.
-    """
+    def __init__(self, folder: str | Path, option: str, manifests: Manifests) -> None:
+        self.folder = Path(folder)
+        train = self.folder / "train"
+        ids, samples = list_image_folder(train if train.is_dir() else self.folder, option)
+        self.samples = drop_strays(samples, manifests(self.folder), option)
+        labels = np.array([label for _, label in self.samples])
+        rows = {class_id: np.flatnonzero(labels == label) for label, class_id in enumerate(ids)}
+        self.rows = {class_id: its for class_id, its in rows.items() if len(its)}
+        self.ids = list(self.rows)
+        if not self.ids:
+            raise UserError(f"{option}: no image of {folder} is in its manifests; draw it with generate.py first")
+        described = read_record(self.folder / "dataset.json", Described)
+        self.names = described.names if described else {}
+
+    def of_classes(self, ids: list[str]) -> np.ndarray:
+        """The rows of those of IDS that are here."""
+        return np.concatenate([self.rows[class_id] for class_id in self.ids if class_id in set(ids)])
+
+    def strip(self, class_id: str, most: int, option: str) -> str:
+        """`strip` of at most MOST images of a class, at even distances."""
+        return strip([self.samples[row][0] for row in evenly(self.rows[class_id], most)], option)
+
+
+def contact_sheets(shown: Sequence[tuple[str, Path]], manifests: Manifests) -> list[dict[str, Any]]:
+    """[{id, name, strips: [{source, prompt, picture}]}]: the same classes of several datasets, one under the other."""
     sheets: dict[str, dict[str, Any]] = {}
-    for source, folder in shown:
-        root = folder / "train" if (folder / "train").is_dir() else folder
-        ids, samples = list_image_folder(root, "--show-data")
-        samples = drop_strays(samples, manifests(folder), "--show-data")
-        described = read_record(folder / "dataset.json", Described)
-        names = described.names if described else {}
-        for label, class_id in enumerate(ids):
+    for source, path in shown:
+        folder = Folder(path, "--show-data", manifests)
+        for class_id, rows in folder.rows.items():
             if class_id not in sheets and len(sheets) >= MAX_CLASSES:
                 continue
-            paths = [path for path, its_label in samples if its_label == label]
-            if not paths:
-                continue
-            step = max(1, len(paths) // SHEET_COLUMNS)
-            prompts = read_jsonl(folder / "manifest" / f"{class_id}.jsonl")[:1]
             sheet = sheets.setdefault(class_id, {"id": class_id, "name": "", "strips": []})
-            sheet["name"] = sheet["name"] or names.get(class_id, "").split(",")[0]
+            sheet["name"] = sheet["name"] or folder.names.get(class_id, "").split(",")[0]
+            prompts = read_jsonl(path / "manifest" / f"{class_id}.jsonl")[:1]
             prompt = prompts[0].get("prompt") if prompts else None
-            picture = strip(paths[::step][:SHEET_COLUMNS], "--show-data")
-            sheet["strips"].append({"source": source, "prompt": prompt, "picture": picture, "n": len(paths)})
+            picture = folder.strip(class_id, SHEET_COLUMNS, "--show-data")
+            sheet["strips"].append({"source": source, "prompt": prompt, "picture": picture, "n": len(rows)})
     return list(sheets.values())
 
 
@@ -208,13 +224,8 @@ def draw_radar(axes: Sequence[str], lines: Sequence[RadarLine], svg: Path, png: 
             handles += plot.plot(*corners, marker="o", markersize=4 if len(known) > 1 else 8, **style)
             if len(known) == len(axes):
                 plot.fill(*corners, color=line.color, alpha=0.12)
-        legend: Any = {
-            "loc": "upper center",
-            "bbox_to_anchor": (0.5, -0.1),
-            "ncols": 1 + (len(lines) > 4),
-            "frameon": False,
-        }
-        plot.legend(handles, [line.label for line in lines], labelcolor=INK, **legend)
+        below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 1 + (len(lines) > 4)}
+        plot.legend(handles, [line.label for line in lines], labelcolor=INK, frameon=False, **below)
         whole: Any = {"bbox_inches": "tight", "pad_inches": 0.15}  # however long the labels are
         with atomic_path(svg) as temporary:
             figure.savefig(temporary, format="svg", transparent=True, metadata={"Date": None}, **whole)

@@ -188,30 +188,32 @@ def render_markdown(page: dict) -> str:
     lines = [f"# {page['title']}", "", *(f"{sentence}\n" for sentence in page["headline"])]
     lines += ["![radar plot](radar.png)", ""] * bool(page["radar"]) + [page["radar_note"], ""]
     for made in page["tables"]:
-        lines += [f"## {made['title']}", ""]
-        heads = ["model", *made["facts"], *made["columns"]]
-        lines += [markdown_row(heads), markdown_row(["---"] * len(heads))]
-        for row in made["rows"]:
-            cells = map(markdown_cell, row["cells"], row["differences"], row["sizes"])
-            lines.append(markdown_row([row["model"].name, *row["facts"], *cells]))
-        lines += ["", *[f"{made['note']}.", ""] * bool(made["note"])]
+        rows = [
+            [row["model"].name, *row["facts"], *map(markdown_cell, row["cells"], row["differences"], row["sizes"])]
+            for row in made["rows"]
+        ]
+        lines += markdown_table(made["title"], ["model", *made["facts"], *made["columns"]], rows)
+        lines += [f"{made['note']}.", ""] * bool(made["note"])
     lines += [LEGEND, ""]
     for look in page["looks"]:
-        lines += [f"## Per class: {look['dataset']}", ""]
-        names = [model["name"] for model in look["models"]]
-        lines += [markdown_row(["class", "n", *names]), markdown_row(["---"] * (len(names) + 2))]
-        for row in look["classes"]:
-            top1 = ("" if value is None else f"{value:.1f}" for value in row["top1"])
-            lines.append(markdown_row([row["name"], row["n"], *top1]))
-        lines.append("")
+        rows = [
+            [row["name"], row["n"], *("" if value is None else f"{value:.1f}" for value in row["top1"])]
+            for row in look["classes"]
+        ]
+        heads = ["class", "n", *(model["name"] for model in look["models"])]
+        lines += markdown_table(f"Per class: {look['dataset']}", heads, rows)
     lines += ["## How this was made", "", *(f"    {command}" for command in page["commands"]), ""]
     lines += [f"- {name}: {value}" for name, value in page["versions"].items()] or [NOTHING_RECORDED]
     return "\n".join(lines) + "\n"
 
 
-def markdown_row(cells: Iterable[Any]) -> str:
-    """A row of a Markdown table."""
-    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+def markdown_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a table under its title."""
+    cells = (
+        [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
+        for row in [heads, ["---"] * len(heads), *rows]
+    )
+    return [f"## {title}", "", *(f"| {' | '.join(row)} |" for row in cells), ""]
 
 
 def markdown_cell(cell: Cell | None, difference: str, size: str) -> str:
