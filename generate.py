@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils import cli
-from utils.classes import FACTOR, images_per_class, load_classes
+from utils.classes import FACTOR, ClassTable, images_per_class, load_classes
 from utils.cli import UserError, positive_int
 from utils.dataset import folder as datasets
 from utils.dataset import inspection
@@ -33,7 +33,8 @@ from utils.dataset.shards import write_shards
 from utils.generation import drawing, plan, reproduction
 from utils.generation.drawing import Batch, ProgressBar
 from utils.generation.pipeline import find_pipeline
-from utils.generation.prompts import NAMES, parse_template
+from utils.generation.prompt_files import PromptFile, read_prompts, recorded_template
+from utils.generation.prompts import NAMES, SUPERVISION, Templates, parse_template, supervision_of
 from utils.generation.recipe import QUALITY, RECIPES, SCHEDULERS, Recipe, refuse_difference
 from utils.machine import resolve_device, snapshot
 from utils.storage import require_writable
@@ -50,7 +51,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     # What to draw
     parser.add_argument("--classes", default="imagenet_100", help="imagenet_100, imagenet_1k, digits, .tsv, .txt, list")
-    parser.add_argument("--prompt", default="c, d_c", help='"c", "c, h_c", "c, d_c", "c, h_c inside b" or {name} text')
+    parser.add_argument("--prompt", help='"c", "c, h_c", "c, d_c" (default), "c, h_c inside b" or {name} text')
+    parser.add_argument("--prompts", type=cli.any_path, metavar="FILE", help="texts of each class: .tsv, .jsonl, ...")
+    parser.add_argument("--supervision", choices=list(SUPERVISION), help="what the prompts or the model were made from")
     parser.add_argument("--names", choices=NAMES, default="first", help="of a class: its first name or all")
     parser.add_argument("--images-per-class", type=image_count, default="imagenet", metavar="N|imagenet|Nx",
                         help="a number, as many as the real class, or 10x as many ...; may grow")  # fmt: skip
@@ -100,7 +103,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     """Draw what is asked and not here yet, or do what one of the modes says. Returns the exit code."""
     # ===== checking the request =====
-    table, template = load_classes(args.classes), parse_template(args.prompt)
+    table = load_classes(args.classes)
     out = args.out or Path(f"data/{table.name}_sd")
     for whole in LAUNCH.whole:
         if args.chunk and getattr(args, whole):
@@ -112,15 +115,18 @@ def main(args: argparse.Namespace) -> int:
         asked = {"dtype": args.dtype, "attention": args.attention, "batch_size": args.batch_size}
         choices = {key: value for key, value in asked.items() if value != "auto"}
         return reproduction.reproduce(args.reproduce, args.sample, args.seed, model, args.device, choices, draw)
+    template = asked_prompts(args.prompt, args.prompts, table)
     inspection.refuse_foreign_folder(out)
     existing = datasets.open_dataset(out) if args.repair or (out / "dataset.json").exists() else None
     if args.repair and existing:  # by the folder's own record, whatever the options say
         table, recipe = existing.table, Recipe.of(existing)
-        template, counts = parse_template(recipe.prompt), {folder.id: folder.count for folder in existing.folders}
+        template, counts = recorded_template(existing), {folder.id: folder.count for folder in existing.folders}
         model = model or reproduction.recorded_model(existing)
     else:
         counts = images_per_class(table, args.images_per_class)
-        recipe = asked_recipe(args, table.sha256, template.text).settle(existing, counts)
+        recipe = asked_recipe(args, table.sha256, template).settle(existing, counts)
+        if not recipe.supervision:
+            print("note: say with --supervision what the prompts were made from; reports show it", file=sys.stderr)
     model = model or (DEFAULT_MODEL, args.revision)
     if args.dry_run:
         plan.show_plan(recipe, *model, table, template, counts, args.chunk, out, args.device, args.rate)
@@ -164,7 +170,8 @@ def main(args: argparse.Namespace) -> int:
         about["attention_ms"] = loading.attention_ms(device, sampler.dtype)
 
     # ===== drawing =====
-    dataset = datasets.create_dataset(out, about | {"environment": snapshot()})
+    prompts = template.content if isinstance(template, PromptFile) else b""
+    dataset = datasets.create_dataset(out, about | {"environment": snapshot()}, prompts)
     # Another process may have been first: its batch size counts.
     recipe = replace(recipe, attention=None).settle(dataset, counts)
     sampler.denoising.size = recipe.batch_size or 1
@@ -243,11 +250,21 @@ def auto_or_positive(text: str) -> int | str:
     return text if text == "auto" else positive_int(text)
 
 
-def asked_recipe(args: argparse.Namespace, classes_sha256: str, prompt: str) -> Recipe:
+def asked_prompts(prompt: str | None, file: Path | None, table: ClassTable) -> Templates:
+    """--prompt or --prompts, which exclude each other."""
+    if prompt and file:
+        raise UserError("--prompt: --prompts has the texts; leave --prompt out, or write it into the file")
+    return read_prompts(file, table) if file else parse_template(prompt or "c, d_c")
+
+
+def asked_recipe(args: argparse.Namespace, classes_sha256: str, template: Templates) -> Recipe:
     """The recipe as the command line has it; None where the folder, the model or the device decides ("auto")."""
     names = [key.name for key in fields(Recipe) if key.name in args]
     options = {name: None if getattr(args, name) == "auto" else getattr(args, name) for name in names}
-    return Recipe.asked(args.recipe, **options | {"classes": classes_sha256, "prompt": prompt})
+    grade = SUPERVISION[args.supervision] if args.supervision else supervision_of(template)
+    prompts = template.sha256 if isinstance(template, PromptFile) else None
+    said = {"classes": classes_sha256, "prompt": template.text, "prompts": prompts, "supervision": grade}
+    return Recipe.asked(args.recipe, **options | said)
 
 
 # ===== instead of drawing =====

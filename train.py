@@ -403,7 +403,7 @@ def describe_run(args: argparse.Namespace, name: str, images: Sequence, identity
         "command": cli.command_line(),
         "device": str(training.device),
         "dtype": str(training.dtype).removeprefix("torch."),
-        "sources": [{"path": str(one.root.resolve()), "synthetic": one.synthetic} for one in images],
+        "sources": [one.source() for one in images],
         "identity": identity,
         "environment": snapshot(),
     }

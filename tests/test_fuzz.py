@@ -27,6 +27,7 @@ from tests.training.test_checkpoint import state
 from utils import classes, images, storage
 from utils.cli import UserError
 from utils.dataset import folder as datasets
+from utils.dataset.records import FORMAT
 from utils.evaluation import weights
 from utils.evaluation.pickles import read_pickle
 from utils.generation.pipeline import PipelineFolder
@@ -65,12 +66,7 @@ def dataset_json() -> bytes:
     table = [classes.ClassRow(f"n{k}", "a, b", "", "c") for k in range(2)]
     recipe = {"format": "jpg", "batch_size": 4, "steps": 50, "prompt": "c", "images_per_class": 3, "scheduler": "ddim"}
     recipe |= {"guidance_scale": 2.0, "classes": classes.ClassTable("x", tuple(table)).sha256}
-    info = {
-        "format": datasets.FORMAT,
-        "name": "x",
-        "recipe": recipe,
-        "model": {"id": "m", "revision": None, "files": {}},
-    }
+    info = {"format": FORMAT, "name": "x", "recipe": recipe, "model": {"id": "m", "revision": None, "files": {}}}
     rows = [{"id": row.wnid, "name": row.name, "hypernym": "", "definition": "c", "images": 3} for row in table]
     return json.dumps(info | {"classes": rows, "environment": {}, "command": "python"}).encode()
 

@@ -17,7 +17,7 @@ from PIL import Image
 import evaluate
 from tests.dataset.test_folder import record_of
 from utils.cli import run
-from utils.dataset.folder import FORMAT
+from utils.dataset.records import FORMAT
 from utils.report import figures
 from utils.storage import append_jsonl, read_jsonl, write_json
 

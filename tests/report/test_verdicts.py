@@ -213,6 +213,20 @@ def test_unequal_sizes_are_said_and_a_run_of_equal_budget_is_named(tmp_path):
     ]
 
 
+def test_the_grade_of_supervision_stands_beside_the_numbers(tmp_path):
+    real, sd = (
+        trained("real", seeds_cell([99.1, 99.3, 99.2])),
+        trained("sd", seeds_cell([98.9, 98.8, 98.7]), data=generated(tmp_path / "sd", 2.0)),
+    )
+    real.supervision = "labelled images"
+    rows = [records.Row("real", "digits", "top1", 99.2)]
+    assert "supervision" not in tables.make_tables([real, sd], rows)[0]["facts"]  # the kind says as much
+    sd.supervision = "captions of real images"
+    made = tables.make_tables([real, sd], rows)[0]
+    assert made["facts"][1] == "supervision"
+    assert [row["facts"][1] for row in made["rows"]] == ["labelled images", "captions of real images"]
+
+
 def test_guidance_is_not_credited_where_something_else_differs_too(tmp_path):
     cells = seeds_cell([97.0, 97.1, 97.2]), seeds_cell([91.0, 91.1, 91.2])
     folders = generated(tmp_path / "a", 2.0), generated(tmp_path / "b", 7.5, prompt="c, d_c")

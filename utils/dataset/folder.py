@@ -1,7 +1,8 @@
 """A synthetic dataset on disk: dataset.json, one manifest a class, image files; what is done and what is open.
 
     OUT/dataset.json            recipe, model, classes, where it was made, counts; its copy is OUT/.dataset.json
-    OUT/manifest/<id>.jsonl     one line an image, sorted by index: see Entry
+    OUT/prompts.jsonl           where --prompts was given: the prompts of every class, whose hash the recipe records
+    OUT/manifest/<id>.jsonl     one line an image, sorted by index: see records.Entry
     OUT/train/<id>/<id>_<index:06d>.<suffix>
     OUT/sessions.jsonl          one line a finished process: images, seconds, images/s, micro_batch (denoised at once)
     OUT/.locks/                 empty files; flock marks the classes that a living process draws
@@ -24,89 +25,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from stat import S_ISREG
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
-
-from msgspec import Meta, Struct
+from typing import Any
 
 from utils import storage
-from utils.classes import FACTOR, ClassRow, ClassTable, images_per_class, safe_id
+from utils.classes import ClassRow, ClassTable, images_per_class, safe_id
 from utils.cli import UserError, safe_name
+from utils.dataset.records import FORMAT, MOST_IMAGES, Entry, Record, SessionRecord
 from utils.machine import snapshot
 
-FORMAT = "imagenet-sd dataset 1"
 COPY = ".dataset.json"
+PROMPTS = "prompts.jsonl"
 SUFFIXES = {"jpg": ".jpg", "png": ".png", "webp": ".webp"}
-MOST_IMAGES = 10_000_000  # of a class
 TAIL = 1 << 18  # bytes at the end of a manifest that hold its last line: a prompt has at most some 12,000 characters
-Text = Annotated[str, Meta(max_length=4000)]  # as a cell of a class table
-
-
-class Entry(TypedDict):
-    """A line of a manifest."""
-
-    id: str
-    index: int
-    prompt: NotRequired[str]
-    seed: NotRequired[int]
-    attempt: NotRequired[int]  # 0 if the first draw was kept
-    rejected: NotRequired[list[str]]  # why each earlier one was not
-    safety: NotRequired[bool | None]  # what the safety checker says
-    bytes: int
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-
-
-class ClassRecord(Struct):
-    """A class in dataset.json."""
-
-    id: str
-    name: Text
-    hypernym: Text
-    definition: Text
-    images: Annotated[int, Meta(ge=0, le=MOST_IMAGES)]
-
-
-class RecipeRecord(Struct):
-    """Of the recipe what is read here; utils/generation/recipe.py has all of it."""
-
-    classes: str
-    prompt: str
-    images_per_class: Annotated[int, Meta(ge=1)] | Annotated[str, Meta(pattern=f"^(imagenet|{FACTOR.pattern})$")]
-    scheduler: str
-    steps: int
-    guidance_scale: float
-    batch_size: Annotated[int, Meta(ge=1, le=MOST_IMAGES)]
-    format: Literal["jpg", "png", "webp"]
-
-
-class ModelRecord(Struct):
-    """The model, with {path: sha256} of its files."""
-
-    id: str
-    revision: str | None
-    files: dict[str, str]
-
-
-class Record(Struct):
-    """dataset.json, without what is only for people."""
-
-    format: Literal["imagenet-sd dataset 1"]
-    name: str
-    recipe: RecipeRecord
-    model: ModelRecord
-    classes: Annotated[list[ClassRecord], Meta(min_length=1)]
-    environment: dict[str, Any]
-
-
-class SessionRecord(Struct):
-    """Of a line of sessions.jsonl what is added up."""
-
-    images: Annotated[int, Meta(ge=0)]
-    seconds: Annotated[float, Meta(ge=0)]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset folder and what its dataset.json says, see Record."""
+    """A dataset folder and what its dataset.json says, see records.Record."""
 
     root: Path
     info: dict[str, Any]
@@ -288,16 +223,18 @@ def known_images(root: Path) -> Iterator[tuple[str, dict[str, str]]] | None:
     )
 
 
-def create_dataset(root: Path, info: dict[str, Any]) -> Dataset:
+def create_dataset(root: Path, info: dict[str, Any], prompts: bytes = b"") -> Dataset:
     """Write dataset.json, or let the dataset there grow to the images of INFO if nothing else of its recipe differs.
 
-    Returns what is there then: another process may have been first.
+    Returns what is there then: another process may have been first. PROMPTS: the content of OUT/prompts.jsonl, if any.
     """
     if any(row["images"] > MOST_IMAGES for row in info["classes"]):
         raise UserError(f"--images-per-class: more than {MOST_IMAGES:,} images of a class are not kept in one folder")
     with record_lock(root):
         storage.remove_leftovers(root)
         if not (root / "dataset.json").exists():
+            if prompts:
+                storage.atomic_write(root / PROMPTS, prompts, fsync=True)
             write_record(root, {"format": FORMAT, **info})
         dataset = open_dataset(root)
         larger = enlarged(dataset, info)

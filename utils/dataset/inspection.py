@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.cli import UserError
-from utils.dataset.folder import ClassFolder, Dataset, way_back
+from utils.dataset.folder import PROMPTS, ClassFolder, Dataset, way_back
 from utils.storage import AlreadyOwned, sha256_file
 
 
@@ -65,7 +65,8 @@ def refuse_foreign_folder(root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise UserError(f"--out {root} is a file; name a folder")
     names = os.listdir(root) if root.is_dir() else []
-    foreign = [name for name in names if not name.startswith(".") and name not in ("lost+found", "dataset.json")]
+    ours = ("lost+found", "dataset.json", PROMPTS)  # prompts alone: killed before dataset.json was written
+    foreign = [name for name in names if not name.startswith(".") and name not in ours]
     if foreign and not (root / "dataset.json").exists():
         remedy = way_back(root, "choose an empty or new folder")
         raise UserError(f"--out {root} holds {foreign[0]!r} but no dataset.json; {remedy}")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from utils.cli import UserError
 from utils.dataset.folder import ClassFolder, Dataset, open_dataset
-from utils.generation.prompts import ClassTable, Prompt, Template, class_prompts, image_seed
+from utils.generation.prompts import ClassTable, Prompt, Templates, class_prompts, image_seed
 from utils.generation.recipe import CHROMA, QUALITY, Recipe
 from utils.storage import AlreadyOwned, atomic_write, sha256_bytes
 
@@ -80,7 +80,7 @@ class Session:
         self.bar = ProgressBar(wanted, dataset.root.name, wanted - sum(self.pending.values()))
         self.started, self.images, self.draws = time.monotonic(), 0, 0
 
-    def open_batches(self, table: ClassTable, template: Template) -> Iterator[Batch | None]:
+    def open_batches(self, table: ClassTable, template: Templates) -> Iterator[Batch | None]:
         """The batches to draw, class by class, each class locked. None asks that all before it be finished: those that
         are left belong to other processes, for which it then waits."""
         rows, left = {row.wnid: row for row in table.rows}, self.folders

@@ -10,7 +10,7 @@ import numpy as np
 from utils.cli import UserError
 from utils.dataset.folder import in_chunk
 from utils.generation.pipeline import NoiseSchedule, PipelineFolder, find_pipeline
-from utils.generation.prompts import ClassTable, Template, class_prompts, prompt_warnings
+from utils.generation.prompts import ClassTable, Templates, class_prompts, prompt_warnings
 from utils.generation.recipe import Recipe
 from utils.machine import gpus
 from utils.storage import free_bytes
@@ -28,7 +28,7 @@ def show_plan(
     model: str,
     revision: str | None,
     table: ClassTable,
-    template: Template,
+    template: Templates,
     counts: dict[str, int],
     chunk: tuple[int, int] | None,
     out: Path,

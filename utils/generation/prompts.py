@@ -10,6 +10,8 @@ this machine (nothing is downloaded), and warnings:
 A warning never stops anything: exit code 0 says that the prompts could be built.
 """
 
+from __future__ import annotations
+
 import argparse
 import bisect
 import json
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Protocol
 
 from utils.classes import CONTROL, PROMPTS_DIR, ClassRow, ClassTable, load_classes, read_list
 from utils.cli import UserError, make_parser, positive_int, run
@@ -42,6 +45,15 @@ PLACEHOLDERS = {
     "background": "b: a Places365 scene, drawn per image",
 }
 NAMES = ("first", "all")  # which of the two c is in the paper is open; "first" is our default
+# What a dataset owes to real images, from nothing to most; the field's tables mix these grades.
+# Name of --supervision -> what dataset.json says.
+SUPERVISION = {
+    "names": "class names",
+    "glosses": "glosses",
+    "few-shot": "few real images",
+    "captions": "captions of real images",
+    "tuned": "a generator tuned on real images",
+}
 CLIP_MAX_TOKENS = 77  # positions of CLIP ViT-L/14's text encoder, start and end tokens included
 SEED_BITS = 63  # fits a signed 64-bit integer, which every random generator takes
 
@@ -68,9 +80,45 @@ class Template:
         """The placeholders it has."""
         return {field for _, field in self.parts if field}
 
+    def templates(self, wnid: str) -> list[Template]:
+        """Those of a class; a file of prompts may have several, see utils/generation/prompt_files.py."""
+        return [self]
 
-def parse_template(text: str) -> Template:
-    """A template from its name in the paper (see TEMPLATES) or free text with placeholders (see PLACEHOLDERS)."""
+    def pick(self, wnid: str, image_seed: int) -> Template:
+        """That of one image."""
+        return self
+
+
+class Templates(Protocol):
+    """One template for all classes, or those of a file of prompts."""
+
+    @property
+    def text(self) -> str:
+        """As the recipe records it."""
+
+    @property
+    def fields(self) -> set[str]:
+        """The placeholders; of a file of prompts none if some of its texts have none."""
+
+    def templates(self, wnid: str) -> list[Template]:
+        """Those of a class."""
+
+    def pick(self, wnid: str, image_seed: int) -> Template:
+        """That of one image."""
+
+
+def supervision_of(template: Templates) -> str | None:
+    """The grade in SUPERVISION of what TEMPLATE says; None where its texts are somebody's own."""
+    if not template.fields:
+        return None
+    return SUPERVISION["glosses" if template.fields & {"hypernym", "definition"} else "names"]
+
+
+def parse_template(text: str, of_one_class: bool = False) -> Template:
+    """A template from its name in the paper (see TEMPLATES) or free text with placeholders (see PLACEHOLDERS).
+
+    It must name the class, unless it is OF_ONE_CLASS and written for that.
+    """
     known = " ".join(f"{{{field}}}" for field in PLACEHOLDERS)
     choices = f"choose one of {', '.join(map(repr, TEMPLATES))}, or write a text with placeholders: {known}"
     if CONTROL.search(text) or "\t" in text or "\n" in text:
@@ -85,7 +133,7 @@ def parse_template(text: str) -> Template:
             shown = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise UserError(f"--prompt {text!r}: unknown placeholder {{{shown}}}; known: {known}")
     template = Template(name or text, tuple((literal, field) for literal, field, _, _ in parsed))
-    if not template.fields - {"background"}:
+    if not of_one_class and not template.fields - {"background"}:
         raise UserError(f"--prompt {text!r} says nothing of the class, so all classes would look alike; {choices}")
     return template
 
@@ -107,13 +155,16 @@ def prompt_text(row: ClassRow, template: Template, image_seed: int, names: str =
 
 
 def class_prompts(
-    row: ClassRow, template: Template, indices: Iterable[int], seed: int = 0, names: str = "first"
+    row: ClassRow, template: Templates, indices: Iterable[int], seed: int = 0, names: str = "first"
 ) -> Iterator[Prompt]:
     """The prompts of the images INDICES of one class, as (text, seed of the initial latents at attempt 0)."""
-    around = _render(row, template, names, "\0").split("\0")  # the text around the scene; tables hold no "\0"
+    rendered, around = None, [""]
     for index in indices:
         own = image_seed(seed, row.wnid, index)
-        yield Prompt(row.wnid, index, _scene(template, own).join(around), own)
+        chosen = template.pick(row.wnid, own)
+        if chosen is not rendered:  # the text around the scene; tables hold no "\0"
+            rendered, around = chosen, _render(row, chosen, names, "\0").split("\0")
+        yield Prompt(row.wnid, index, _scene(chosen, own).join(around), own)
 
 
 def _scene(template: Template, image_seed: int) -> str:
@@ -191,7 +242,7 @@ def kept_part(text: str, count: Callable[[str], int], max_tokens: int = CLIP_MAX
 
 def prompt_warnings(
     table: ClassTable,
-    template: Template,
+    template: Templates,
     names: str = "first",
     count_tokens: Callable[[str], int] | None = None,
     max_tokens: int = CLIP_MAX_TOKENS,
@@ -201,23 +252,27 @@ def prompt_warnings(
     COUNT_TOKENS counts the CLIP tokens of a text, start and end included (see token_counter); without it nothing is
     said of them. A template with {background} is judged with the scene of most tokens.
     """
-    scene = max(backgrounds(), key=count_tokens or len) if "background" in template.fields else ""
-    texts = {row.wnid: _render(row, template, names, scene) for row in table.rows}
+    every = [(row, one) for row in table.rows for one in template.templates(row.wnid)]
+    scenic = any("background" in one.fields for _, one in every)
+    scene = max(backgrounds(), key=count_tokens or len) if scenic else ""
+    texts = [(row.wnid, _render(row, one, names, scene)) for row, one in every]
 
     empty = []
     for column in ("hypernym", "definition"):
-        ids = [row.wnid for row in table.rows if not getattr(row, column)]
-        if ids and column in template.fields:
-            empty.append(f"no {column} for {_classes(ids)}: their prompts go without it, as {texts[ids[0]]!r}")
+        lacking = [n for n, (row, one) in enumerate(every) if column in one.fields and not getattr(row, column)]
+        if lacking:
+            ids = list(dict.fromkeys(texts[n][0] for n in lacking))
+            empty.append(f"no {column} for {_classes(ids)}: their prompts go without it, as {texts[lacking[0]][1]!r}")
 
     # CLIP's tokenizer lower-cases and joins white space: "Cardigan" the dog and "cardigan" the knitwear are one text.
     sharing: dict[str, list[str]] = {}
-    for wnid, text in texts.items():
+    for wnid, text in texts:
         sharing.setdefault(" ".join(text.lower().split()), []).append(wnid)
-    same = [f"same prompt for {_classes(ids)}: {text!r}" for text, ids in sharing.items() if len(ids) > 1]
+    shared = ((text, list(dict.fromkeys(ids))) for text, ids in sharing.items())
+    same = [f"same prompt for {_classes(ids)}: {text!r}" for text, ids in shared if len(ids) > 1]
 
     cut = []
-    for wnid, text in texts.items():
+    for wnid, text in texts:
         if count_tokens and (tokens := count_tokens(text)) > max_tokens:
             lost = text[len(kept_part(text, count_tokens, max_tokens)) :].strip()
             cut.append(f"{wnid}: {tokens} tokens, CLIP reads {max_tokens}; cut off: {lost!r}")

@@ -40,6 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast": {"scheduler": "dpmpp_2m", "steps": 18, "guidance_scale": 2.0, "guidance_interval": (0.28, 5.42)},
 }
 QUALITY = 95  # of JPEG and WebP; not in paper: our choice
+LATER = ("prompts", "supervision")  # keys that records of earlier versions lack, left out where there is nothing to say
 CHROMA = "420"  # colour at half resolution, as in most of ImageNet's own files: a quarter fewer bytes, faster to decode
 
 
@@ -56,6 +57,8 @@ class Recipe:
     classes: str = _key("prompt", "")  # sha256 of the class table
     prompt: str = _key("prompt", "c, d_c")  # template
     names: str = _key("prompt", "first")
+    prompts: str | None = _key("prompt")  # sha256 of OUT/prompts.jsonl, where --prompts took the template's place
+    supervision: str | None = _key("prompt", auto=True)  # one of prompts.SUPERVISION; None where nobody said
     images_per_class: int | str = _key("prompt", "imagenet")  # a number, "imagenet" or a factor of it: "10x"
     seed: int = _key("prompt", 0)
     scheduler: str = _key("sampler", "pndm")  # in SCHEDULERS
@@ -108,7 +111,8 @@ class Recipe:
     def record(self) -> dict[str, Any]:
         """As dataset.json has it."""
         interval = self.guidance_interval
-        return asdict(self) | {"guidance_interval": list(interval) if interval else None}
+        record = asdict(self) | {"guidance_interval": list(interval) if interval else None}
+        return {key: value for key, value in record.items() if value is not None or key not in LATER}
 
     def settle(self, existing: Dataset | None, counts: Mapping[str, int]) -> Recipe:
         """With what was left open taken from the EXISTING dataset; UserError with a diff if it has another recipe.
@@ -119,7 +123,8 @@ class Recipe:
         if existing is None:
             return self
         Recipe.of(existing)  # refuses values of another type
-        recorded = {"chroma": self.chroma, "attention": self.attention} | existing.recipe  # chroma came later
+        recorded = {name: getattr(self, name) for name in ("chroma", "attention", "supervision")}  # which came later
+        recorded |= existing.recipe
         if all(counts.get(folder.id, 0) >= folder.count for folder in existing.folders):
             recorded["images_per_class"] = self.images_per_class
         left_open = [key.name for key in fields(self) if key.metadata["auto"] and getattr(self, key.name) is None]

@@ -20,7 +20,8 @@ from utils.dataset import folder as datasets
 from utils.dataset.folder import ClassFolder, Dataset
 from utils.generation.drawing import Batch, ProgressBar
 from utils.generation.pipeline import find_pipeline
-from utils.generation.prompts import class_prompts, parse_template
+from utils.generation.prompt_files import recorded_template
+from utils.generation.prompts import class_prompts
 from utils.generation.recipe import Recipe
 from utils.images import BadImage, decode_rgb
 from utils.machine import resolve_device, snapshot
@@ -142,7 +143,7 @@ def redraw(
     dataset: Dataset, chosen: list[tuple[ClassFolder, range]], draw: Draw, bar: ProgressBar
 ) -> Iterator[Comparison]:
     """DRAW the CHOSEN batches again, as the first time, rejections included; compare every image."""
-    recipe, template = Recipe.of(dataset), parse_template(dataset.recipe["prompt"])
+    recipe, template = Recipe.of(dataset), recorded_template(dataset)
     rows, old = {row.wnid: row for row in dataset.table.rows}, {folder.id: folder for folder, _ in chosen}
     with tempfile.TemporaryDirectory(prefix="imagenet-sd-") as room:
         batches = []

@@ -108,9 +108,10 @@ def run_of(row: Row) -> Path | None:
 
 
 def describe_training(model: Model) -> None:
-    """Set what all of the model's runs agree on: the kind and number of its training images, its optimizer steps."""
+    """Set what all of the model's runs agree on: the kind, supervision and number of its training images, its steps."""
     for name, found in (
         ("kind", {training.kind for training in model.trainings}),
+        ("supervision", {training.supervision for training in model.trainings}),
         ("images", {training.plan.images for training in model.trainings}),
         ("steps", {training.steps for training in model.trainings}),
     ):

@@ -46,6 +46,7 @@ class Source(msgspec.Struct):
 
     path: str
     synthetic: bool
+    supervision: str = ""  # of a synthetic one: "class names", "glosses" ..., see generate.py --supervision
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -83,6 +84,12 @@ class Training(Made):
         """ "real", "synthetic", "mixed", or "" where it is not known."""
         kinds = {one.synthetic for one in self.data()}
         return {(False,): "real", (True,): "synthetic", (False, True): "mixed"}.get(tuple(sorted(kinds)), "")
+
+    @property
+    def supervision(self) -> str:
+        """What people had to know of real images for it; "" where that is not known of some of its data."""
+        grades = {one.supervision if one.synthetic else "labelled images" for one in self.data()}
+        return "" if "" in grades else ", ".join(sorted(grades))
 
     @property
     def steps(self) -> int | None:

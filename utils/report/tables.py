@@ -135,6 +135,7 @@ class Model:
     name: str
     published: bool = False
     kind: str = ""  # of its training images: "real", "synthetic", "mixed", or "" where it is not known
+    supervision: str = ""  # of its training images: "labelled images", "glosses" ..., or "" where it is not known
     color: str = "#000"
     unfinished: bool = False  # a run of it had not come to its end when it was judged
     images: int | None = None  # trained on
@@ -204,8 +205,10 @@ def add_facts(made: dict) -> None:
     """Columns before the numbers: on how many images, in how many steps; which rows have the budget of real images."""
     shown = [row["model"] for row in made["rows"]]
     reference = next((model for model in shown if model.kind == "real"), shown[0])
+    graded = any(model.supervision for model in shown if model.kind != "real")  # else it says nothing new
     facts = {
         "trained on": [model.trained_on for model in shown],
+        "supervision": [model.supervision if graded else "" for model in shown],
         "steps": [f"{model.steps:,} steps" if model.steps else "" for model in shown],
         "budget": [
             f"the budget of {reference.name}" if model is not reference and model.has_budget_of(reference) else ""

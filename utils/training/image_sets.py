@@ -34,6 +34,12 @@ class ImageSet:
         """Whether the images are a generated dataset's, which has a dataset.json."""
         return self.root.name in ("train", "shards") and (self.root.parent / "dataset.json").is_file()
 
+    def source(self) -> dict[str, str | bool]:
+        """As args.json records it: a report says what models were trained on, and by which grade of supervision."""
+        recipe = read_json(self.root.parent / "dataset.json").get("recipe") if self.synthetic else {}
+        grade = recipe.get("supervision") if isinstance(recipe, dict) else None
+        return {"path": str(self.root.resolve()), "synthetic": self.synthetic, "supervision": str(grade or "")}
+
     def name(self, index: int) -> str:
         """The image's path as a person would look for it."""
         return f"{self.root}/{os.fsdecode(self.names[index])}"
