@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 VIEWS = {"view", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "t", "detach", "split",
-         "as_strided", "unbind", "alias", "split_with_sizes", "_reshape_alias", "_unsafe_view"}  # fmt: skip
+         "as_strided", "unbind", "alias", "split_with_sizes", "_reshape_alias", "_unsafe_view",
+         "empty", "empty_like"}  # fmt: skip
 
 
 class FakeCuda(TorchDispatchMode):

@@ -116,7 +116,8 @@ def test_a_blurs_weights_have_the_deviation_asked_for():
 def test_blur_equals_three_float64_convolutions_by_boxes(images):
     """The same boxes drawn by hand: of deviation 1.2 / sqrt(3) and 2 / sqrt(3), whole radius 0 and 1."""
     boxes = {1.2: [0.24, 0.52, 0.24], 2.0: [0.1, 4 / 15, 4 / 15, 4 / 15, 0.1]}
-    found = ours.gaussian_blur(images[:2].permute(0, 2, 3, 1).float(), np.array(list(boxes))).permute(0, 3, 1, 2)
+    taps = torch.from_numpy(ours.blur_taps(np.array(list(boxes)))).float()
+    found = ours.gaussian_blur(images[:2].permute(0, 2, 3, 1).float(), taps).permute(0, 3, 1, 2)
     for image, box, result in zip(images[:2].double().numpy(), boxes.values(), found, strict=True):
         wanted = np.pad(image, ((0, 0), (6, 6), (6, 6)), mode="edge")
         for axis in (1, 1, 1, 2, 2, 2):
@@ -168,6 +169,21 @@ def test_batches_stay_channels_last(images):
         result = ours.augment(batch, draws)
         assert result.is_contiguous(memory_format=torch.channels_last) and result.shape == batch.shape
         torch.testing.assert_close(result, ours.augment(images, draws))
+
+
+@pytest.mark.parametrize("sides", [(40, 24), (40, 40), (40, 20, 8), (40, 27)], ids=str)
+def test_batches_of_several_sizes_together_have_the_bits_of_each_alone(images, sides):
+    """In rows of 64, 1600 and 16 pixels, the last too short; 40 and 27 share a single one."""
+    views, draws = [], []
+    for number, side in enumerate(sides):
+        views.append(images.repeat(number + 1, 1, 1, 1)[:, :, :side, :side])
+        draws.append(ours.random_draws(PAPER, number % 2, 5, np.zeros(N, int), np.arange(N), number + 1))
+        assert draws[-1].factors[:, HUE].any()
+    for view, draw, found in zip(views, draws, ours.augment_views(views, draws), strict=True):
+        assert found.shape == view.shape and found.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(found, ours.augment(view, draw))
+    plain = ours.augment_views(views, [*draws[:-1], Draws(**nothing(len(views[-1])))])
+    assert torch.equal(plain[-1], normalize(views[-1])) and torch.equal(plain[0], ours.augment(views[0], draws[0]))
 
 
 def test_draws_have_the_stated_frequencies_and_ranges():

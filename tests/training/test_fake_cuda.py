@@ -73,6 +73,7 @@ def test_a_training_step(gpu, monkeypatch, dtype):
 
 def test_augmentation_launches_few_kernels_and_keeps_the_layout(gpu):
     training = training_on(gpu, torch.float16)
+    training.recipe = {**training.recipe, "global_blur": 1.0}  # with so few images else none of them might be blurred
     with gpu.present():
         training.augmented(batch())
         gpu.kernels.clear(), gpu.waits.clear()
@@ -80,7 +81,7 @@ def test_augmentation_launches_few_kernels_and_keeps_the_layout(gpu):
     assert large.shape == (IMAGES, 3, 224, 224) and small.shape == (8 * IMAGES, 3, 96, 96)
     assert all(crops.device.type == "cuda" and crops.dtype == torch.float32 for crops in (large, small))
     assert all(crops.is_contiguous(memory_format=torch.channels_last) for crops in (large, small))
-    assert gpu.waits == [] and sum(gpu.kernels.values()) <= 200, gpu.kernels
+    assert gpu.waits == [] and sum(gpu.kernels.values()) <= 100, gpu.kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

@@ -6,6 +6,7 @@ after each operation; here values stay real numbers, which is where the (tested)
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,7 @@ from utils.images import normalize
 from utils.training.random_numbers import uniforms
 
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's mode L
+SHORTEST_ROW = 64  # pixels; shorter rows would have more parameters than pixels
 SOLARIZE_THRESHOLD = 128  # Pillow's default
 BLUR_RADIUS = (0.1, 2.0)  # standard deviation in pixels: DINO and t-ReX
 BLUR_PASSES = 3  # boxes that make a Gaussian: Pillow's
@@ -65,40 +67,94 @@ def random_draws(
     )
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Where batches of images lie when all their pixels are (rows, LENGTH, 3), one batch after the other."""
+
+    shapes: list[tuple[int, int, int]]  # (n, H, W) of each batch
+    length: int  # pixels, so many that each image takes whole rows
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each batch."""
+        return [n * height * width // self.length for n, height, width in self.shapes]
+
+    def batches(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """(rows, LENGTH, 3) -> views (n, H, W, 3) of each batch."""
+        return [part.view(*shape, 3) for part, shape in zip(values.split(self.sizes), self.shapes, strict=True)]
+
+    def by_image(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """(rows, ...) -> views (n, values of an image) of each batch."""
+        return [part.view(shape[0], -1) for part, shape in zip(values.split(self.sizes), self.shapes, strict=True)]
+
+
 def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     """uint8 (N, 3, H, W) on any device -> float32 (N, 3, H, W), augmented and normalised by ImageNet's statistics.
 
-    Every image goes through every operation, most of them with parameters that change nothing: a hundred kernels for
-    the whole batch instead of several hundred for its parts. In and out are best channels_last, as all is between.
+    Every image goes through every operation, most of them with parameters that change nothing: some dozens of kernels
+    for the whole batch instead of several hundred for its parts. In and out are best channels_last, as all is between.
     """
-    neutral = (draws.factors == NEUTRAL).all() and not (draws.grayscale.any() or draws.blur.any())
-    parameters = torch.from_numpy(_table(draws)).to(images.device, non_blocking=True)
-    flip, grayscale, solarize, shift, *blends = parameters.view(*parameters.shape, 1, 1, 1).unbind(1)  # (N, 1, 1, 1)
-    pixels = images.permute(0, 2, 3, 1)  # (N, H, W, 3)
-    if draws.flip.any():
-        pixels = torch.where(flip > 0, pixels.flip(2), pixels)
-    if neutral and not draws.solarize.any():
-        return normalize(pixels.permute(0, 3, 1, 2))
-    values = pixels.contiguous().float() / 255  # 0..1
-    if not neutral:
-        luminance, _ = _constants(images.device)
+    return augment_views([images], [draws])[0]
+
+
+def augment_views(views: Sequence[torch.Tensor], draws: Sequence[Draws]) -> list[torch.Tensor]:
+    """`augment` of several batches, each of images of one size, by common kernels where their sizes allow it.
+
+    All pixels then lie in rows of a length that divides every image, and a row has its image's parameters. The numbers
+    are those of one batch after the other.
+    """
+    length = math.gcd(*(view[0, 0].numel() for view in views))  # 1024 for crops of 224 and 96
+    same_work = all(draw.factors[:, HUE].any() for draw in draws)  # a batch is spared what none of its images needs
+    if len(views) > 1 and (length < SHORTEST_ROW or not same_work):
+        return [augment(view, draw) for view, draw in zip(views, draws, strict=True)]
+    rows, device = Rows([(len(view), *view.shape[2:]) for view in views], length), views[0].device
+    tables = [np.repeat(_table(draw), size // len(draw.flip), 0) for draw, size in zip(draws, rows.sizes, strict=True)]
+    parameters = _sent(np.concatenate(tables).T, device)[..., None]  # (22, rows, 1)
+
+    pixels = torch.empty(sum(rows.sizes), length, 3, dtype=torch.uint8, device=device)
+    mirrored = rows.by_image(parameters[0])
+    for view, draw, flip, slot in zip(views, draws, mirrored, rows.batches(pixels), strict=True):
+        upright = view.permute(0, 2, 3, 1)
+        if draw.flip.any():
+            torch.where(flip[:, :1, None, None] > 0, upright.flip(2), upright, out=slot)
+        else:
+            slot.copy_(upright)
+    values = _changed(pixels, rows, draws, parameters[1:])
+    normalized = normalize(values[:, :, None].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return [part.permute(0, 3, 1, 2) for part in rows.batches(normalized)]
+
+
+def _changed(pixels: torch.Tensor, rows: Rows, draws: Sequence[Draws], parameters: torch.Tensor) -> torch.Tensor:
+    """Everything but the flip: uint8 (rows, length, 3) -> 0..255 in the same shape; PARAMETERS as in _table."""
+    jitter = any((draw.factors != NEUTRAL).any() for draw in draws)
+    gray, blur, solar = (any(getattr(draw, name).any() for draw in draws) for name in ("grayscale", "blur", "solarize"))
+    if not (jitter or gray or blur or solar):
+        return pixels
+    values = pixels / 255  # 0..1
+    luminance, _ = _constants(values.device)
+    grayscale, threshold, shift, *blends = parameters  # (rows, 1) each
+    if jitter:
         for slot in range(6):
-            if slot == 3 and draws.factors[:, HUE].any():
-                values = shift_hue(values, shift[..., 0])
-            values = _blend(values, luminance, blends[3 * slot : 3 * slot + 3])
-        if draws.grayscale.any():
-            values = torch.where(grayscale > 0, (values @ luminance)[..., None], values)
-        if (rows := np.flatnonzero(draws.blur)).size:
-            chosen = torch.from_numpy(rows).to(images.device, non_blocking=True)
-            values.index_copy_(0, chosen, gaussian_blur(values.index_select(0, chosen), draws.blur[rows]))
-    if draws.solarize.any():
-        threshold = (SOLARIZE_THRESHOLD - 0.5) / 255  # half way to the level below: values are not rounded
-        values = torch.where((solarize > 0) & (values >= threshold), 1 - values, values)
-    return normalize(values.mul_(255).permute(0, 3, 1, 2))
+            if slot == 3 and any(draw.factors[:, HUE].any() for draw in draws):
+                values = shift_hue(values, shift)
+            values = _blend(values, rows, luminance, blends[3 * slot : 3 * slot + 3])
+    if gray:
+        values = torch.where(grayscale[..., None] > 0, (values @ luminance)[..., None], values)
+    if blur:
+        _blur_some(rows.batches(values), [draw.blur for draw in draws])
+    for its, level, draw in zip(rows.batches(values), rows.by_image(threshold), draws, strict=True):
+        if draw.solarize.any():
+            torch.where(its >= level[:, :1, None, None], 1 - its, its, out=its)
+    return values.mul_(255)
+
+
+def _sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
 
 def _table(draws: Draws) -> np.ndarray:
-    """(N, 4 + 6 * 3) float32: flip, grayscale, solarize, hue, and the three weights of _blend before and after hue.
+    """(N, 4 + 6 * 3) float32: flip, grayscale, the level from which on pixels are solarized, the turn of hue in sixths,
+    and the three weights of _blend before and after hue.
 
     Each image has three of the six blends in its own order, those before hue among the first three; the other three are
     (1, 0, 0), which changes nothing.
@@ -112,45 +168,59 @@ def _table(draws: Draws) -> np.ndarray:
         factor = draws.factors[np.arange(n), operation]
         weights = [factor, (1 - factor) * (operation == CONTRAST), (1 - factor) * (operation == SATURATION)]
         blends[np.arange(n), place + 3 * (place >= place_of_hue)] = np.stack(weights, 1)
-    single = np.stack([draws.flip, draws.grayscale, draws.solarize, draws.factors[:, HUE]], 1)
+    threshold = np.where(draws.solarize, (SOLARIZE_THRESHOLD - 0.5) / 255, np.inf)  # half way to the level below
+    single = np.stack([draws.flip, draws.grayscale, threshold, 6 * draws.factors[:, HUE].astype(np.float32)], 1)
     return np.concatenate([single, blends.reshape(n, 18)], 1).astype(np.float32)
 
 
-def _blend(values: torch.Tensor, luminance: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+def _blend(values: torch.Tensor, rows: Rows, luminance: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Brightness, contrast and saturation are one formula: clamp(f x + (1 - f) target).
 
     The target is black, the image's mean grey, or each pixel's grey; WEIGHTS are f and those of the two greys.
     """
-    factor, contrast, saturation = weights
-    grey = values @ luminance  # (N, H, W)
-    target = torch.addcmul(contrast[..., 0] * grey.mean((1, 2), keepdim=True), saturation[..., 0], grey)
-    return torch.addcmul(target[..., None], factor, values).clamp_(0, 1)
+    factor, contrast, saturation = weights  # (rows, 1) each
+    grey = values @ luminance  # (rows, length)
+    level = torch.empty_like(contrast)
+    for slot, weight, its in zip(*map(rows.by_image, (level, contrast, grey)), strict=True):
+        torch.mul(weight, its.mean(1, keepdim=True), out=slot)
+    target = torch.addcmul(level, saturation, grey)
+    return torch.addcmul(target[..., None], factor[..., None], values).clamp_(0, 1)
 
 
-def shift_hue(values: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Rotate the hue of RGB 0..1 (N, H, W, 3) by SHIFT (N, 1, 1) turns, -0.5..0.5: through HSV, as torchvision."""
-    red, green, blue = values.unbind(-1)
-    high = values.amax(-1)
+def shift_hue(values: torch.Tensor, sixths: torch.Tensor) -> torch.Tensor:
+    """Rotate the hue of RGB 0..1 (N, P, 3) by SIXTHS (N, 1) of a turn, -3..3: through HSV, as torchvision."""
+    high, channel = values.max(-1)  # of equals the first
     chroma = high - values.amin(-1)
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    of_green, of_blue = 2 + (blue - red) / safe, 4 + (red - green) / safe  # in sixths of a turn
-    sector = torch.where(high == red, (green - blue) / safe, torch.where(high == green, of_green, of_blue))
+    around = torch.cat([values, values[..., :2]], -1)
+    sides = around[..., 1:4] - around[..., 2:5]  # green - blue, blue - red, red - green
+    sector = torch.gather(sides, -1, channel[..., None])[..., 0] / chroma.clamp_min(1e-30)  # of grey: 0
+    sector = torch.add(sector, channel, alpha=2) + sixths
     # Channel n of HSV -> RGB: v - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + sector) mod 6, n = 5, 3, 1.
     _, n = _constants(values.device)
-    k = torch.remainder((sector + 6 * shift)[..., None] + n, 6)
+    k = torch.remainder(sector[..., None] + n, 6)
     return high[..., None] - chroma[..., None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-def gaussian_blur(values: torch.Tensor, deviation: np.ndarray) -> torch.Tensor:
-    """Blur (N, H, W, 3) by a Gaussian of deviation (N,) pixels, edges repeated: by three boxes, as Pillow.
+def _blur_some(batches: Sequence[torch.Tensor], deviations: Sequence[np.ndarray]) -> None:
+    """Blur, in place, the images (n, H, W, 3) of BATCHES whose deviation (n,) is not 0."""
+    chosen = [np.flatnonzero(deviation) for deviation in deviations]
+    counts = [len(places) for places in chosen]
+    taps = blur_taps(np.concatenate([of[places] for of, places in zip(deviations, chosen, strict=True)]))
+    sent = (_sent(part, batches[0].device).split(counts) for part in (np.concatenate(chosen), taps.astype(np.float32)))
+    for images, where, of in zip(batches, *sent, strict=True):
+        if len(where):
+            images.index_copy_(0, where, gaussian_blur(images.index_select(0, where), of))
+
+
+def gaussian_blur(values: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """Blur square images (N, S, S, 3), edges repeated, by the weights TAPS (N, 2 BLUR_REACH + 1) of `blur_taps`.
 
     Two batched matrix products with banded matrices: at these sizes cheaper than N different convolutions.
     """
-    taps = torch.from_numpy(blur_taps(deviation).astype(np.float32)).to(values.device, non_blocking=True)
+    size = values.shape[1]
+    matrices = (taps @ _shifts(size, values.device)).view(-1, size, size)
     for _ in range(2):  # rows, then columns, each as the first of two axes
-        size = values.shape[1]
-        values = ((taps @ _shifts(size, values.device)).view(-1, size, size) @ values.flatten(2)).view(values.shape)
-        values = values.transpose(1, 2).contiguous()
+        values = (matrices @ values.flatten(2)).view(values.shape).transpose(1, 2)
     return values
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from utils.cli import UserError
 from utils.training import checkpoint
-from utils.training.augment import augment, random_draws
+from utils.training.augment import augment_views, random_draws
 from utils.training.checkpoint import require_same_images, require_same_run
 from utils.training.distributed import ranks, sum_counts
 from utils.training.image_sets import ImageSet
@@ -141,12 +141,12 @@ class Training:
 
     def augmented(self, batch: dict) -> list[torch.Tensor]:
         """Loader batch -> [(B * n, 3, s, s) float] augmented on the device; a sample's n crops side by side."""
-        views = []
+        views, draws = [], []
         for view, pixels in enumerate(batch["crops"]):
-            images = pixels.to(self.device, non_blocking=True).flatten(0, 1).permute(0, 3, 1, 2)  # channels_last
+            views.append(pixels.to(self.device, non_blocking=True).flatten(0, 1).permute(0, 3, 1, 2))  # channels_last
             of = (batch["passes"], batch["samples"], pixels.shape[1])
-            views.append(augment(images, random_draws(self.recipe, view, self.seed, *of)))
-        return views
+            draws.append(random_draws(self.recipe, view, self.seed, *of))
+        return augment_views(views, draws)
 
     def gradients_shared(self, last: bool) -> AbstractContextManager:
         """Backward passes in this block add to the gradients; with the LAST micro-batch processes exchange the sum."""
