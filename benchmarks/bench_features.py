@@ -16,9 +16,10 @@ from torchvision import datasets, models, transforms
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.bounds import bound, count_flops  # noqa: E402
+from benchmarks.bounds import bound  # noqa: E402
 from models.digits import real_digits  # noqa: E402
 from utils.evaluation import features  # noqa: E402
+from utils.model import count_flops  # noqa: E402
 
 ROUNDS = 3  # of ours and the peer in turn; medians are compared
 IMAGES = 224  # a round: different test images in each

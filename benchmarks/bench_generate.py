@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as generate.py
 
 import torch
 
-from benchmarks.bounds import bound, count_flops
+from benchmarks.bounds import bound
 from generate import draw
 from tests.tiny_sd import build_tiny_sd, byte_tokenizer
 from utils.classes import ClassRow, ClassTable, load_classes
@@ -31,6 +31,7 @@ from utils.generation.pipeline import find_pipeline
 from utils.generation.prompts import class_prompts, parse_template
 from utils.generation.recipe import Recipe
 from utils.machine import memory_format, resolve_device, resolve_dtype
+from utils.model import count_flops
 from utils.storage import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent

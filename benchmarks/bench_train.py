@@ -21,7 +21,8 @@ from PIL import Image, ImageFilter
 from torch.nn import functional
 from torchvision import models, transforms
 
-from benchmarks.bounds import bound, count_flops
+from benchmarks.bounds import bound
+from utils.model import count_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 512  # pixels of a generated image
@@ -96,7 +97,7 @@ def loader_vs_dino() -> dict:
         paths = sorted(Path(folder).rglob("*.jpg"))
         size = statistics.mean(path.stat().st_size for path in paths) / 1000
         crops = [CropSpec(224, 1, (0.25, 1.0)), CropSpec(96, 8, (0.05, 0.25))]
-        batches = CropBatches([FolderImages(Path(folder))], [1.0], crops, seed=0)
+        batches = CropBatches([FolderImages(Path(folder))], [1.0], lambda epoch: crops, seed=0)
         large = dino_transform(224, (0.25, 1.0), 0.2, 0.2)
         small = dino_transform(96, (0.05, 0.25), 0.5, 0.0)
 

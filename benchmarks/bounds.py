@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 SIDE, TRIES = 3072, 5  # of the square matrices whose product sets the rate
 
@@ -21,16 +18,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         (a @ b).sum().item()
         best = max(best, 2 * SIDE**3 / (time.perf_counter() - started))
     return best
-
-
-def count_flops(work: Callable[[], object]) -> int:
-    """Operations of the convolutions, matrix products and attentions in WORK, run once; the rest counts as free.
-
-    Attention runs as plain matrix products meanwhile: torch's counter does not know the fused kernel of a CPU.
-    """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def bound(flops_an_image: float, device: torch.device, dtype: torch.dtype) -> dict:

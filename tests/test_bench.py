@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from benchmarks import bench, bench_generate, bounds
+from benchmarks import bench, bench_generate
 
 RESULT = {
     "row": "loader_vs_dino",
@@ -56,18 +56,6 @@ def test_the_share_of_the_bound_is_reached_from_below_by_rates_and_from_above_by
     assert bench.share_of(bounded | {"unit": "s a probe", "ours": 800.0}) == "50 %"
     page = bench.as_page([bounded])
     assert "| met | 400 | 75 % |" in page and "- bound: decoding alone" in page
-
-
-def test_the_arithmetic_of_a_matrix_product_is_counted():
-    assert bounds.count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
-
-
-def test_attention_is_counted():
-    """Two matrix products a head: scores of (tokens, tokens) and their sum of the values."""
-    heads, tokens, width = 3, 64, 16
-    query = torch.ones(1, heads, tokens, width)
-    counted = bounds.count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query))
-    assert counted == 2 * (2 * heads * tokens * tokens * width)
 
 
 def test_the_rows_of_generation_draw_with_todays_records(tmp_path):

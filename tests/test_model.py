@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from utils.cli import UserError
@@ -16,10 +17,11 @@ from utils.model import (
     CosineLinear,
     MultiCrop,
     build_model,
+    count_flops,
     export_state_dict,
+    forward_flops,
     head_name,
     parameter_groups,
-    refuse_sizes,
 )
 
 
@@ -111,15 +113,15 @@ def test_transformers_keep_their_heads_name_and_refuse_small_crops():
     model = build_model("vit_b_32", 5, "cosine")
     assert head_name(model) == "heads.head"
     with pytest.raises(UserError, match=r"cannot take 96 px crops.*--recipe basic"):
-        refuse_sizes(model, [(224, 64), (96, 512)])
+        forward_flops(model, [(224, 64), (96, 512)])
 
 
 def test_one_image_at_a_time_is_refused_where_batch_norm_would_see_one_number():
     model = build_model("resnet10", 5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError, match=r"cannot take 16 px crops .*--batch-per-device and --batch-size at least 2"):
-        refuse_sizes(model, [(64, 1), (16, 1)])
-    refuse_sizes(model, [(64, 1), (16, 2)])
+        forward_flops(model, [(64, 1), (16, 1)])
+    forward_flops(model, [(64, 1), (16, 2)])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -130,6 +132,26 @@ def test_unknown_names_are_refused_with_a_hint():
         build_model("squeezenet1_1", 10, "cosine")
     with pytest.raises(UserError, match="--head"):
         build_model("resnet18", 10, "sine")
+
+
+def test_the_arithmetic_of_a_matrix_product_is_counted():
+    assert count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
+
+
+def test_attention_is_counted():
+    """Two matrix products a head: scores of (tokens, tokens) and their sum of the values."""
+    heads, tokens, width = 3, 64, 16
+    query = torch.ones(1, heads, tokens, width)
+    counted = count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query))
+    assert counted == 2 * (2 * heads * tokens * tokens * width)
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "vit_b_16"])
+def test_the_arithmetic_of_a_network_is_that_torchvision_publishes(arch):
+    """In its tables, rounded: multiplications with their additions as one, attention included."""
+    published = torchvision.models.get_model_weights(arch).DEFAULT.meta["_ops"]
+    counted = forward_flops(build_model(arch, 1000, "linear"), [(224, 2)])
+    assert counted[224] / 2e9 == pytest.approx(published, rel=0.005)
 
 
 def test_weight_decay_spares_biases_and_norms():

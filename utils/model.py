@@ -6,7 +6,8 @@ into an unmodified torchvision model.
 
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
@@ -14,6 +15,8 @@ from zipfile import ZIP_STORED, ZipFile
 import torch
 from torch import distributed, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from utils.cli import UserError
 
@@ -97,16 +100,30 @@ def head_name(model: nn.Module) -> str:
     return linear[-1]
 
 
-def refuse_sizes(model: nn.Module, crops: Sequence[tuple[int, int]]) -> None:
-    """UserError if the model cannot be trained on N images of SIZE pixels at a time, for each (SIZE, N) of CROPS.
+def count_flops(work: Callable[[], object]) -> int:
+    """Operations of the convolutions, matrix products and attentions in WORK, run once; the rest counts as free.
 
-    Some transformers take one size only, and batch norm nothing of which it has a single number a channel.
+    A multiplication and an addition are two. Attention runs as plain matrix products meanwhile: torch's counter does
+    not know the fused kernel of a CPU.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def forward_flops(model: nn.Module, crops: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """{SIZE: operations of one image's forward pass}, for each (SIZE, N) of CROPS: pixels, and images at a time.
+
+    UserError if the model cannot be trained on them: some transformers take one size only, and batch norm nothing of
+    which it has a single number a channel.
     """
     trial = copy.deepcopy(model)  # a forward pass in training moves batch norm's statistics
+    found = {}
     for size, count in crops:
+        images = torch.zeros(min(count, 2), 3, size, size)
         try:
             with torch.no_grad():
-                trial(torch.zeros(min(count, 2), 3, size, size))
+                found[size] = count_flops(partial(trial, images)) // len(images)
         except (AssertionError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             remedy = "try --recipe basic, which has one crop size"
@@ -115,6 +132,7 @@ def refuse_sizes(model: nn.Module, crops: Sequence[tuple[int, int]]) -> None:
             raise UserError(
                 f"--arch: {type(model).__name__} cannot take {size} px crops ({reason}); {remedy}"
             ) from None
+    return found
 
 
 class MultiCrop(nn.Module):

@@ -43,7 +43,7 @@ def training_on(gpu, dtype: torch.dtype) -> Training:
     optimizer = torch.optim.SGD(parameter_groups(model, 1e-4), lr=0.1, momentum=0.9)
     with gpu.present():
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
-        return Training(model, MultiCrop(model), optimizer, scaler, DEVICE, dtype, recipe, schedule, 0)
+        return Training(model, MultiCrop(model), optimizer, scaler, DEVICE, dtype, recipe, schedule, 0, {})
 
 
 def batch() -> dict:

@@ -55,7 +55,20 @@ def folder(tmp_path):
 
 
 def batches_of(*sets, weights=None, seed=0) -> CropBatches:
-    return CropBatches(sets, weights or [1.0] * len(sets), SPECS, seed)
+    return CropBatches(sets, weights or [1.0] * len(sets), lambda epoch: SPECS, seed)
+
+
+def test_the_same_crops_are_cut_in_every_epoch_whatever_their_size(folder):
+    """Of a run whose crops grow: each batch has its epoch's size, and shows the same part of the picture."""
+    growing = CropBatches([FolderImages(folder)], [1.0], lambda epoch: [CropSpec(16 + 8 * epoch, 1, (0.3, 1.0))], 0)
+    fixed = CropBatches([FolderImages(folder)], [1.0], lambda epoch: [CropSpec(32, 1, (0.3, 1.0))], 0)
+    for epoch in (0, 2):
+        (grown,), (whole,) = growing[Request(epoch, 0, 6)]["crops"], fixed[Request(epoch, 0, 6)]["crops"]
+        assert grown.shape == (6, 1, 16 + 8 * epoch, 16 + 8 * epoch, 3)
+        small = torch.nn.functional.interpolate(
+            whole[:, 0].permute(0, 3, 1, 2).float(), size=grown.shape[2], mode="area"
+        )
+        assert (small - grown[:, 0].permute(0, 3, 1, 2).float()).abs().mean() < 6  # another region: some 50
 
 
 # ===== order =====

@@ -83,7 +83,7 @@ def test_the_papers_schedule_is_the_references_within_one_step(images):
 def test_crops_are_distributed_as_torchvisions():
     """Area, aspect ratio and place of both kinds of crops, on a wide and a square image."""
     for width, height in ((500, 375), (512, 512)):
-        for spec in crop_specs(train.PAPER):
+        for spec in crop_specs(train.PAPER, 0):
             torch.manual_seed(0)
             blank = torch.zeros(3, height, width)
             wanted = [RandomResizedCrop.get_params(blank, list(spec.scale), [3 / 4, 4 / 3]) for _ in range(3000)]
@@ -106,7 +106,7 @@ def test_a_picture_too_narrow_for_any_crop_gives_torchvisions_central_one():
 
 
 def test_the_papers_crops_are_one_large_and_eight_small_ones():
-    large, small = crop_specs(train.PAPER)
+    large, small = crop_specs(train.PAPER, 0)
     assert (large.size, large.count, large.scale, large.interpolation) == (224, 1, (0.25, 1.0), "bicubic")
     assert (small.size, small.count, small.scale, small.interpolation) == (96, 8, (0.05, 0.25), "bicubic")
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import train
+from utils.model import build_model, forward_flops
+from utils.training.loader import crop_specs, global_size
 from utils.training.random_numbers import permutation, uniforms
-from utils.training.step import learning_rate, make_schedule
+from utils.training.step import Training, learning_rate, make_schedule
 
 PINNED_ORDER = [7, 1, 0, 6, 2, 3, 5, 4]
 PINNED_DRAWS = [0.6042966444313892, 0.210764308201017]
@@ -38,6 +42,42 @@ def test_any_length_rises_then_falls_and_stays_between_its_ends(total, warmup):
     assert all(0 < value <= 1.0 for value in at)
     turn = min(warmup, total)
     assert at[:turn] == sorted(at[:turn]) and at[turn:] == sorted(at[turn:], reverse=True)
+
+
+def test_the_crops_of_the_quick_recipe_grow_by_epochs():
+    """First 128, from 0.4 of the run half way, at 0.8 the whole: worked out by hand for 16 epochs, and in few sizes."""
+    sizes = [global_size(train.QUICK, epoch) for epoch in range(16)]
+    assert sizes == [128] * 9 + [160] * 3 + [192] * 4  # (9 / 16 - 0.4) / 0.4 = 0.41, rounded to halves 0.5
+    assert {global_size(train.PAPER, epoch) for epoch in range(100)} == {224}
+    at_once = train.QUICK | {"growth": (0.5, 0.5)}
+    assert [global_size(at_once, epoch) for epoch in (0, 7, 8, 9, 15)] == [128, 128, 128, 192, 192]
+
+
+def test_the_quick_recipe_takes_at_most_an_eighth_of_the_papers_arithmetic():
+    """A convolution's work goes with the pixels: crops x size^2 x epochs, for one image of the training set."""
+    paper = 100 * (1 * 224**2 + 8 * 96**2)
+    quick = 9 * 128**2 + 3 * 160**2 + 4 * 192**2
+    assert quick / paper == pytest.approx(1 / 33, rel=0.02)
+    for name, wanted in (("paper", paper), ("quick", quick)):
+        recipe = train.RECIPES[name]
+        crops = [spec for epoch in range(recipe["epochs"]) for spec in crop_specs(recipe, epoch)]
+        assert sum(spec.count * spec.size**2 for spec in crops) == wanted
+    assert flops_of_a_run("quick") < flops_of_a_run("paper") / 8
+    assert flops_of_a_run("demo-quick") < flops_of_a_run("demo") / 3
+
+
+def flops_of_a_run(name: str) -> int:
+    """As train.py counts them for its record, of a run on as many images as fill three batches."""
+    recipe = train.RECIPES[name] | {"arch": "resnet10"}
+    schedule = make_schedule(recipe, 3 * recipe["batch_size"], 1)
+    sizes = {spec.size for epoch in range(recipe["epochs"]) for spec in crop_specs(recipe, epoch)}
+    counted = forward_flops(build_model("resnet10", 10), [(size, 2) for size in sizes])
+    run = SimpleNamespace(recipe=recipe, schedule=schedule, forward_flops=counted)
+    parts = [Training.flops(run, start, start + 1) for start in range(schedule.total_steps)]
+    assert Training.flops(run, 0, schedule.total_steps) == sum(parts)
+    first = sum(spec.count * counted[spec.size] for spec in crop_specs(recipe, 0))
+    assert parts[0] == 3 * recipe["batch_size"] * first  # forward once, backward twice
+    return sum(parts)
 
 
 def test_a_step_outside_the_run_is_a_mistake():

@@ -16,7 +16,7 @@ from torch import nn
 import train
 from tests.training_runs import ROOT, STEPS, TINY, finish, log_without_clock, make_images, start, weights
 from utils.cli import UserError
-from utils.training.checkpoint import is_finished, run_name
+from utils.training.checkpoint import is_finished, make_identity, run_name
 from utils.training.image_sets import dataset_name
 from utils.training.step import Schedule, Training, make_schedule
 
@@ -328,7 +328,7 @@ def test_recipes_are_flat_and_complete():
 def test_short_runs_warm_up_for_their_share_and_anneal(name):
     recipe = train.RECIPES[name]
     share = recipe["warmup_epochs"] / recipe["epochs"]
-    for epochs in (1, 3, 10):
+    for epochs in (1, 3, min(10, recipe["epochs"])):
         short = train.make_recipe(parse("--data", "x", "--recipe", name, "--epochs", epochs))
         schedule = make_schedule(short, 100 * short["batch_size"], 1)
         assert schedule.warmup_steps == round(share * 100 * epochs)
@@ -394,7 +394,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         recipe = train.PAPER | {"local_count": 0}
-        training = Training(model, forward, optimizer, scaler, torch.device("cpu"), torch.float32, recipe, plan, 0)
+        training = Training(model, forward, optimizer, scaler, torch.device("cpu"), torch.float32, recipe, plan, 0, {})
         pieces = []
         for part in range(parts):
             rows = slice(part * 8 // parts, (part + 1) * 8 // parts)
@@ -408,6 +408,37 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
     for parts in (2, 4):
         for one, other in zip(whole.parameters(), one_step(parts).parameters(), strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_smoothing_moves_the_biases_by_what_the_formula_says(smoothing):
+    """From all zeros every class has probability 1/3; the targets are (1 - s) of the label and s of all alike."""
+    labels = torch.tensor([0, 0, 0, 1])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    nn.init.zeros_(model[1].weight), nn.init.zeros_(model[1].bias)
+    forward = type("One", (nn.Module,), {"forward": lambda self, views: model(views[0])})()
+    recipe = train.PAPER | {"local_count": 0, "label_smoothing": smoothing}
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
+    plan = Schedule(4, 4, 1, 1, 1, 1, 0, 0.3, 0.3)
+    training = Training(model, forward, optimizer, scaler, torch.device("cpu"), torch.float32, recipe, plan, 0, {})
+    crops = torch.zeros(4, 1, 8, 8, 3, dtype=torch.uint8)
+    batch = {"crops": [crops], "labels": labels, "samples": np.arange(4), "passes": np.zeros(4, int), "bad": []}
+    train.train_step(training, iter([batch]), nullcontext(), 0)
+    wanted = -0.3 * (1 - smoothing) * (1 / 3 - np.array([3, 1, 0]) / 4)
+    assert model[1].bias.detach().numpy() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_values_that_change_nothing_are_no_part_of_a_runs_identity():
+    """So that runs made before there were these values go on, and finished ones are known."""
+    later = {"first_size", "growth", "label_smoothing"}
+    whole = train.PAPER | {"first_size": train.PAPER["global_size"], "growth": (0.1, 0.2)}
+    for recipe in (train.PAPER, whole):
+        assert make_identity(recipe, [], [], 0).keys() == train.PAPER.keys() - later - {"batch_per_device"} | {
+            "seed",
+            "weights",
+            "data",
+        }
+    assert later <= make_identity(train.QUICK, [], [], 0).keys()
 
 
 @pytest.mark.parametrize("copied", ["itself", "some, under other names"])

@@ -7,10 +7,14 @@ import time
 
 import pytest
 
+import train
 from tests.training_runs import STEPS, TINY, finish, log_without_clock, make_images, same_bits, start, weights
+from utils.training.loader import global_size
 
 # Dropout and stochastic depth draw from torch's generator: the network of these tests has dropout.
 OPTIONS = [*TINY, "--arch", "mobilenet_v3_small", "--checkpoint-minutes", "0.00001"]  # a checkpoint after every step
+# Global crops of 24, 28 and 32 pixels in the three epochs.
+OPTIONS += ["--set", "first_size=24", "--set", "growth=0.1,0.6", "--set", "label_smoothing=0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +27,11 @@ def undisturbed(images, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     finish(start("--data", images, "--out", run, *OPTIONS))
     return run
+
+
+def test_the_crops_of_these_runs_grow():
+    args = train.get_args_parser().parse_args(["--data", "x", *OPTIONS])
+    assert [global_size(train.make_recipe(args), epoch) for epoch in range(3)] == [24, 28, 32]
 
 
 def assert_same_run(run, undisturbed) -> None:

@@ -33,6 +33,11 @@ def make_identity(recipe: Mapping[str, Any], images: Sequence[ImageSet], weights
     identity = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
     # How a step is spread over devices may change between stop and resume: only batch norm's batches feel it.
     del identity["batch_per_device"]
+    # Values that came later and change nothing: runs of before go on, and finished ones are known.
+    if identity["first_size"] in (0, identity["global_size"]):
+        del identity["first_size"], identity["growth"]
+    if not identity["label_smoothing"]:
+        del identity["label_smoothing"]
     return identity | {"seed": seed, "weights": list(weights), "data": [one.summary() for one in images]}
 
 

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -43,13 +43,25 @@ class CropSpec:
     interpolation: str = "bicubic"
 
 
-def crop_specs(recipe: Mapping[str, Any]) -> list[CropSpec]:
-    """The recipe's crops, one entry a size: global ones first, then local ones if it has any."""
+def crop_specs(recipe: Mapping[str, Any], epoch: int) -> list[CropSpec]:
+    """The recipe's crops in EPOCH, one entry a size: global ones first, then local ones if it has any."""
     how = recipe["interpolation"]
-    crops = [CropSpec(recipe["global_size"], recipe["global_count"], recipe["global_scale"], how)]
+    crops = [CropSpec(global_size(recipe, epoch), recipe["global_count"], recipe["global_scale"], how)]
     if recipe["local_count"]:
         crops.append(CropSpec(recipe["local_size"], recipe["local_count"], recipe["local_scale"], how))
     return crops
+
+
+def global_size(recipe: Mapping[str, Any], epoch: int) -> int:
+    """Pixels of the global crops in EPOCH, counted from 0: first_size, then half way, then global_size.
+
+    Progressive resizing (Howard, DAWNBench 2018) as FFCV does it for ImageNet: rounded to few sizes, since each costs a
+    search for kernels, or a compilation. A function of the epoch: nothing of it has to be saved.
+    """
+    last, first = recipe["global_size"], recipe["first_size"] or recipe["global_size"]
+    start, end = recipe["growth"]
+    progress = min(1.0, max(0.0, (epoch / recipe["epochs"] - start) / max(end - start, 1e-9)))
+    return round(first + (last - first) * round(2 * progress) / 2)
 
 
 class Order(NamedTuple):
@@ -101,10 +113,15 @@ class Request(NamedTuple):
 
 
 class CropBatches:
-    """Request -> {"crops": [(B, n, s, s, 3) uint8, ...], "labels", "samples", "passes": (B,), "bad": [message]}."""
+    """Request -> {"crops": [(B, n, s, s, 3) uint8, ...], "labels", "samples", "passes": (B,), "bad": [message]}.
 
-    def __init__(self, sets: Sequence[ImageSet], weights: Sequence[float], crops: Sequence[CropSpec], seed: int):
-        self.sets, self.weights, self.crops, self.seed = list(sets), list(weights), list(crops), seed
+    CROPS(epoch) are those of a sample in that epoch.
+    """
+
+    def __init__(
+        self, sets: Sequence[ImageSet], weights: Sequence[float], crops: Callable[[int], Sequence[CropSpec]], seed: int
+    ):
+        self.sets, self.weights, self.crops, self.seed = list(sets), list(weights), crops, seed
         self.starts = np.cumsum([0] + [len(images) for images in sets])
         self._order: tuple[int, Order] | None = None  # of the current epoch
 
@@ -120,22 +137,25 @@ class CropBatches:
     def __getitem__(self, request: Request) -> dict:
         order = self.order(request.epoch)
         samples, passes = (part[request.start : request.stop] for part in (order.samples, order.passes))
-        draws = uniforms(DRAWS_PER_CROP * sum(c.count for c in self.crops), "crops", self.seed, passes, samples)
-        crops = [torch.empty(len(samples), c.count, c.size, c.size, 3, dtype=torch.uint8) for c in self.crops]
+        specs = self.crops(request.epoch)
+        draws = uniforms(DRAWS_PER_CROP * sum(c.count for c in specs), "crops", self.seed, passes, samples)
+        crops = [torch.empty(len(samples), c.count, c.size, c.size, 3, dtype=torch.uint8) for c in specs]
         labels = torch.empty(len(samples), dtype=torch.int64)
         bad: list[str] = []
         for row, sample in enumerate(samples):
-            labels[row] = self._fill_row(int(sample), draws[row], [batch[row] for batch in crops], bad)
+            labels[row] = self._fill_row(int(sample), specs, draws[row], [batch[row] for batch in crops], bad)
         return {"crops": crops, "labels": labels, "samples": samples, "passes": passes, "bad": bad}
 
-    def _fill_row(self, sample: int, draws: np.ndarray, out: list[torch.Tensor], bad: list[str]) -> int:
+    def _fill_row(
+        self, sample: int, specs: Sequence[CropSpec], draws: np.ndarray, out: list[torch.Tensor], bad: list[str]
+    ) -> int:
         """Write one sample's crops into OUT and return its label; a damaged image is replaced by the next good one."""
         for step in range(SUBSTITUTES):
             place = (sample + step) % len(self)
             which = int(np.searchsorted(self.starts, place, side="right")) - 1
             images, index = self.sets[which], place - int(self.starts[which])
             try:
-                random_crops(images.read_verified(index), self.crops, draws, out, images.name(index))
+                random_crops(images.read_verified(index), specs, draws, out, images.name(index))
                 return int(images.labels[index])
             except BadImage as error:
                 bad.append(str(error))

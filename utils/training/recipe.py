@@ -11,11 +11,12 @@ LIMITS = {  # lowest and highest value; of other numbers 0 and any
     "epochs": (1, 100_000),
     **dict.fromkeys(("batch_size", "batch_per_device"), (1, 10**9)),
     **dict.fromkeys(("global_size", "local_size", "val_resize", "val_crop"), (1, 4096)),  # pixels
+    "first_size": (0, 4096),
     "global_count": (1, 1000),
     "local_count": (0, 1000),
     "warmup_epochs": (0, 100_000),
     **dict.fromkeys(("momentum", "flip", "jitter", "grayscale", "global_blur", "local_blur"), (0, 1)),
-    **dict.fromkeys(("global_solarize", "local_solarize"), (0, 1)),
+    **dict.fromkeys(("global_solarize", "local_solarize", "label_smoothing"), (0, 1)),
     "hue": (0, 0.5),  # of a turn
 }
 

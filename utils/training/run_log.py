@@ -78,14 +78,15 @@ class RunLog:
         """The steps since the last line, with the sums TOTALS: for people and for machines."""
         schedule, step, now = training.schedule, training.step, time.monotonic()
         seconds = max(now - self._since, 1e-9)
-        seconds_a_step = (now - self._started) / max(1, step - self._first_step)  # since the process started
+        done = training.flops(self._first_step, step)  # since the process started
+        left = training.flops(step, schedule.total_steps)
         values = {
             "epoch": (step - 1) // schedule.steps_per_epoch + 1,
             **means(totals),
             "lr": schedule.lr(step - 1),
             "images_per_s": (step - self._step) * schedule.batch_size / seconds,
             "data_wait": training.waited / seconds,
-            "eta_s": round(seconds_a_step * (schedule.total_steps - step)),
+            "eta_s": round((now - self._started) * left / max(1, done)),
             "memory_mb": peak_memory_mb(training.device),
             "bad_images": len(training.bad_images),
         }

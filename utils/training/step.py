@@ -25,7 +25,7 @@ from utils.training.augment import augment_views, random_draws
 from utils.training.checkpoint import require_same_images, require_same_run
 from utils.training.distributed import ranks, sum_counts
 from utils.training.image_sets import ImageSet
-from utils.training.loader import CropBatches, make_loader, requests
+from utils.training.loader import CropBatches, crop_specs, make_loader, requests
 from utils.training.random_numbers import uniforms
 
 COUNTS = ("loss", "correct", "seen")
@@ -104,6 +104,7 @@ class Training:
     recipe: Mapping[str, Any]
     schedule: Schedule
     seed: int
+    forward_flops: Mapping[int, int]  # operations of one crop's forward pass, by its size
     step: int = 0  # optimizer steps done
     # Sums of loss and correct answers over the images "seen"; a mean is taken once, when it is shown.
     interval: Counter[str] = field(default_factory=Counter)  # of this process, since the last log line
@@ -127,6 +128,20 @@ class Training:
         cut = (schedule.steps_per_epoch, schedule.batch_size, schedule.micro_batches, ranks().rank, schedule.world)
         with make_loader(batches, requests(steps, *cut), workers, pin=self.device.type == "cuda") as loader:
             yield iter(loader)
+
+    def flops(self, start: int, stop: int) -> int:
+        """Operations of the optimizer steps START .. STOP, over all processes.
+
+        The rule: a backward pass is two forward passes, one for the gradients of a layer's weights and one for those of
+        its input; what is no convolution, matrix product or attention counts as free.
+        """
+        schedule, total = self.schedule, 0
+        for epoch in range(start // schedule.steps_per_epoch, math.ceil(stop / schedule.steps_per_epoch)):
+            first = epoch * schedule.steps_per_epoch
+            images = (min(stop, first + schedule.steps_per_epoch) - max(start, first)) * schedule.batch_size
+            crops = crop_specs(self.recipe, epoch)
+            total += images * sum(3 * spec.count * self.forward_flops[spec.size] for spec in crops)
+        return total
 
     # ===== the parts of a step =====
 
