@@ -183,7 +183,7 @@ def judge_all(jobs: list[Job], args: argparse.Namespace) -> None:
                 model = FrozenModel(job.source, args.classes, device, args.batch_size, args.workers, share)
             leaks_seen = seen if ranks.is_main and not args.no_leak_check else None
             try:
-                (judge_by_probe if job.test_set.row.probed else judge_by_logits)(job, model, leaks_seen)
+                (judge_by_probe if job.test_set.probed else judge_by_logits)(job, model, leaks_seen)
             except (NoSharedClass, checkpoints.NoClassifier) as error:
                 if job.test_set.asked_for:
                     raise
@@ -222,7 +222,7 @@ def judge_by_probe(job: Job, model: FrozenModel, leaks_seen: dict[tuple, Found] 
     if model.share.rank > 0:
         return
     splits = {split: (features[split], loaded.labels(split)) for split in features}
-    options = {"protocol": job.settings.probe_protocol, "kind": job.test_set.row.probe, "device": model.device}
+    options = {"protocol": job.settings.probe_protocol, "kind": job.test_set.probe, "device": model.device}
     for seed in job.missing_seeds():
         result = probes.run_probe(splits, seed=seed, memo=job.trials, **options)
         measured, facts, sidecar = metrics_of_probe(result, loaded, seed, job.finished_runs())

@@ -134,13 +134,14 @@ def suite(splits: dict[str, probes.Split]) -> tuple[float, float]:
     solver = LogisticSolver(x[part], y[part])
     solutions: dict[float, LogisticSolution] = {}  # by C
 
-    def judge(setting: probes.Setting) -> float:
+    def fit(_train, setting: probes.Setting, _seed, _device) -> probes.Predictor:
         c = setting["C"]
         nearest = min(solutions, key=lambda other: abs(math.log(other / c)), default=None)
         solutions[c] = solver.fit(c, solutions[nearest] if nearest else None)
-        return probes.top1_of(solutions[c].classifier, (x[held], y[held]))
+        return solutions[c].classifier
 
-    chosen, _ = probes.search_tpe({"C": probes.C_RANGE}, judge, seed=0)
+    parts = ((x[part], y[part]), (x[held], y[held]))
+    chosen, _ = probes.search_suite({"C": probes.C_RANGE}, fit, *parts, probes.Trials(None, {}), seed=0, device="cpu")
     visited = sorted(solutions)
     strata = np.linspace(0, len(visited), 2 * TIMED + 1)[1::2].astype(int)
     seconds = [timed_fit((x[part], y[part]), {"C": visited[trial]})[0] for trial in strata]

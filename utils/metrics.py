@@ -13,6 +13,7 @@ from utils.cli import UserError
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 ECE_BINS = 15  # equal-width bins, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017
+RESAMPLES = 200  # of the bootstrap
 CHUNK_ROWS = 8192  # rows compared at a time: 1000 classes then need some 30 MB of temporaries
 
 
@@ -59,18 +60,6 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     return 100 * float(interval.low), 100 * float(interval.high)
 
 
-def bootstrap_interval(values: np.ndarray, statistic=np.mean, resamples: int = 1000) -> tuple[float, float]:
-    """95 % percentile bootstrap of STATISTIC over the rows of VALUES: for what is not a plain proportion.
-
-    The resampling seed is fixed: the same predictions give the same interval.
-    """
-    values = np.asarray(values)
-    rng = np.random.default_rng(0)
-    draws = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(resamples)]
-    low, high = np.percentile(draws, (2.5, 97.5))
-    return float(low), float(high)
-
-
 def per_class(correct: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """(n (K,) images, top-1 (K,) percent) of each class; NaN where a class has no image."""
     counts = np.bincount(labels, minlength=num_classes)
@@ -110,21 +99,21 @@ def confidences(logits: np.ndarray) -> np.ndarray:
     return np.concatenate([softmax(block.astype(np.float64), axis=1).max(1) for block in blocks])
 
 
-def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = ECE_BINS) -> float:
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     """Mean gap between confidence (0..1) and accuracy over equal-width bins, weighted by their size; percent."""
-    which = np.clip(np.ceil(np.asarray(confidence) * bins).astype(int) - 1, 0, bins - 1)  # bins are (low, high]
-    gap = np.bincount(which, weights=np.asarray(correct, dtype=np.float64) - confidence, minlength=bins)
+    which = np.clip(np.ceil(np.asarray(confidence) * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)  # bins are (low, high]
+    gap = np.bincount(which, weights=np.asarray(correct, dtype=np.float64) - confidence, minlength=ECE_BINS)
     return float(100 * np.abs(gap).sum() / len(confidence))
 
 
 def ece_with_interval(logits: np.ndarray, correct: np.ndarray) -> tuple[float, float, float]:
-    """(ECE, low, high) in percent, by bootstrap over images."""
-    pairs = np.stack([confidences(logits), np.asarray(correct, dtype=np.float64)], axis=1)
-
-    def statistic(rows: np.ndarray) -> float:
-        return expected_calibration_error(rows[:, 0], rows[:, 1])
-
-    return statistic(pairs), *bootstrap_interval(pairs, statistic, resamples=200)
+    """(ECE, low, high) in percent, by percentile bootstrap over images: the same predictions give the same interval."""
+    confidence, correct = confidences(logits), np.asarray(correct, dtype=np.float64)
+    n, rng = len(correct), np.random.default_rng(0)
+    draws = (rng.integers(0, n, n) for _ in range(RESAMPLES))
+    errors = [expected_calibration_error(confidence[rows], correct[rows]) for rows in draws]
+    low, high = np.percentile(errors, (2.5, 97.5))
+    return expected_calibration_error(confidence, correct), float(low), float(high)
 
 
 def mean_and_std(values: Iterable[float]) -> tuple[float, float]:

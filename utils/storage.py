@@ -263,7 +263,7 @@ def _read(path: str | Path, most: int, remedy: str) -> bytes:
         raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from None
 
 
-def sha256_bytes(data: bytes) -> str:
+def sha256_bytes(data: bytes | memoryview) -> str:
     """The SHA-256 of DATA as 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 

@@ -7,7 +7,7 @@ numbers could not be compared. The order is that of reports. To add a set, add a
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -42,6 +42,9 @@ class TestSet:
     layout: str = ""  # below --data-root
     where: str = ""
     note: str = ""
+    # Of a set that a call has chosen:
+    data_root: str = ""
+    asked_for: bool = False  # by name: then a model without its classes is an error
 
     @property
     def probed(self) -> bool:
@@ -67,6 +70,11 @@ class TestSet:
 
     def _is_marked(self, place: Path) -> bool:
         return any((place.parent / mark[3:] if mark[:3] == "../" else place / mark).exists() for mark in self.markers)
+
+    @cached_property
+    def loaded(self) -> LoadedSet:
+        """The chosen set, read from disk once; see load."""
+        return self.load(self.data_root)
 
     def load(self, data_root: str | Path) -> LoadedSet:
         """Read the set and check its counts. UserError if it is absent or is not a right copy."""
@@ -123,35 +131,17 @@ def folder_set(spec: str) -> TestSet:
 # ===== the sets of one call =====
 
 
-@dataclass
-class ChosenSet:
-    """A test set of this call; it is read from disk once."""
-
-    row: TestSet
-    data_root: str
-    asked_for: bool  # by name: then a model without its classes is an error
-
-    @property
-    def name(self) -> str:
-        return self.row.name
-
-    @cached_property
-    def loaded(self) -> LoadedSet:
-        """The set, see TestSet.load."""
-        return self.row.load(self.data_root)
-
-
-def choose(names: Sequence[str], folders: Sequence[str], data_root: str) -> list[ChosenSet]:
+def choose(names: Sequence[str], folders: Sequence[str], data_root: str) -> list[TestSet]:
     """NAMES of sets or groups (--datasets) and FOLDERS, NAME=DIR (--test); without either, every set that is found.
 
     UserError for an unknown or doubled name, or where nothing is found.
     """
-    chosen: list[ChosenSet] = []
+    chosen: list[TestSet] = []
     for spec in folders:
         row = folder_set(spec)
         if row.name in SETS or row.name in (other.name for other in chosen):
             raise UserError(f"--test {spec}: the name {row.name} is taken; choose another")
-        chosen.append(ChosenSet(row, data_root, True))
+        chosen.append(replace(row, data_root=data_root, asked_for=True))
     if folders and not names:
         return chosen
     if V2 in names:
@@ -161,9 +151,9 @@ def choose(names: Sequence[str], folders: Sequence[str], data_root: str) -> list
         raise UserError(f"--datasets {unknown[0]}: unknown; use {allowed}")
     for row in SETS.values():
         if row.name in names:
-            chosen.append(ChosenSet(row, data_root, True))
+            chosen.append(replace(row, data_root=data_root, asked_for=True))
         elif (not names or {row.group, "all"} & set(names)) and row.find(data_root):
-            chosen.append(ChosenSet(row, data_root, False))
+            chosen.append(replace(row, data_root=data_root))
     if not chosen:
         raise UserError(
             f"--data-root {data_root}: none of the datasets is there; --list-datasets says where to get them, "
@@ -172,7 +162,7 @@ def choose(names: Sequence[str], folders: Sequence[str], data_root: str) -> list
     return chosen
 
 
-def read_all(chosen: Sequence[ChosenSet], look_at_images: bool) -> tuple[list[ChosenSet], int]:
+def read_all(chosen: Sequence[TestSet], look_at_images: bool) -> tuple[list[TestSet], int]:
     """(those that are right copies, how many are not), by their counts and, if wanted, by asking for every image file.
 
     A wrong copy that was merely found is left out with a line; one that was asked for stops here with UserError.

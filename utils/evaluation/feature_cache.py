@@ -10,7 +10,6 @@ What fails its checksum is computed again, that block alone, and said so. A flip
 measured.
 """
 
-import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,17 +18,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from utils import storage
 from utils.cli import UserError
-from utils.storage import (
-    AlreadyOwned,
-    atomic_path,
-    atomic_write,
-    owner_lock,
-    read_json,
-    read_regular,
-    remove_leftovers,
-    write_json,
-)
 
 BLOCK = 1024  # images a block: a killed run loses at most this many, and several processes share the work by blocks
 MOST_BLOCK = 4 << 30  # bytes
@@ -60,10 +50,10 @@ class FeatureCache:
         """The entry as its only writer; yields the features if they are complete. Waits for another run that has it."""
         with ExitStack() as stack:
             try:
-                stack.enter_context(owner_lock(self.entry / "lock"))
-            except AlreadyOwned:
+                stack.enter_context(storage.owner_lock(self.entry / "lock"))
+            except storage.AlreadyOwned:
                 print(f"{what}: another run is computing these features; waiting for it", flush=True)
-                stack.enter_context(owner_lock(self.entry / "lock", wait=True))
+                stack.enter_context(storage.owner_lock(self.entry / "lock", wait=True))
             yield self.read()
 
     def blocks(self, what: str) -> dict[int, np.ndarray]:
@@ -71,7 +61,7 @@ class FeatureCache:
 
         Call it as the entry's owner: leftovers of killed writers are removed.
         """
-        remove_leftovers(self.entry)
+        storage.remove_leftovers(self.entry)
         kept, right = self._joined()
         found = {}
         if kept is not None:
@@ -95,7 +85,7 @@ class FeatureCache:
         file = io.BytesIO()
         np.save(file, block)
         data = file.getvalue()
-        atomic_write(self.entry / f"block_{start:08d}.{_short_hash(data)}.npy", data, fsync=True)
+        storage.atomic_write(self.entry / f"block_{start:08d}.{_short_hash(data)}.npy", data, fsync=True)
 
     def join(self, what: str) -> np.ndarray:
         """Write features.npy from all blocks, remove them, and read it. Each is verified once more on its way."""
@@ -107,12 +97,12 @@ class FeatureCache:
             )
         first = blocks[0]
         shape = (self.count, first.shape[1])
-        hashes = [hashlib.sha256(blocks[start].data).hexdigest() for start in self.starts]
+        hashes = [storage.sha256_bytes(blocks[start].data) for start in self.starts]
         header = np.lib.format.header_data_from_array_1_0(first) | {"shape": shape}
         # The checksums first: with an older or no features.npy beside them they do not hold, and that is seen.
-        write_json(self.entry / "features.json", msgspec.to_builtins(Joined(shape, first.dtype.str, hashes)))
+        storage.write_json(self.entry / "features.json", msgspec.to_builtins(Joined(shape, first.dtype.str, hashes)))
         # Written, not mapped: a full disk is then an error instead of a signal that ends the process.
-        with atomic_path(self.entry / "features.npy", fsync=True) as temporary, open(temporary, "wb") as file:
+        with storage.atomic_path(self.entry / "features.npy", fsync=True) as temporary, open(temporary, "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for start in self.starts:
                 file.write(blocks[start].data)
@@ -123,21 +113,21 @@ class FeatureCache:
     def _joined(self) -> tuple[np.ndarray | None, list[bool]]:
         """(features.npy, whether each block of it is right); (None, []) where it is missing or not of its form."""
         try:
-            record = read_json(self.entry / "features.json", Joined)
+            record = storage.read_json(self.entry / "features.json", Joined)
             kept = np.load(self.entry / "features.npy", mmap_mode="r", allow_pickle=False)
         except Exception:  # a damaged header raises anything: ValueError, SyntaxError, TokenError, OverflowError ...
             return None, []
         form = (kept.shape, kept.dtype.str, len(kept), len(record.sha256))
         if form != (record.shape, record.dtype, self.count, len(self.starts)) or not kept.flags.c_contiguous:
             return None, []
-        hashes = (hashlib.sha256(kept[start : start + BLOCK].data).hexdigest() for start in self.starts)
+        hashes = (storage.sha256_bytes(kept[start : start + BLOCK].data) for start in self.starts)
         return kept, [mine == recorded for mine, recorded in zip(hashes, record.sha256, strict=True)]
 
 
 def _read_block(path: Path) -> np.ndarray | None:
     """The block in a file if its name holds the file's hash, else None."""
     try:
-        data = read_regular(path, MOST_BLOCK)
+        data = storage.read_regular(path, MOST_BLOCK)
         if path.name.split(".")[1] != _short_hash(data) or not path.name[6:14].isdigit():
             return None
         return np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: joining takes no memory
@@ -146,4 +136,4 @@ def _read_block(path: Path) -> np.ndarray | None:
 
 
 def _short_hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+    return storage.sha256_bytes(data)[:16]

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from utils.cli import UserError, command_line
-from utils.evaluation.catalog import ChosenSet
+from utils.evaluation.catalog import TestSet
 from utils.evaluation.checkpoints import Source, Transform, ordered_classes, transform_of
 from utils.evaluation.results import Row
 from utils.machine import resolve_device, snapshot
@@ -52,7 +52,7 @@ class Job:
     """One checkpoint on one test set; `out` is the folder of its results."""
 
     source: Source
-    test_set: ChosenSet
+    test_set: TestSet
     settings: Settings
     out: Path
 
@@ -65,7 +65,7 @@ class Job:
     def transform(self) -> Transform:
         """How images are prepared. t-ReX's suite resizes to the crop's own size, with bicubic."""
         transform = transform_of(self.source)
-        if self.test_set.row.probed:
+        if self.test_set.probed:
             transform = replace(transform, resize=transform.crop, interpolation="bicubic")
         if self.settings.interpolation:
             transform = replace(transform, interpolation=self.settings.interpolation)
@@ -74,7 +74,7 @@ class Job:
     @property
     def number_format(self) -> str:
         """In which the network computes: fp32, fp16 or bf16."""
-        return self.settings.probe_format if self.test_set.row.probed else self.settings.number_format
+        return self.settings.probe_format if self.test_set.probed else self.settings.number_format
 
     @cached_property
     def protocol(self) -> str:
@@ -83,13 +83,13 @@ class Job:
         text = f"resize {how.resize} {how.interpolation}, crop {how.crop}, {self.number_format}"
         if how.truncated:
             text += ", truncated images read as far as they go"
-        return f"{text}, {self.settings.probe_protocol} linear probe" if self.test_set.row.probed else text
+        return f"{text}, {self.settings.probe_protocol} linear probe" if self.test_set.probed else text
 
     @cached_property
     def key(self) -> str:
         """What a result depends on, hashed: rows of results.jsonl with this key need not be computed again."""
         facts = [FORMAT, self.source.sha256, self.test_set.name, self.test_set.loaded.fingerprint, self.protocol]
-        if not self.test_set.row.probed:  # which output answers for which class, and how confident it is
+        if not self.test_set.probed:  # which output answers for which class, and how confident it is
             classes = self.settings.classes and ordered_classes(self.settings.classes)[0]
             facts += [classes or self.source.recorded.class_ids, self.source.recorded.head]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -107,14 +107,14 @@ class Job:
     def rows(self) -> list[Row]:
         """This job's finished rows; of rows written twice by a killed and a continued run, the newer."""
         mine = [row for row in read_jsonl(self.out / "results.jsonl", Row) if row.key == self.key and row.n]
-        return list({(row.metric, row.seed if self.test_set.row.probed else None): row for row in mine}.values())
+        return list({(row.metric, row.seed if self.test_set.probed else None): row for row in mine}.values())
 
     @property
     def done(self) -> bool:
         """Whether every row of this job is on disk."""
         if not self.source.sha256 or not self._kept():
             return False
-        if self.test_set.row.probed:
+        if self.test_set.probed:
             return not self.missing_seeds()
         return {row.metric for row in self.rows()} >= set(LOGIT_METRICS)
 
@@ -138,7 +138,7 @@ class Job:
         """What is to be computed, for a dry run."""
         loaded = self.test_set.loaded
         counts = ", ".join(f"{len(samples):,} {split}" for split, samples in loaded.splits.items())
-        if self.test_set.row.probed:
+        if self.test_set.probed:
             return f"to do: {len(loaded.class_ids)} classes, {counts}; {self.protocol}; seeds {[*self.settings.seeds]}"
         return f"to do: {len(loaded.class_ids)} classes, {len(loaded.samples):,} images; {self.protocol}"
 
@@ -157,7 +157,7 @@ class Job:
                 "checkpoint": self.source.path,
                 "checkpoint_sha256": self.source.sha256,
                 "dataset": self.test_set.name,
-                "group": self.test_set.row.group,
+                "group": self.test_set.group,
                 "metric": metric,
                 "value": round(value, 4),
                 "low": low,

@@ -147,14 +147,9 @@ def top1_of(predict: Predictor, split: Split) -> float:
 def search_suite(
     ranges: Ranges, fit: Fit, train: Split, held: Split, trials: Trials, seed: int, device: Any
 ) -> tuple[Setting, float]:
-    """The suite's search, every trial a whole FIT: (setting, its held-out accuracy in percent)."""
-    return search_tpe(ranges, lambda one: trials(one, lambda: top1_of(fit(train, one, seed, device), held)), seed)
+    """The suite's search: the best of TRIALS settings that Optuna's TPE proposes, each judged by a whole FIT.
 
-
-def search_tpe(ranges: Ranges, judge: Callable[[Setting], float], seed: int) -> tuple[Setting, float]:
-    """The best of TRIALS settings that Optuna's TPE proposes and what JUDGE, in percent, says of it.
-
-    Log-uniform over RANGES; jointly where there are several, as the suite has it.
+    Log-uniform over RANGES; jointly where there are several. Returns the setting and its held-out accuracy in percent.
     """
     import optuna
 
@@ -166,7 +161,8 @@ def search_tpe(ranges: Ranges, judge: Callable[[Setting], float], seed: int) -> 
     study = optuna.create_study(direction="maximize", sampler=sampler)
 
     def objective(trial: optuna.Trial) -> float:
-        return judge({name: trial.suggest_float(name, *bounds, log=True) for name, bounds in ranges.items()})
+        setting = {name: trial.suggest_float(name, *bounds, log=True) for name, bounds in ranges.items()}
+        return trials(setting, lambda: top1_of(fit(train, setting, seed, device), held))
 
     study.optimize(objective, n_trials=TRIALS)
     return dict(study.best_params), float(study.best_value)
