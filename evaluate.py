@@ -26,7 +26,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -53,48 +53,46 @@ SHOWN_LEAKS = 1000  # pairs of a kind named in eval/*.json
 def get_args_parser() -> argparse.ArgumentParser:
     """The options, grouped as --help shows them."""
     parser = make_parser(__doc__)
-    # fmt: off
-    models = parser.add_argument_group("models")
-    models.add_argument("--checkpoint", nargs="+", default=[], metavar="[LABEL=]MODEL",
-                        help="run folder, weights file (.pth, .safetensors), one of several in it (FILE:PLACE) or "
-                        "torchvision name (resnet50, resnet50:IMAGENET1K_V1)")
-    models.add_argument("--classes", help="classes of the outputs, if the checkpoint has no record: 100, 1000, a .txt")
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-root", default="data", help="folder that holds the datasets; see --list-datasets")
-    data.add_argument("--datasets", nargs="+", default=[], metavar="NAME",
-                      help="names or groups (imagenet, small, inat, cog, all); default: those found, or --test's alone")
-    data.add_argument("--test", action="append", default=[], metavar="NAME=DIR",
-                      help="a folder DIR/<class id>/<images>; repeatable")
-    data.add_argument("--list-datasets", action="store_true", help="each dataset: what, where from, whether found")
-    protocol = parser.add_argument_group("protocol")
-    protocol.add_argument("--interpolation", choices=("bilinear", "bicubic"),
-                          help="filter of resizing (default: as torchvision published its weights, else bilinear; for "
-                          "transfer bicubic)")
-    protocol.add_argument("--protocol", choices=("fast", "paper"), default="fast",
-                          help="linear probes: fast, or the search of t-ReX's transfer suite")
-    protocol.add_argument("--seeds", nargs="+", type=non_negative_int, default=[0],
-                          help="seeds of the linear probes: one result each")
-    protocol.add_argument("--allow-truncated", action="store_true",
-                          help="read JPEGs that end early as far as they go, as t-ReX's suite does")
-    runtime = parser.add_argument_group("runtime")
-    runtime.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    runtime.add_argument("--dtype", default="auto", choices=("auto", "fp16", "bf16", "fp32"),
-                         help="auto: fp16 on CUDA, else fp32")
-    runtime.add_argument("--batch-size", type=positive_int, default=64, help="images of a forward pass")
-    runtime.add_argument("--workers", type=positive_int, default=min(16, os.cpu_count() or 1),
-                         help="threads that decode images")
-    runtime.add_argument("--out", help="folder of the results (default: the checkpoint's folder)")
-    runtime.add_argument("--no-leak-check", action="store_true",
-                         help="do not look for test images among the training images that a run recorded")
-    runtime.add_argument("--dry-run", action="store_true", help="say what would be computed, and stop")
-    reports = parser.add_argument_group("reports")
-    reports.add_argument("--report", nargs="+", metavar="JSONL", help="draw report.md, report.html and the radar plot")
-    reports.add_argument("--title", help="with --report: its heading")
-    reports.add_argument("--show-data", action="append", default=[], metavar="NAME=DIR",
-                         help="with --report: images to show; repeatable")
-    reports.add_argument("--dataset-report", metavar="DATASET", help="look at a synthetic dataset: duplicates, FID ...")
-    reports.add_argument("--real", metavar="DIR", help="with --dataset-report: real images to compare with")
-    # fmt: on
+    several: dict[str, Any] = {"action": "append", "default": []}
+
+    add = parser.add_argument_group("models").add_argument
+    named = "torchvision name (resnet50, resnet50:IMAGENET1K_V1)"
+    model = f"run folder, weights file (.pth, .safetensors), one of several in it (FILE:PLACE) or {named}"
+    add("--checkpoint", nargs="+", default=[], metavar="[LABEL=]MODEL", help=model)
+    add("--classes", help="classes of the outputs, if the checkpoint has no record: 100, 1000, a .txt")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data-root", default="data", help="folder that holds the datasets; see --list-datasets")
+    names = "names or groups (imagenet, small, inat, cog, all); default: those found, or --test's alone"
+    add("--datasets", nargs="+", default=[], metavar="NAME", help=names)
+    add("--test", **several, metavar="NAME=DIR", help="a folder DIR/<class id>/<images>; repeatable")
+    add("--list-datasets", action="store_true", help="each dataset: what, where from, whether found")
+
+    add = parser.add_argument_group("protocol").add_argument
+    default = "default: as torchvision published its weights, else bilinear; for transfer bicubic"
+    add("--interpolation", choices=("bilinear", "bicubic"), help=f"filter of resizing ({default})")
+    search = "linear probes: fast, or the search of t-ReX's transfer suite"
+    add("--protocol", choices=("fast", "paper"), default="fast", help=search)
+    add("--seeds", nargs="+", type=non_negative_int, default=[0], help="seeds of the linear probes: one result each")
+    truncated = "read JPEGs that end early as far as they go, as t-ReX's suite does"
+    add("--allow-truncated", action="store_true", help=truncated)
+
+    add = parser.add_argument_group("runtime").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    add("--dtype", default="auto", choices=("auto", "fp16", "bf16", "fp32"), help="auto: fp16 on CUDA, else fp32")
+    add("--batch-size", type=positive_int, default=64, help="images of a forward pass")
+    add("--workers", type=positive_int, default=min(16, os.cpu_count() or 1), help="threads that decode images")
+    add("--out", help="folder of the results (default: the checkpoint's folder)")
+    leaks = "do not look for test images among the training images that a run recorded"
+    add("--no-leak-check", action="store_true", help=leaks)
+    add("--dry-run", action="store_true", help="say what would be computed, and stop")
+
+    add = parser.add_argument_group("reports").add_argument
+    add("--report", nargs="+", metavar="JSONL", help="draw report.md, report.html and the radar plot")
+    add("--title", help="with --report: its heading")
+    add("--show-data", **several, metavar="NAME=DIR", help="with --report: images to show; repeatable")
+    add("--dataset-report", metavar="DATASET", help="look at a synthetic dataset: duplicates, FID ...")
+    add("--real", metavar="DIR", help="with --dataset-report: real images to compare with")
     return parser
 
 
@@ -248,16 +246,12 @@ def training_images_in(
         seen[key] = overlap(some, others)
     found = seen[key]
     if len(found.exact) == len(tests):
-        raise UserError(
-            f"{job.title}: all {len(tests):,} test images are among the images it was trained on; judge it on others, "
-            "or give --no-leak-check"
-        )
+        remedy = "judge it on others, or give --no-leak-check"
+        raise UserError(f"{job.title}: all {len(tests):,} test images are among the images it was trained on; {remedy}")
     if found.exact or found.near:
-        print(
-            f"{job.title}: it was trained on {len(found.exact):,} of the {len(tests):,} test images, and on copies of "
-            f"{len(found.near):,} (cut, mirrored or encoded otherwise); {job.sidecar} names them",
-            flush=True,
-        )
+        same = f"{len(found.exact):,} of the {len(tests):,} test images"
+        copies = f"copies of {len(found.near):,} (cut, mirrored or encoded otherwise)"
+        print(f"{job.title}: it was trained on {same}, and on {copies}; {job.sidecar} names them", flush=True)
     pairs = [
         {"test": tests[mine], "train": trained[theirs], "same_pixels": same}
         for same, those in ((True, found.exact), (False, found.near))

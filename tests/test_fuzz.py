@@ -99,7 +99,7 @@ READERS: dict[str, tuple[str, bytes, Any]] = {
     "class list": ("birds.txt", b"# ten\nn01440764\ngoldfish\n", classes.load_classes),
     "site file": ("site.toml", SITE, lambda path: command.site_options(path, ["train"], command.get_args_parser())),
     "JSON": ("x.json", dataset_json(), storage.read_json),
-    "JSON Lines": ("x.jsonl", manifest(), lambda path: storage.read_jsonl(path, strict=True)),
+    "JSON Lines": ("x.jsonl", manifest(), storage.read_jsonl),
     "dataset.json": ("dataset.json", dataset_json(), look_at_dataset),
     "manifest": ("manifest/n0.jsonl", manifest(), look_at_manifest),
     "results": ("results.jsonl", results(), lambda path: records.read_results([path])),

@@ -259,15 +259,12 @@ BAD_LINES = [b"null", b"5", b"{}", b"[]", b'"x"', b'{"id": 1, "index": 2}', b'{"
 
 
 @pytest.mark.parametrize("bad", [*BAD_LINES, b"[" * 100_000])
-def test_a_line_of_another_type_is_left_out_or_named(tmp_path, bad):
+def test_a_line_of_another_type_is_left_out(tmp_path, bad):
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"id": "a", "index": 0}\n' + bad + b'\n{"id": "b", "index": 1, "more": [NaN]}\n')
     assert read_jsonl(path, Line) == [Line("a", 0), Line("b", 1)]
-    with pytest.raises(UserError, match=r"m\.jsonl, line 2\b.*; run --repair") as caught:
-        read_jsonl(path, Line, remedy="run --repair", strict=True)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 120
     path.write_bytes(b'{"id": "a", "index": 0}\n' + bad)  # a writer may be at the last line
-    assert read_jsonl(path, Line, strict=True) == [Line("a", 0)]
+    assert read_jsonl(path, Line) == [Line("a", 0)]
 
 
 def test_json_of_another_type_is_refused_with_place_and_remedy(tmp_path):

@@ -175,10 +175,7 @@ def safe_id(text: str, where: str) -> str:
 
 
 def id_from_name(name: str) -> str:
-    """A safe id for a class without one: "Blue Jay" -> "blue_jay".
-
-    Where letters are lost (CJK, emoji, very long names) a hash of the name keeps different names apart.
-    """
+    """ "Blue Jay" -> "blue_jay", a safe id; where letters are lost (CJK, very long names) with a hash of the name."""
     decomposed = [char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char)]
     slug = re.sub(r"[^a-z0-9]+", "_", "".join(char for char in decomposed if char.isascii()).lower()).strip("_")
     if slug and len(slug) <= 64 and all(char.isascii() for char in decomposed):

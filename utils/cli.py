@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -238,6 +238,12 @@ def _unsafe(text: Any, longest: int, paths: bool) -> str:
     if not paths and (text[0] in ". " or set(text) & set("/\\")):
         return f"{shortened(text)!r} cannot name a file; write letters, digits, . _ - without slashes or a first dot"
     return ""
+
+
+def few(names: Iterable[Any], most: int = 3) -> str:
+    """The first MOST of NAMES, for a message."""
+    names = [*map(str, names)]
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def shortened(value: Any, longest: int = 60) -> Any:

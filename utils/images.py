@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from utils.cli import UserError
+from utils.cli import UserError, few
 from utils.storage import read_regular
 
 if TYPE_CHECKING:
@@ -181,8 +181,8 @@ def drop_strays(
     for sample in samples:
         (kept if Path(sample[0]).parts[-2:] in names else strays).append(sample)
     if strays:
-        few = ", ".join(path for path, _ in strays[:3]) + (", ..." if len(strays) > 3 else "")
-        print(f"{option}: {len(strays)} images that no manifest knows are left out: {few}", file=sys.stderr)
+        shown = few(path for path, _ in strays)
+        print(f"{option}: {len(strays)} images that no manifest knows are left out: {shown}", file=sys.stderr)
     return kept
 
 

@@ -172,9 +172,8 @@ def _refuse_unfit(name: str, device: torch.device) -> None:
     major, minor = torch.cuda.get_device_capability(device)
     if kernels and 10 * major + minor < min(kernels):
         card = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}"
-        raise UserError(
-            f"--device {name}: {card}, and this torch has kernels from sm_{min(kernels)} on; use a newer GPU or cpu"
-        )
+        oldest = f"this torch has kernels from sm_{min(kernels)} on"
+        raise UserError(f"--device {name}: {card}, and {oldest}; use a newer GPU or cpu")
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
     if free < ENOUGH_GB:
         what = f"{name} has {free:.1f} of {total:.1f} GB free, and the paper's settings need {ENOUGH_GB}"
@@ -185,11 +184,9 @@ def warn_of_few_cores() -> None:
     """Say on stderr, once for all ranks, when a GPU has too few cores to decode, augment and launch kernels for it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores < FEW_CORES and os.environ.get("RANK", "0") == "0":
-        print(
-            f"warning: {cores} CPU core{'s' * (cores > 1)} for a GPU; it will wait for them. Give {FEW_CORES} or more "
-            "(utils.launch --cpus-per-task, sbatch's and srun's --cpus-per-task)",
-            file=sys.stderr,
-        )
+        few = f"{cores} CPU core{'s' * (cores > 1)} for a GPU; it will wait for them"
+        options = "(utils.launch --cpus-per-task, sbatch's and srun's --cpus-per-task)"
+        print(f"warning: {few}. Give {FEW_CORES} or more {options}", file=sys.stderr)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -232,6 +229,5 @@ def require_compiler(device: torch.device) -> None:
     else:  # inductor writes C++
         lacking = "" if any(map(shutil.which, (os.environ.get("CXX", "c++"), *COMPILERS))) else "C++ compiler (g++)"
     if lacking:
-        raise UserError(
-            f"--compile: no {lacking} here, which torch.compile needs; install Debian's package or leave it out"
-        )
+        remedy = "install Debian's package or leave it out"
+        raise UserError(f"--compile: no {lacking} here, which torch.compile needs; {remedy}")

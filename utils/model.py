@@ -129,9 +129,8 @@ def forward_flops(model: nn.Module, crops: Sequence[tuple[int, int]]) -> dict[in
             remedy = "try --recipe basic, which has one crop size"
             if "more than 1 value per channel" in reason:
                 remedy = "give --batch-per-device and --batch-size at least 2 images for each process"
-            raise UserError(
-                f"--arch: {type(model).__name__} cannot take {size} px crops ({reason}); {remedy}"
-            ) from None
+            what = f"{type(model).__name__} cannot take {size} px crops ({reason})"
+            raise UserError(f"--arch: {what}; {remedy}") from None
     return found
 
 

@@ -25,6 +25,7 @@ MOST_JSON = 256 << 20  # bytes of one JSON file; iNaturalist 2018's list of 437,
 MOST_JSONL = 1 << 30  # bytes of one JSON Lines file: some two million lines of a manifest
 TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})[0-9a-f]{8}\.([0-9]+)\.tmp")  # .NAME.<where><random>.<process id>.tmp
 DAY = 24 * 3600
+RESTORE = "restore it from a copy"
 
 
 # ===== writing =====
@@ -197,7 +198,7 @@ def _refuse_special(status: os.stat_result, path: str | Path) -> None:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
-def read_json(path: str | Path, kind: Any = dict[str, Any], remedy: str = "restore it from a copy") -> Any:
+def read_json(path: str | Path, kind: Any = dict[str, Any], remedy: str = RESTORE) -> Any:
     """The value of a JSON file, checked against KIND: a msgspec.Struct, `dict[str, int]`, `list` ...
 
     A missing, damaged or huge file, or one that holds another type, is a UserError of one line: the file, what is
@@ -206,29 +207,20 @@ def read_json(path: str | Path, kind: Any = dict[str, Any], remedy: str = "resto
     try:
         return _decode(_read(path, MOST_JSON, remedy), msgspec.json.Decoder(kind))
     except _DAMAGE as error:
-        raise _damaged(str(path), error, remedy) from None
+        raise _damaged(path, error, remedy) from None
 
 
-def read_jsonl(
-    path: str | Path, kind: Any = dict[str, Any], remedy: str = "restore it from a copy", strict: bool = False
-) -> list[Any]:
-    """The lines of a JSON Lines file, each checked against KIND; [] if the file does not exist.
+def read_jsonl(path: str | Path, kind: Any = dict[str, Any]) -> list[Any]:
+    """The lines of a JSON Lines file that are of KIND; [] if the file does not exist.
 
-    Damaged lines, torn by a kill or of another type, are left out; with STRICT they are a UserError that names the
-    line, except for a last one without its newline, which a living writer may be at.
+    Damaged lines, torn by a kill or of another type, are left out.
     """
     if not Path(path).exists():
         return []
-    lines = _read(path, MOST_JSONL, remedy).split(b"\n")
-    decoder = msgspec.json.Decoder(kind)
-    values = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                values.append(_decode(line, decoder))
-            except _DAMAGE as error:
-                if strict and number < len(lines):
-                    raise _damaged(f"{path}, line {number}", error, remedy) from None
+    decoder, values = msgspec.json.Decoder(kind), []
+    for line in filter(bytes.strip, _read(path, MOST_JSONL).split(b"\n")):
+        with contextlib.suppress(*_DAMAGE):
+            values.append(_decode(line, decoder))
     return values
 
 
@@ -246,7 +238,7 @@ def _decode(data: bytes, decoder: msgspec.json.Decoder) -> Any:
         return msgspec.convert(json.loads(data), decoder.type)
 
 
-def _damaged(where: str, error: Exception, remedy: str) -> UserError:
+def _damaged(where: str | Path, error: Exception, remedy: str) -> UserError:
     if isinstance(error, msgspec.ValidationError):
         what, _, at = str(error).replace("`", "").partition(" - at ")
         return UserError(f"{where}: {what[:1].lower()}{what[1:]}{f' at {at}' if at else ''}; {remedy}")
@@ -254,7 +246,7 @@ def _damaged(where: str, error: Exception, remedy: str) -> UserError:
     return UserError(f"{where} is not valid JSON ({reason}); {remedy}")
 
 
-def _read(path: str | Path, most: int, remedy: str) -> bytes:
+def _read(path: str | Path, most: int, remedy: str = RESTORE) -> bytes:
     try:
         return read_regular(path, most)
     except FileNotFoundError:
@@ -278,10 +270,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 def require_writable(folder: str | Path, option: str) -> Path:
-    """Create FOLDER if needed and prove that a file can be written into it; else a UserError that names OPTION.
-
-    Temporary files that killed processes left there are removed.
-    """
+    """Create FOLDER if needed, free it of leftovers and prove that it can be written to; else UserError with OPTION."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -290,9 +279,8 @@ def require_writable(folder: str | Path, option: str) -> Path:
             probe.flush()
         remove_leftovers(folder)
     except OSError as error:
-        raise UserError(
-            f"{option}: cannot write to {folder} ({error.strerror}); choose another folder or free space"
-        ) from None
+        remedy = "choose another folder or free space"
+        raise UserError(f"{option}: cannot write to {folder} ({error.strerror}); {remedy}") from None
     return folder
 
 
@@ -326,10 +314,8 @@ def owner_lock(path: str | Path, wait: bool = False) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
-        raise UserError(
-            f"{path}: this file system cannot lock files ({error.strerror}); mount it with flock (Lustre: -o flock) "
-            "or choose a folder on another"
-        ) from None
+        remedy = "mount it with flock (Lustre: -o flock) or choose a folder on another"
+        raise UserError(f"{path}: this file system cannot lock files ({error.strerror}); {remedy}") from None
     try:
         yield
     finally:

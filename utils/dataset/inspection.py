@@ -10,9 +10,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.cli import UserError
+from utils.cli import UserError, few
 from utils.dataset.folder import PROMPTS, ClassFolder, Dataset, way_back
 from utils.storage import AlreadyOwned, sha256_file
+
+WINDOW_S = 600  # before the newest image, in which images are counted for the rate
 
 
 @dataclass
@@ -72,15 +74,12 @@ def refuse_foreign_folder(root: Path) -> None:
         raise UserError(f"--out {root} holds {foreign[0]!r} but no dataset.json; {remedy}")
 
 
-def images_per_second(times: list[float], window_s: float = 600) -> tuple[float, float]:
-    """(images/s, seconds since the last image) from modification times: the rate of all processes, as files show it.
-
-    The rate is that of the last WINDOW_S seconds before the newest image.
-    """
+def images_per_second(times: list[float]) -> tuple[float, float]:
+    """(images/s, seconds since the last image) of all processes, from the modification TIMES of the last WINDOW_S."""
     if not times:
         return 0.0, float("inf")
     newest = max(times)
-    recent = [moment for moment in times if moment > newest - window_s]
+    recent = [moment for moment in times if moment > newest - WINDOW_S]
     span = newest - min(recent)
     return (len(recent) - 1) / span if span > 0 else 0.0, time.time() - newest
 
@@ -115,8 +114,7 @@ def verify(dataset: Dataset, folders: list[ClassFolder]) -> int:
     for state in states:
         for word, indices in (("damaged", state.damaged), ("missing", state.missing)):
             if indices:
-                shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
-                print(f"{state.id}: {len(indices)} {word}: {shown}")
+                print(f"{state.id}: {len(indices)} {word}: {few(indices, 8)}")
     bad = sum(len(state.damaged) + len(state.missing) for state in states)
     print(f"{dataset.root}: {sum(state.done for state in states)} images are as their manifests say, {bad} are not")
     report_foreign(dataset, states)

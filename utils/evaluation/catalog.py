@@ -80,31 +80,25 @@ class TestSet:
         """Read the set and check its counts. UserError if it is absent or is not a right copy."""
         folder = self.find(data_root)
         if folder is None:
-            raise UserError(
-                f"{self.name}: not found below {data_root} (--data-root); expected {self.layout}. {self.where}"
-            )
+            where = f"{self.layout}. {self.where}"
+            raise UserError(f"{self.name}: not found below {data_root} (--data-root); expected {where}")
         try:
             loaded = self.read(self.name, folder, Path(data_root))
         except OSError as error:
-            raise UserError(
-                f"{self.name}: cannot read {error.filename} ({error.strerror}); expected {self.layout}"
-            ) from None
+            fault = f"cannot read {error.filename} ({error.strerror})"
+            raise UserError(f"{self.name}: {fault}; expected {self.layout}") from None
         except (KeyError, ValueError, IndexError, TypeError) as error:
-            raise UserError(
-                f"{self.name}: the annotations below {folder} are not as published ({error!r}); get it again"
-            ) from None
+            fault = f"the annotations below {folder} are not as published ({error!r})"
+            raise UserError(f"{self.name}: {fault}; get it again") from None
         low, high = self.images
         found = (len(loaded.class_ids), len(loaded.trainval))
         if high and (found != (self.classes, self.trainval) or not low <= len(loaded.samples) <= high):
-            raise UserError(
-                f"{self.name}: {folder} has {_in_words(len(loaded.trainval), f'{len(loaded.samples):,}', found[0])}; a "
-                f"right copy has {self.counts}. Unpack it again. {self.where}"
-            )
+            has = _in_words(len(loaded.trainval), f"{len(loaded.samples):,}", found[0])
+            remedy = f"a right copy has {self.counts}. Unpack it again. {self.where}"
+            raise UserError(f"{self.name}: {folder} has {has}; {remedy}")
         if strays := {label for _, label in [*loaded.samples, *loaded.trainval]} - set(range(found[0])):
-            raise UserError(
-                f"{self.name}: the annotations below {folder} have {len(strays)} labels outside of its {found[0]:,} "
-                f"classes; get it again. {self.where}"
-            )
+            fault = f"the annotations below {folder} have {len(strays)} labels outside of its {found[0]:,} classes"
+            raise UserError(f"{self.name}: {fault}; get it again. {self.where}")
         return loaded
 
 
@@ -155,10 +149,8 @@ def choose(names: Sequence[str], folders: Sequence[str], data_root: str) -> list
         elif (not names or {row.group, "all"} & set(names)) and row.find(data_root):
             chosen.append(replace(row, data_root=data_root))
     if not chosen:
-        raise UserError(
-            f"--data-root {data_root}: none of the datasets is there; --list-datasets says where to get them, "
-            "--test NAME=DIR judges on any folder"
-        )
+        remedy = "--list-datasets says where to get them, --test NAME=DIR judges on any folder"
+        raise UserError(f"--data-root {data_root}: none of the datasets is there; {remedy}")
     return chosen
 
 

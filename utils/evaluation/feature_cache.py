@@ -91,10 +91,8 @@ class FeatureCache:
         """Write features.npy from all blocks, remove them, and read it. Each is verified once more on its way."""
         blocks = self.blocks(what)
         if len(blocks) < len(self.starts):
-            raise UserError(
-                f"{self.entry}: blocks that were just written fail their checksum; the disk loses data, choose another "
-                "with --out"
-            )
+            remedy = "the disk loses data, choose another with --out"
+            raise UserError(f"{self.entry}: blocks that were just written fail their checksum; {remedy}")
         first = blocks[0]
         shape = (self.count, first.shape[1])
         hashes = [storage.sha256_bytes(blocks[start].data) for start in self.starts]

@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 
 from utils.classes import load_classes
-from utils.cli import UserError
-from utils.evaluation.matching import LoadedSet, few
+from utils.cli import UserError, few
+from utils.evaluation.matching import LoadedSet
 from utils.evaluation.transfer_sets import read_mat
 from utils.images import IMAGE_SUFFIXES, list_image_folder
 from utils.storage import MOST_JSON, read_json, read_regular
@@ -50,9 +50,8 @@ def read_val(name: str, folder: Path, data_root: Path) -> LoadedSet:
         return read_wnid_folders(name, folder, data_root)
     wnids = read_devkit(name, folder, data_root)
     if len(wnids) != len(flat):
-        raise UserError(
-            f"{name}: {folder} has {len(flat):,} images but the devkit has {len(wnids):,} labels; unpack both again"
-        )
+        lacks = f"{len(flat):,} images but the devkit has {len(wnids):,} labels"
+        raise UserError(f"{name}: {folder} has {lacks}; unpack both again")
     class_ids = sorted(set(wnids))
     position = {wnid: label for label, wnid in enumerate(class_ids)}
     samples = []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cli import UserError
+from utils.cli import UserError, few
 
 Samples = Sequence[tuple[str, int]]  # (path, label)
 
@@ -53,10 +53,8 @@ class LoadedSet:
             # Looked for only now: asking for a million files twice takes minutes.
             paths = [path for samples in self.splits.values() for path, _ in samples]
             if missing := [path for path in paths if not Path(path).is_file()]:
-                raise UserError(
-                    f"{self.name}: {len(missing):,} of {len(paths):,} images are missing ({few(missing)}); unpack it "
-                    "again"
-                ) from None
+                what = f"{len(missing):,} of {len(paths):,} images are missing ({few(missing)})"
+                raise UserError(f"{self.name}: {what}; unpack it again") from None
             raise
 
     @cached_property
@@ -126,9 +124,9 @@ def match(loaded: LoadedSet, model_ids: Sequence[str]) -> MatchedSet:
         right = [mine if of_class else () for mine, of_class in zip(by_sample, right, strict=True)]
     rows = [row for row, columns in enumerate(right) if columns]
     if not rows:
+        theirs, remedy = f"{len(model_ids)} ({few(model_ids)})", "give the model's class ids in order with --classes"
         raise NoSharedClass(
-            f"{loaded.name}: no class of the set ({few(loaded.class_ids)}) is one of the model's {len(model_ids)} "
-            f"({few(model_ids)}); give the model's class ids in order with --classes"
+            f"{loaded.name}: no class of the set ({few(loaded.class_ids)}) is one of the model's {theirs}; {remedy}"
         )
     labels_seen = sorted({loaded.samples[row][1] for row in rows})
     renumbered = {label: index for index, label in enumerate(labels_seen)}
@@ -152,8 +150,3 @@ def match(loaded: LoadedSet, model_ids: Sequence[str]) -> MatchedSet:
         images_in_set=len(loaded.samples),
         border=loaded.border,
     )
-
-
-def few(names: Sequence[str]) -> str:
-    """The first three of NAMES, for a message."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

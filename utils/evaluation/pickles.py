@@ -26,9 +26,8 @@ def read_pickle(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
     except _Refused as refused:
-        raise UserError(
-            f"{path} asks for {refused}; only lists, dicts, text and arrays are read from pickles"
-        ) from None
+        reads = "only lists, dicts, text and arrays are read from pickles"
+        raise UserError(f"{path} asks for {refused}; {reads}") from None
     except Exception as error:  # a damaged pickle raises anything: EOFError, KeyError, struct.error, UnicodeError ...
         raise UserError(f"{path} is no whole pickle ({type(error).__name__}); download it again") from None
 

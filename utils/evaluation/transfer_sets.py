@@ -25,9 +25,8 @@ EUROSAT_SEED = "imagenet-sd EuroSAT split 0"  # the suite's shuffle is unseeded:
 def _inside(folder: Path, name: str) -> str:
     """FOLDER/NAME, where NAME comes from an annotation file and must not lead out of the folder."""
     if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
-        raise UserError(
-            f"{folder}: an annotation names the file {name!r}, which is outside of the dataset; get it again"
-        )
+        where = f"the file {name!r}, which is outside of the dataset"
+        raise UserError(f"{folder}: an annotation names {where}; get it again")
     return f"{folder}/{name}"
 
 

@@ -74,9 +74,8 @@ def load_classifier(source: Source, classes: str | None = None) -> Classifier:
     found = read_weights(source.path)
     place = source.key or min(found, key=lambda one: PLACES.index(one) if one in PLACES else len(PLACES))
     if place not in found:
-        raise UserError(
-            f"--checkpoint {source.path}:{place}: no weights at {place}; the file has them at {_list(found)}"
-        )
+        known = f"the file has them at {_list(found)}"
+        raise UserError(f"--checkpoint {source.path}:{place}: no weights at {place}; {known}")
     arch = source.torchvision.partition(":")[0] or source.recorded.arch
     try:
         weights, note = one_network(found[place])
@@ -209,10 +208,8 @@ def _build(source: Source, weights: dict[str, torch.Tensor], arch: str | None) -
             return model, name, head
         if share > nearest or arch:
             nearest, complaint = share, f"{name}: {problem}"
-    raise UserError(
-        f"--checkpoint {source.path}: fits no architecture known here ({complaint}); expected a run of train.py or a "
-        "state dict of a torchvision classifier"
-    )
+    wanted = "expected a run of train.py or a state dict of a torchvision classifier"
+    raise UserError(f"--checkpoint {source.path}: fits no architecture known here ({complaint}); {wanted}")
 
 
 def _fits(source: Source, weights: dict[str, torch.Tensor], arch: str | None) -> bool:

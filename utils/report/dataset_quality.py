@@ -193,19 +193,13 @@ def summarize(classes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def sort_classes(classes: list[dict[str, Any]]) -> None:
-    """Where real images are known, those least like them first; then most near-duplicates, least varied, by id.
+    """Where real images are known, those least like them first; then most near-duplicates, least varied, by id."""
 
-    Variety alone is no merit: a class of noise is the most varied. Without real images no class is called bad.
-    """
-    classes.sort(
-        key=lambda row: (
-            row.get("coverage", 101),
-            row.get("precision", 101),
-            -row["duplicates"],
-            row["diversity"] or 0,
-            row["id"],
-        )
-    )
+    def key(row: dict[str, Any]) -> tuple:
+        likeness = row.get("coverage", 101), row.get("precision", 101)
+        return *likeness, -row["duplicates"], row["diversity"] or 0, row["id"]
+
+    classes.sort(key=key)
 
 
 # ===== telling =====

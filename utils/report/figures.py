@@ -186,10 +186,7 @@ class RadarLine:
 
 
 def draw_radar(axes: Sequence[str], lines: Sequence[RadarLine], svg: Path, png: Path) -> None:
-    """Write the plot as SVG (transparent, for screens of any colour) and PNG (white, for print).
-
-    AXES: names, clockwise from the top; at least three.
-    """
+    """The plot as transparent SVG, for screens, and white PNG, for print. AXES: three names or more, clockwise."""
     import matplotlib  # here: half a second, which only reports with a radar plot should wait for
 
     matplotlib.use("Agg")

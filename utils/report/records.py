@@ -196,10 +196,8 @@ def read_results(paths: Sequence[Path]) -> list[Row]:
         for model, sha256 in checkpoint.items():
             other, its = owners.setdefault(model, (path, sha256))
             if its != sha256:
-                raise UserError(
-                    f"--report: {other} and {path} hold two different models called {model}; judge one again under "
-                    "another name (evaluate.py --checkpoint NAME=...)"
-                )
+                remedy = "judge one again under another name (evaluate.py --checkpoint NAME=...)"
+                raise UserError(f"--report: {other} and {path} hold two different models called {model}; {remedy}")
         rows += [row for row in found if row.checkpoint_sha256 == checkpoint[row.model]]
     way = {row.metric_of: row.way for row in rows}
     newest = {(*row.metric_of, row.seed): row for row in rows if row.way == way[row.metric_of]}
@@ -217,10 +215,8 @@ def _read_rows(path: Path) -> list[Row]:
         try:
             rows.append(row := msgspec.convert(value, Row))
         except msgspec.ValidationError as error:
-            raise UserError(
-                f"--report: {path} has a line that is no result ({error}); is it a results.jsonl? If so, remove the "
-                "line and run evaluate.py again"
-            ) from None
+            remedy = "is it a results.jsonl? If so, remove the line and run evaluate.py again"
+            raise UserError(f"--report: {path} has a line that is no result ({error}); {remedy}") from None
         row.folder = str(path.parent)
         for name in (row.model, row.dataset, row.metric):
             safe_label(name, f"--report: {path}")

@@ -55,9 +55,8 @@ def ranks() -> Ranks:
     found = Ranks(**values)
     size = found.world_size
     if found.rank >= size or found.local_rank >= size:
-        raise UserError(
-            f"RANK={found.rank} LOCAL_RANK={found.local_rank} do not fit WORLD_SIZE={size}; they begin at 0"
-        )
+        given = f"RANK={found.rank} LOCAL_RANK={found.local_rank}"
+        raise UserError(f"{given} do not fit WORLD_SIZE={size}; they begin at 0")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if size > 1 and not os.environ.get(name):
             raise UserError(f"{name} is not set with WORLD_SIZE={size}; torchrun and utils.launch do")
@@ -126,10 +125,8 @@ def process_group(device: torch.device) -> Iterator[Ranks]:
     try:  # the store would try a name that nobody knows again and again until its time-out
         socket.getaddrinfo(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"MASTER_ADDR:MASTER_PORT {address} cannot be resolved on {socket.gethostname()} ({error}); "
-            "give a host name or address that every node knows, and a port number"
-        ) from None
+        where = f"MASTER_ADDR:MASTER_PORT {address} cannot be resolved on {socket.gethostname()} ({error})"
+        raise UserError(f"{where}; give a host name or address that every node knows, and a port number") from None
     import torch
     import torch.distributed as dist
 

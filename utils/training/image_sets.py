@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.classes import load_classes
-from utils.cli import UserError
+from utils.cli import UserError, few
 from utils.images import IMAGE_SUFFIXES, BadImage, list_image_folder, read_image
 from utils.storage import open_regular, read_json
 from utils.training.distributed import print0
@@ -96,10 +96,8 @@ class ImageSet:
         """As `read`, and BadImage if a manifest records other bytes. Hashing takes a hundredth of decoding's time."""
         data = self.read(index)
         if self.digests is not None and hashlib.sha256(data).digest() != self.digests[index].tobytes():
-            raise BadImage(
-                f"{self.name(index)}: not the bytes that the dataset's manifest records; `python generate.py --out "
-                f"{self.root.parent} {self.mend}"
-            )
+            remedy = f"`python generate.py --out {self.root.parent} {self.mend}"
+            raise BadImage(f"{self.name(index)}: not the bytes that the dataset's manifest records; {remedy}")
         return data
 
     def limit(self, images_per_class: int) -> None:
@@ -252,11 +250,8 @@ def require_same_classes(found: list[str], expected: list[str], where: str, refe
     """UserError that lists the classes missing from and extra in WHERE, compared with REFERENCE."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
-        parts = [
-            f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-            for kind, names in (("missing", missing), ("extra", extra))
-            if names
-        ]
+        kinds = {"missing": missing, "extra": extra}
+        parts = [f"{len(names)} {kind} ({few(names, 5)})" for kind, names in kinds.items() if names]
         raise UserError(f"{where}: class folders differ from {reference}: {'; '.join(parts)}")
 
 
@@ -278,17 +273,12 @@ def open_sources(
         dataset = one.root.parent
         known = manifests(dataset) if one.root.name in ("train", "shards") else None
         if known is not None and (strays := one.keep_known(known)):
-            print0(
-                f"warning: --data {one.root}: {len(strays)} files that the dataset's manifest does not know are left "
-                f"out: {', '.join(strays[:3])}{', ...' if len(strays) > 3 else ''}",
-                file=sys.stderr,
-            )
+            strangers = f"{len(strays)} files that the dataset's manifest does not know are left out: {few(strays)}"
+            print0(f"warning: --data {one.root}: {strangers}", file=sys.stderr)
         if missing := missing_images(one):
-            print0(
-                f"warning: --data {one.root}: {missing} images that dataset.json wants are missing; "
-                f"`python generate.py --out {dataset} --status` shows where",
-                file=sys.stderr,
-            )
+            lacks = f"{missing} images that dataset.json wants are missing"
+            where = f"`python generate.py --out {dataset} --status` shows where"
+            print0(f"warning: --data {one.root}: {lacks}; {where}", file=sys.stderr)
     for path, other in zip(paths[1:], images[1:], strict=True):
         require_same_classes(other.class_ids, images[0].class_ids, f"--data {path}", f"--data {paths[0]}")
     if images_per_class:

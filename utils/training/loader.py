@@ -238,10 +238,9 @@ class Loader(torch.utils.data.DataLoader):
         except OSError as error:
             for started in {*multiprocessing.active_children()} - before:  # it waits for work that will never come
                 _end_process(started)
-            raise UserError(
-                f"--workers {self.num_workers}: a loader process cannot be started ({error.strerror}); "
-                "choose fewer, or allow more processes and memory"
-            ) from None
+            fault = f"a loader process cannot be started ({error.strerror})"
+            remedy = "choose fewer, or allow more processes and memory"
+            raise UserError(f"--workers {self.num_workers}: {fault}; {remedy}") from None
         try:
             yield from items
         except UserError as error:  # from a worker it comes with its traceback for a message
@@ -290,10 +289,8 @@ def make_loader(batches: Any, wanted: Iterable, workers: int, pin: bool) -> Iter
     except RuntimeError as error:  # from the wait for a batch, or wherever SIGCHLD found the main thread
         if not re.search("DataLoader worker .*(killed|exited)|shared memory", str(error)):
             raise
-        raise UserError(
-            f"--workers {workers}: a loader process died ({' '.join(str(error).split())}); memory or /dev/shm may be "
-            "too small: choose fewer, or 0"
-        ) from None
+        why, remedy = " ".join(str(error).split()), "memory or /dev/shm may be too small: choose fewer, or 0"
+        raise UserError(f"--workers {workers}: a loader process died ({why}); {remedy}") from None
     finally:
         loader.close()
 

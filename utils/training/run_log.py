@@ -104,11 +104,8 @@ class RunLog:
         """Means over epoch EPOCH (from 1) and validation's SCORES, if any."""
         self.write("epoch", training.step, epoch=epoch, **means(training.epoch), **scores)
         if scores:
-            print(
-                f"epoch {epoch}: validation top-1 {scores['val_top1']:.2f} top-5 {scores['val_top5']:.2f} "
-                f"of {scores['val_n']} images",
-                flush=True,
-            )
+            found = "top-1 {val_top1:.2f} top-5 {val_top5:.2f} of {val_n} images".format(**scores)
+            print(f"epoch {epoch}: validation {found}", flush=True)
 
 
 def means(totals: Mapping[str, float]) -> dict[str, float]:

@@ -256,9 +256,8 @@ class Training:
             for one, before, now in zip(images, state.stamps, self.stamps, strict=False):
                 lines.append(require_same_images(one, before.numpy(), now))
         if not 0 <= state.step <= self.schedule.total_steps:
-            raise UserError(
-                f"{path}: step {state.step} of {self.schedule.total_steps} cannot be; delete it to go on without"
-            )
+            place = f"step {state.step} of {self.schedule.total_steps}"
+            raise UserError(f"{path}: {place} cannot be; delete it to go on without")
         try:
             self.model.load_state_dict(state.model, strict=True)
             self.optimizer.load_state_dict(msgspec.structs.asdict(state.optimizer))
@@ -281,10 +280,9 @@ class Training:
         steps = list(sum_counts(named, self.device).values())
         for rank, step in enumerate(steps):
             if step != steps[0]:
-                raise UserError(
-                    f"--out {run}: rank 0 continues from step {steps[0]:.0f} but rank {rank} from step {step:.0f}; put "
-                    "--out on a disk that all nodes share, or delete the checkpoint that not every rank could read"
-                )
+                differ = f"rank 0 continues from step {steps[0]:.0f} but rank {rank} from step {step:.0f}"
+                remedy = "delete the checkpoint that not every rank could read"
+                raise UserError(f"--out {run}: {differ}; put --out on a disk that all nodes share, or {remedy}")
 
     def note_bad_images(self, found: list[str], allowed: int) -> None:
         """Remember damaged images by name; more than ALLOWED stop the run with the list."""
@@ -302,11 +300,7 @@ class NonFiniteLoss(UserError):
 
     def __init__(self, training: Training):
         step, schedule = training.step, training.schedule
-        remedy = (
-            "a smaller --lr in a new --out"
-            if training.dtype == torch.float32
-            else "--dtype fp32, or a smaller --lr in a new --out"
-        )
+        remedy = "--dtype fp32, or " * (training.dtype != torch.float32) + "a smaller --lr in a new --out"
         super().__init__(
             f"the loss is not finite at epoch {step // schedule.steps_per_epoch}, step {step}, learning rate "
             f"{schedule.lr(min(step, schedule.total_steps - 1)):.3g}; the last good checkpoint is kept: try {remedy}"

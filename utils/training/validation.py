@@ -21,10 +21,7 @@ BATCH = 256  # images of a forward pass
 
 
 class EvalBatches:
-    """Numbers of images -> {"images": uint8 (B, 3, crop, crop) under the test transform, "labels": (B,)}.
-
-    A damaged image is a UserError.
-    """
+    """Numbers of images -> {"images": uint8 (B, 3, crop, crop), "labels": (B,)}; a damaged image is a UserError."""
 
     def __init__(self, images: ImageSet, resize: int, crop: int):
         self.images, self.resize, self.crop = images, resize, crop
