@@ -26,6 +26,7 @@ LEGEND = (
 )
 NOTHING_RECORDED = "Nothing was run for this report: its numbers are published ones, or their runs' records are gone."
 FEWEST_AXES = 3  # of a radar plot: two would be a line
+OWN_AXES = {"folder": "top-1", "transfer": "linear probe, top-1"}  # by the group of the set
 
 
 def write_report(
@@ -123,7 +124,7 @@ def describe_training(model: Model) -> None:
 
 
 def radar_values(models: Sequence[Model]) -> tuple[list[str], dict[str, dict[str, float]]]:
-    """(the paper's axes that some model knows, {model: {axis: percent}}).
+    """(the paper's axes that some model knows, {model: {axis: percent}}); without any, an axis each of one's own sets.
 
     A transfer group is the mean top-1 of the same sets for every model: one that lacks a set has no value there.
     """
@@ -140,7 +141,25 @@ def radar_values(models: Sequence[Model]) -> tuple[list[str], dict[str, dict[str
         for model in models:
             if mean := averages([model.cells.get((name, "top1")) for name in measured])[0]:
                 values[model.name][axes[-1]] = mean.value
-    return [axis for axis in axes if any(axis in its for its in values.values())], values
+    known = [axis for axis in axes if any(axis in its for its in values.values())]
+    return (known, values) if known else own_values(models)
+
+
+def own_values(models: Sequence[Model]) -> tuple[list[str], dict[str, dict[str, float]]]:
+    """As radar_values, of the sets given with --test and --transfer: top-1 of the classifier or of a linear probe."""
+    axis_of = {
+        name: f"{name}\n{OWN_AXES[cell.group]}"
+        for model in models
+        for (name, metric), cell in model.cells.items()
+        if metric == "top1" and cell.group in OWN_AXES
+    }
+    values = {
+        model.name: {
+            axis: model.cells[name, "top1"].value for name, axis in axis_of.items() if (name, "top1") in model.cells
+        }
+        for model in models
+    }
+    return list(axis_of.values()), values
 
 
 def radar_lines(axes: Sequence[str], values: dict[str, dict[str, float]], models: Sequence[Model]) -> list[RadarLine]:
@@ -171,8 +190,11 @@ def radar_note(axes: Sequence[str], models: Sequence[Model]) -> str:
         known = ", ".join(axis.replace("\n", " ") for axis in axes) or "none"
         return (
             f"No radar plot: it needs {FEWEST_AXES} of its {len(IMAGENET_SETS) + len(TRANSFER_GROUPS)} axes (top-5 on "
-            f"{', '.join(IMAGENET_SETS)}; mean top-1 on {', '.join(TRANSFER_GROUPS.values())}); known here: {known}."
+            f"{', '.join(IMAGENET_SETS)}; mean top-1 on {', '.join(TRANSFER_GROUPS.values())}), or as many of your own "
+            f"sets; known here: {known}."
         )
+    if axes == own_values(models)[0]:
+        return "Top-1 of the classifiers, and of linear probes of their frozen features on other classes, in percent."
     note = "Top-5 on ImageNet's test sets, mean top-1 on the groups of transfer datasets, in percent."
     if len({*map(classes_of, models)} - {0}) > 1:
         note += " Models of fewer classes (dashed) answer an easier question: compare them among themselves only."
