@@ -14,9 +14,9 @@ from utils.images import MOST_NAMED
 from utils.report import records
 from utils.report.figures import COLORS, Manifests, RadarLine, close_looks, contact_sheets, draw_radar, training_curves
 from utils.report.records import Row, Sidecar, is_file
-from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Cell, Model, as_cell, averages, make_tables
+from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Model, as_cell, averages, make_tables
 from utils.report.verdicts import headline
-from utils.storage import atomic_write, read_json, readable, require_writable, write_page
+from utils.storage import read_json, require_writable, write_page
 
 SEED_SUFFIX = re.compile(r"[-_]seed\d+$")
 LEGEND = (
@@ -68,8 +68,8 @@ def write_report(
         drawn = (out / "radar.svg").read_text(encoding="utf-8")
         page["radar"] = drawn[drawn.index("<svg") :]
         written += [out / "radar.svg", out / "radar.png"]
-    write_page(out / "report.html", "report/report.html.j2", **page)
-    atomic_write(out / "report.md", readable(render_markdown(page)).encode())
+    for path in written[:2]:
+        write_page(path, f"report/{path.name}.j2", **page)
     return written
 
 
@@ -201,47 +201,3 @@ def radar_note(axes: Sequence[str], models: Sequence[Model]) -> str:
     if len(models) > MOST_NAMED:
         note += f" Of {len(models)} models the first {MOST_NAMED} are drawn."
     return note
-
-
-# ===== rendering =====
-
-
-def render_markdown(page: dict) -> str:
-    """The same tables for a terminal or a repository; pictures stay in the HTML file and in radar.png."""
-    lines = [f"# {page['title']}", "", *(f"{sentence}\n" for sentence in page["headline"])]
-    lines += ["![radar plot](radar.png)", ""] * bool(page["radar"]) + [page["radar_note"], ""]
-    for made in page["tables"]:
-        rows = [
-            [row["model"].name, *row["facts"], *map(markdown_cell, row["cells"], row["differences"], row["sizes"])]
-            for row in made["rows"]
-        ]
-        lines += markdown_table(made["title"], ["model", *made["facts"], *made["columns"]], rows)
-        lines += [f"{made['note']}.", ""] * bool(made["note"])
-    lines += [LEGEND, ""]
-    for look in page["looks"]:
-        rows = [
-            [row["name"], row["n"], *("" if value is None else f"{value:.1f}" for value in row["top1"])]
-            for row in look["classes"]
-        ]
-        heads = ["class", "n", *(model["name"] for model in look["models"])]
-        lines += markdown_table(f"Per class: {look['dataset']}", heads, rows)
-    lines += ["## How this was made", "", *(f"    {command}" for command in page["commands"]), ""]
-    lines += [f"- {name}: {value}" for name, value in page["versions"].items()] or [NOTHING_RECORDED]
-    return "\n".join(lines) + "\n"
-
-
-def markdown_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """The lines of a table under its title."""
-    cells = (
-        [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
-        for row in [heads, ["---"] * len(heads), *rows]
-    )
-    return [f"## {title}", "", *(f"| {' | '.join(row)} |" for row in cells), ""]
-
-
-def markdown_cell(cell: Cell | None, difference: str, size: str) -> str:
-    """All that a table says of one number, in one line."""
-    if cell is None:
-        return ""
-    text = f"{cell} ({cell.interval})" if cell.interval else str(cell)
-    return "; ".join(part for part in (text, difference, size) if part)
