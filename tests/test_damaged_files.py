@@ -116,6 +116,8 @@ FILES = {
     "sd/shards/*.tar": ("pack",),
     "sd/shards/*-*.json": ("pack",),
     "sd/shards/index.json": ("pack",),
+    "sd/shards/README.md": ("pack",),
+    "sd/shards/SHA256SUMS": ("pack",),
     "run/args.json": ("train", "evaluate", "report"),
     "run/log.jsonl": ("train", "report"),
     "run/checkpoint.pth": ("train",),

@@ -121,6 +121,7 @@ CLOCK = {
     "sessions.jsonl",
     "log.jsonl",
     "dataset.json",
+    "SHA256SUMS",  # of dataset.json too, which holds seconds
     "args.json",
     "checkpoint_previous.pth",
     "checkpoint.pth",

@@ -307,11 +307,16 @@ def test_shards_of_an_earlier_packing_go_and_others_stay(out, monkeypatch):
     monkeypatch.setattr("utils.dataset.shards.IMAGES_A_SHARD", 100)
     look(out, "--pack")
     assert sorted(os.listdir(out / "shards")) == [
+        "README.md",
+        "SHA256SUMS",
         "cats-000000.json",
         "cats-000000.tar",
+        "croissant.json",
+        "dataset.json",
         "index.json",
         "mine-000007.tar",
     ]
+    assert "mine" not in (out / "shards/README.md").read_text() + (out / "shards/SHA256SUMS").read_text()
     with tarfile.open(out / "shards/cats-000000.tar") as tar:
         assert len(tar.getnames()) == 36
 

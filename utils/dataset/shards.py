@@ -3,7 +3,7 @@
 A sample is three members of the same stem: <id>_<index>.jpg, .json (id, label, prompt, seed, ...) and .cls, the
 label. Samples are spread over the shards by the hash of their file, so that a shard read from its start is a random mix
 of classes. The same dataset gives the same bytes; a shard that is there is kept if it has the hash that lies beside it,
-else made again. Imports no torch.
+else made again. A card makes the folder one to upload, see card.py. Imports no torch.
 """
 
 import glob
@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.cli import UserError
+from utils.dataset.card import withdraw_card, write_card
 from utils.dataset.folder import Dataset
 from utils.images import MOST_BYTES
 from utils.storage import atomic_path, read_json, read_regular, remove_leftovers, sha256_bytes, sha256_file, write_json
@@ -42,19 +43,22 @@ def write_shards(dataset: Dataset) -> str:
     target.mkdir(exist_ok=True)
     remove_leftovers(target)
     index, written = [], 0
+    found = target.glob(f"{glob.escape(name)}-[0-9][0-9][0-9][0-9][0-9][0-9].tar")
+    for path in [path for path in found if int(path.stem[-6:]) >= len(parts)]:
+        withdraw_card(target)  # of an earlier packing: train.py would read it too
+        path.with_suffix(".json").unlink(missing_ok=True)
+        path.unlink()
     for number, part in enumerate(tqdm(parts, unit="shard", desc="pack")):
         path = target / f"{name}-{number:06d}.tar"
         note = {"file": path.name, "images": len(part), "samples": sha256_bytes(json.dumps(part).encode())}
         if not is_as_written(path, note):
+            withdraw_card(target)
             write_shard(dataset, path, part)
             written += 1
             write_json(path.with_suffix(".json"), note | {"sha256": sha256_file(path)})
         index.append(read_json(path.with_suffix(".json")))
-    for path in target.glob(f"{glob.escape(name)}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
-        if int(path.stem[-6:]) >= len(parts):  # of an earlier packing: train.py would read it too
-            path.with_suffix(".json").unlink(missing_ok=True)
-            path.unlink()
     write_json(target / "index.json", {"images": len(samples), "shards": index})
+    write_card(dataset, index, ids)
     return f"{target}: {len(samples)} images in {len(parts)} shards; {written} written now, the others were whole"
 
 
