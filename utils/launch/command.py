@@ -38,19 +38,32 @@ OWN_SBATCH_KEYS = {"array", "output", "error", "signal", "requeue", "open-mode",
 
 @dataclass(frozen=True)
 class Stage:
-    """One checked command: ARGS are the launcher's options for it, MODE how its script runs (cli.Launch.runs_as)."""
+    """One checked command: ARGS are the launcher's options for it, MODE how its script runs (cli.Launch.runs_as).
+
+    On SLURM it waits for the stages with the numbers AFTER, else for the one before; EACH are commands of its own kind
+    that know nothing of each other, the elements of an array in COMMAND's place.
+    """
 
     name: str
     args: argparse.Namespace
     command: tuple[str, ...]
     mode: str
     out: str | Path | None  # the folder that it writes
+    after: tuple[int, ...] | None = None
+    each: tuple[tuple[str, ...], ...] = ()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The launcher's options; the script and its own options end up in `command`, unread."""
     parser = make_parser(__doc__)
     parser.prog = "python -m utils.launch"
+    add_options(parser)
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="script.py and its options [--then ...]")
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add those that say where and how; a study takes them too."""
     add = parser.add_argument
     add("--launcher", choices=("inline", "local", "slurm"), default="inline", help="where to run")
     add("--site", type=any_path, metavar="FILE.toml", help="a cluster's options (docs/cluster.md)")
@@ -83,9 +96,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--apptainer", metavar="IMAGE.sif", help="run in this image through Apptainer")
     add("--setup", **several, metavar="LINE", help="shell line that the job begins with")
     add("--sbatch", **several, type=key_value, metavar="KEY=VALUE", help="any further option of sbatch")
-
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="script.py and its options [--then ...]")
-    return parser
 
 
 def key_value(text: str) -> tuple[str, str]:

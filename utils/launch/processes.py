@@ -73,17 +73,18 @@ class Process:
             for line in map(last_state, lines):
                 self.tail.append(line)
                 if not bar or line != bar:  # not the end of a bar that stands there already
-                    self._print(line)
+                    self.show(line)
                 bar = ""
             if b"\r" in rest and (state := last_state(rest)) and time.monotonic() >= bar_at + PROGRESS_S:
                 bar, bar_at = state, time.monotonic()
-                self._print(bar)
+                self.show(bar)
             rest = rest[rest.rfind(b"\r", 0, -1) + 1 :]
         if (line := last_state(rest)) and line != bar:  # a process that was killed ends no line
             self.tail.append(line)
-            self._print(line)
+            self.show(line)
 
-    def _print(self, line: str) -> None:
+    def show(self, line: str) -> None:
+        """Tell a LINE that the process printed."""
         print(f"[{self.label}] {line}", flush=True)
 
 

@@ -166,7 +166,8 @@ def run_on_slurm(stages: Sequence[Stage]) -> int:
     record = []
     try:
         for stage, tasks, options in planned:
-            after = jobs[-1:] or stage.args.after
+            after = jobs[-1:] if stage.after is None else [jobs[number] for number in stage.after]
+            after = after or stage.args.after
             jobs.append(submit(stage.args, tasks, folder, stage.name, after))
             record.append({"name": stage.name, "job": jobs[-1], "elements": [task.describe() for task in tasks]})
             size = f", {len(tasks)} elements, {stage.args.array_parallelism} at once" if len(tasks) > 1 else ""
@@ -195,6 +196,8 @@ def tasks_of(stage: Stage, array_size: int = sys.maxsize) -> list[Task]:
     An element has a chunk a process, or as many for each as it takes to fit into the array. Without --chunks there is
     one job with a chunk a process, as on this machine.
     """
+    if stage.each:
+        return [Task(command) for command in stage.each]
     count, at_once = stage.args.chunks or stage.args.processes, stage.args.processes
     if stage.mode == "chunks" and count > 1:
         size = at_once * math.ceil(count / at_once / array_size)

@@ -1,0 +1,271 @@
+"""A study's page: the answer, then curves, exchange rates, prompts, mixes, diversity and cost; HTML, Markdown, CSV.
+
+No number stands without its interval. A section is a figure, a table and a note, so that the three files say the same.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.cli import command_line
+from utils.machine import snapshot
+from utils.report.page import markdown_table
+from utils.storage import atomic_write, read_regular, readable, write_page
+from utils.study import answers
+from utils.study.answers import images, labels, percent
+from utils.study.figures import Series, colors_of, draw
+from utils.study.findings import Findings, read_findings, recipe_of
+from utils.study.plan import Plan
+from utils.study.spec import MOST_BYTES, parser_of
+
+Text = str | tuple[str, str]  # of a cell: what it says, and small below it
+
+
+@dataclass
+class Section:
+    """A part of the page; without rows or a figure it is left out."""
+
+    title: str
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[Text]] = ()
+    note: str = ""
+    figure: str = ""
+    caption: str = ""
+
+
+def write_study(plan: Plan) -> list[Path]:
+    """Write study.html, study.md and study.csv of what is done into the study's folder; [] before anything is."""
+    found = read_findings(plan)
+    if not found:
+        print("study: no point is done yet, so there is no page")
+        return []
+    first = next(iter(found.values()))
+    sections: list[Section] = []
+    for one in found.values():
+        sections += [scaling(one), exchange(one), addition(one)]
+    sections += [prompts(first), mixing(first), diversity(first), cost(first)]
+    missing = len(plan.points) - sum(len(one.errors) for one in first.measured.values())
+    file = read_regular(plan.study.path, MOST_BYTES).decode()
+    here = snapshot()
+    packages = here.get("packages") or {}
+    page = {
+        "title": plan.study.title,
+        "answer": answers.answer(first) + [f"{missing} of {len(plan.points)} runs are not done yet."] * bool(missing),
+        "sections": [section for section in sections if section.rows or section.figure],
+        "notes": answers.notes(first),
+        "command": command_line().replace("__main__.py", "-m utils.study"),
+        "file": file,
+        "versions": {name: version for name, version in packages.items() if version},
+    }
+    out = plan.out
+    write_page(out / "study.html", "study/study.html.j2", **page)
+    atomic_write(out / "study.md", readable(as_markdown(page)).encode())
+    atomic_write(out / "study.csv", as_csv(found.values()).encode())
+    return [out / "study.html", out / "study.md", out / "study.csv"]
+
+
+def as_markdown(page: dict) -> str:
+    """The same sentences and tables; figures stay in the HTML file."""
+    lines = [f"# {page['title']}", "", *(f"{sentence}\n" for sentence in page["answer"])]
+    for section in page["sections"]:
+        cells = [[text if isinstance(text, str) else _one_line(text) for text in row] for row in section.rows]
+        lines += markdown_table(section.title, section.columns, cells) if cells else [f"## {section.title}", ""]
+        lines += [section.note, ""] * bool(section.note)
+    lines += ["## How to read the numbers", "", *(f"- {note}" for note in page["notes"]), ""]
+    lines += ["## How this was made", "", f"    {page['command']}", ""]
+    lines += [f"- {name}: {version}" for name, version in page["versions"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _one_line(text: tuple[str, str]) -> str:
+    return f"{text[0]} ({text[1]})" if text[1] else text[0]
+
+
+def as_csv(found: Iterable[Findings]) -> str:
+    """A line a training set and test: what it is, what it reached, each seed's number."""
+    buffer = io.StringIO()
+    lines = csv.writer(buffer, lineterminator="\n")
+    head = ["test", "group", "images_per_class", "size", "share", "first", "seeds", "top1", "low", "high", "std"]
+    lines.writerow([*head, "published", "top1_of_seeds"])
+    for one in found:
+        for title, point in one.of.items():
+            cell, measured = one.cell(title), one.measured[title]
+            row = [one.test, point.group, f"{measured.size:g}", point.size, point.share, point.first, cell.seeds]
+            numbers = [f"{value:.3f}" for value in (cell.value, cell.low, cell.high)]
+            spread = "" if cell.spread is None else f"{cell.spread:.3f}"
+            singles = " ".join(f"{100 * (1 - error):.3f}" for error in measured.errors)
+            lines.writerow([*row, *numbers, spread, published(one, title), singles])
+    return buffer.getvalue()
+
+
+def published(one: Findings, title: str) -> str:
+    """The published top-1 that the study file gives for a training set; "" where it gives none."""
+    row = one.plan.study.rows.get(one.of[title].group)
+    first = one.test == one.plan.study.judged[0]
+    value = row.published.get(str(one.of[title].size)) if row and first else None
+    return "" if value is None else f"{value:g}"
+
+
+# ===== sections =====
+
+
+def scaling(one: Findings) -> Section:
+    """Accuracy against images a class, with the fitted curves."""
+    study, names = one.plan.study, labels(one)
+    colors = colors_of(list(study.rows), study.reference)
+    series, rows = list[Series](), list[list[Text]]()
+    known = any(published(one, title) for title in one.of)
+    for row in study.rows:
+        values = []
+        for title in one.titles(row):
+            cell, size = one.cell(title), one.measured[title].size
+            values.append((size, cell.value, cell.low, cell.high))
+            its: list[Text] = [names[row], f"{size:,.0f}", f"{cell.seeds}", (str(cell), cell.interval)]
+            rows.append(its + [published(one, title)] * known)
+        if values:
+            curve = one.curves.get(row)
+            line = (lambda x, fitted=curve[0]: 100 * (1 - fitted.error(x))) if curve else None
+            series.append(Series(names[row], colors[row][0], values, line, marker=colors[row][1]))
+    figure = draw(series, "images a class (logarithmic)", f"top-1 on {one.test} (%)", log=True) if series else ""
+    caption = (
+        "Bars: 95 % intervals over seeds and test images. Lines: err(n) = e0 + a n^-b where a row has three sizes."
+    )
+    columns = ["trained on", "images a class", "seeds", f"top-1 on {one.test}, %"] + ["published"] * known
+    return Section(f"Accuracy by number of images: {one.test}", columns, rows, figure=figure, caption=caption)
+
+
+def exchange(one: Findings) -> Section:
+    """Where each curve ends, and how many images of a row replace those of the reference."""
+    names = labels(one)
+    sizes = sorted({size for matches in one.matches.values() for size in matches})
+    rows: list[list[Text]] = []
+    for row, (curve, resamples) in one.curves.items():
+        floor, exponent = percent(1 - curve.e0, 1 - resamples.e0), answers.between(curve.b, resamples.b, ".2f")
+        rates: list[Text] = []
+        for size in sizes:
+            match = one.matches.get(row, {}).get(size)
+            rates.append("1 by definition" if match is None else answers.rate(match, one, row))
+        rows.append([names[row], floor, exponent, *rates])
+    columns = ["trained on", "curve ends at, %", "exponent b"]
+    columns += [
+        f"for one of {size:,.0f} real" if one.reference == "real" else f"for one of {size:,.0f}" for size in sizes
+    ]
+    note = (
+        f"Images of a row that replace one image of “{names[one.reference]}”, at the number of those in the column's "
+        "head, by the fitted curves; below it the images a class this needs. “None”: the row's curve ends below that "
+        "accuracy. ° beyond the sizes that were measured, so an extrapolation."
+    )
+    return Section(f"Exchange rate: {one.test}", columns, rows, note if rows else "")
+
+
+def addition(one: Findings) -> Section:
+    """What images added to real ones are worth in real ones."""
+    names = labels(one)
+    rows: list[list[Text]] = []
+    for mix in one.plan.study.mixes:
+        for title in one.titles(mix):
+            if match := one.worth(title):
+                point, cell = one.of[title], one.cell(title)
+                rate = "nothing" if math.isinf(match.rate) else images(match.rate, 1)
+                span = f"{images(match.rate_low, 1)} to {images(match.rate_high, 1)}"
+                kinds = f"{point.first:,} + {match.needed:,.0f}"
+                rows.append([names[mix], kinds, (str(cell), cell.interval), (rate, span)])
+    columns = ["mix", "images a class", f"top-1 on {one.test}, %", "added images worth one of the first"]
+    return Section(f"Images added to others: {one.test}", columns, rows)
+
+
+def prompts(one: Findings) -> Section:
+    """The paper's table: prompts by guidance, at the number of images that most drawn rows have."""
+    study = one.plan.study
+    defaults = parser_of("generate").parse_args([])
+    drawn = {}
+    for name, row in study.rows.items():
+        if row.generate is not None:
+            options = study.generate | row.generate
+            guidance = recipe_of(one.plan, name).get("guidance_scale") or options.get("guidance_scale") or 2.0
+            drawn[name] = str(options.get("prompt", defaults.prompt)), float(guidance)
+    counts: dict[int, int] = {}
+    for name in drawn:
+        for title in one.titles(name):
+            counts[one.of[title].size] = counts.get(one.of[title].size, 0) + 1
+    if not counts or len({*drawn.values()}) < 2:
+        return Section("")
+    size = max(counts, key=lambda n: (counts[n], n))
+    cells: dict[tuple[str, float], Text] = {}
+    for name, place in drawn.items():
+        for title in one.titles(name):
+            if one.of[title].size == size:
+                cells.setdefault(place, (str(one.cell(title)), one.cell(title).interval))
+    scales = sorted({guidance for _, guidance in cells})
+    rows = [[prompt, *(cells.get((prompt, g), "") for g in scales)] for prompt in dict.fromkeys(p for p, _ in cells)]
+    columns = ["prompt", *(f"guidance {scale:g}" for scale in scales)]
+    return Section(f"Prompts and guidance: {one.test}, {size:,} images a class", columns, rows)
+
+
+def mixing(one: Findings) -> Section:
+    """Accuracy by the second row's share of every epoch, between the two rows alone."""
+    study, names, rows, series = one.plan.study, labels(one), list[list[Text]](), []
+    for place, (name, mix) in enumerate(study.mixes.items()):
+        for size in sorted({one.of[title].size for title in one.titles(name)} if mix.shares else ()):
+            ends = [(share, f"{row}-n{size}") for share, row in zip((0.0, 1.0), mix.rows, strict=True)]
+            inner = [(one.of[title].share or 0, title) for title in one.titles(name) if one.of[title].size == size]
+            values = []
+            for share, title in sorted([*(end for end in ends if end[1] in one.of), *inner]):
+                cell = one.cell(title)
+                values.append((100 * share, cell.value, cell.low, cell.high))
+                rows.append([names[name], f"{size:,}", f"{share:.0%}", (str(cell), cell.interval)])
+            color = list(colors_of([*study.mixes], "").values())[1 + place]
+            series.append(Series(f"{names[name]}, {size:,} a class", color[0], values, joined=True, marker=color[1]))
+    figure = (
+        draw(series, "share of the second row in every epoch (%)", f"top-1 on {one.test} (%)", False) if series else ""
+    )
+    columns = ["mix", "images a class of each", "share of the second", f"top-1 on {one.test}, %"]
+    return Section("Mixing", columns, rows, figure=figure, caption="Bars: 95 % intervals." if series else "")
+
+
+def diversity(one: Findings) -> Section:
+    """Accuracy against what evaluate.py --dataset-report measured of each dataset."""
+    study, names = one.plan.study, labels(one)
+    colors = colors_of(list(study.rows), study.reference)
+    series, rows = list[Series](), list[list[Text]]()
+    for name in study.rows:
+        totals, titles = answers.quality(one.plan, name), one.titles(name)
+        if totals and titles:
+            cell, size = one.cell(titles[-1]), one.of[titles[-1]].size
+            measures = [f"{totals[key]:.1f}" if key in totals else "" for key in ("coverage", "density")]
+            rows.append([names[name], f"{totals['images']:,}", *measures, f"{size:,}", (str(cell), cell.interval)])
+            if "coverage" in totals:
+                values = [(totals["coverage"], cell.value, cell.low, cell.high)]
+                series.append(Series(names[name], colors[name][0], values, marker=colors[name][1]))
+    figure = draw(series, "coverage of real test images (%)", f"top-1 on {one.test} (%)", log=False) if series else ""
+    columns = ["dataset", "images measured", "coverage, %", "density, %", "images a class", f"top-1 on {one.test}, %"]
+    note = "Coverage and density (Naeem et al., 2020) depend on the number of images: compare rows of equal numbers."
+    return Section("Accuracy and diversity", columns, rows, note, figure, "Each row at its largest size.")
+
+
+def cost(one: Findings) -> Section:
+    """Hours of drawing and training, and what the last point of accuracy cost."""
+    names, rows = labels(one), list[list[Text]]()
+    for name in one.plan.study.rows:
+        before = ""
+        for title in one.titles(name):
+            drawing, training = answers.hours(one, title)
+            last: Text = ""
+            if before:
+                more = drawing + training - sum(answers.hours(one, before))
+                gain, low, high = one.difference(title, before)
+                last = "no gain shown"
+                if low > 0:
+                    last = f"{60 * more / gain:.2g}", f"{60 * more / high:.2g} to {60 * more / low:.2g}"
+            size = f"{one.measured[title].size:,.0f}"
+            rows.append([names[name], size, f"{60 * drawing:.3g}", f"{60 * training:.3g}", last])
+            before = title
+    columns = ["trained on", "images a class", "drawing, device min", "a training, device min", "min a further point"]
+    note = (
+        "Device minutes as measured; of real images only training is counted. Last column: minutes from the size above "
+        "for a point of top-1, with the interval that the gain's gives."
+    )
+    return Section("What a point of accuracy costs", columns, rows, note)

@@ -1,0 +1,348 @@
+"""From a study to plain commands: which datasets to draw, which points to train and judge, and what all of it costs.
+
+A point's folder is named after what its numbers depend on, so a study that was changed finds what still holds and
+leaves alone what does not. A point's state is read from its folder: nothing else remembers it.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from utils.classes import load_classes
+from utils.evaluation.results import Row as Result
+from utils.images import list_image_folder
+from utils.storage import read_json, read_jsonl
+from utils.study.spec import Mix, Row, Study, asked, checked, script, sizes_of, words_of
+
+# Options that say where and how fast, not what: a point that was trained with others still holds.
+MACHINE = {"device", "workers", "batch_per_device", "log_every", "checkpoint_minutes", "max_bad_images", "val",
+           "val_every", "no_leak_check"}  # fmt: skip
+MOST_UNEVEN = 0.1  # of the steps asked for: epochs are whole
+
+
+class Trained(msgspec.Struct):
+    """What a run's args.json says of its end."""
+
+    weights_sha256: str = ""
+
+
+@dataclass
+class Dataset:
+    """A row's images: COUNTS by class; of a drawn one the words of generate.py that draw them."""
+
+    name: str
+    folder: Path
+    counts: dict[str, int]
+    words: tuple[str, ...] = ()
+    plan: str = ""  # what `generate.py --dry-run` says
+
+    def images(self, size: int) -> int:
+        """How many the first SIZE of each class are."""
+        return sum(min(size, count) for count in self.counts.values())
+
+    @property
+    def drawn(self) -> bool:
+        """Whether all of its images are there; of a folder nothing is drawn."""
+        if not self.words:
+            return True
+        try:
+            counts = read_json(self.folder / "dataset.json").get("counts") or {}
+        except Exception:  # missing, or being written: drawing tells
+            return False
+        return counts.get("images", 0) >= sum(self.counts.values())
+
+
+@dataclass
+class Point:
+    """One training set of a row or mix with one seed: the commands that train and judge it, and its folder."""
+
+    group: str  # the row or mix
+    title: str  # of all its seeds: "g2-n100"
+    size: int  # images a class: of a row; of a mix's shares, each of its rows; of its added images, those
+    share: float | None  # of a mix: the second row's weight
+    first: int | None  # of a mix: images a class of the first row
+    seed: int
+    rows: tuple[str, ...]
+    folder: Path
+    judged: Path  # where its results are
+    train: tuple[str, ...]
+    evaluate: tuple[str, ...]
+    images: int  # in all
+    seen: int  # by training
+
+    @property
+    def name(self) -> str:
+        """As its model is called."""
+        return f"{self.title}-seed{self.seed}"
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The launcher's: train, then judge, on all GPUs that it is given."""
+        run = ("-m", "utils.launch", "--launcher", "local")
+        return (*run, "train.py", *self.train, "--then", "evaluate.py", *self.evaluate)
+
+    @property
+    def trained(self) -> str:
+        """The sha256 of its weights; "" before they are there."""
+        path = self.folder / "args.json"
+        return read_json(path, Trained).weights_sha256 if path.is_file() else ""
+
+    def results(self) -> list[Result]:
+        """The top-1 of its weights, one a test that has been judged."""
+        path = self.judged / "results.jsonl"
+        if not path.is_file() or not (weights := self.trained):
+            return []
+        found = [row for row in read_jsonl(path, Result) if row.metric == "top1" and row.checkpoint_sha256 == weights]
+        return list({row.dataset: row for row in found}.values())
+
+    def state(self, tests: Sequence[str]) -> str:
+        """ "done", "trained", "begun" or "to do"."""
+        if {row.dataset for row in self.results()} >= {*tests}:
+            return "done"
+        return "trained" if self.trained else "begun" if (self.folder / "args.json").is_file() else "to do"
+
+
+@dataclass
+class Plan:
+    """All that a study asks for."""
+
+    study: Study
+    datasets: dict[str, Dataset]
+    points: list[Point] = field(default_factory=list)
+
+    @cached_property
+    def out(self) -> Path:
+        """The study's folder."""
+        return Path(self.study.out)
+
+    def stale(self) -> list[Path]:
+        """Folders of points, and of results, that an earlier form of the study left: they no longer hold."""
+        wanted = {point.folder for point in self.points} | {point.judged for point in self.points}
+        found = [*(self.out / "points").glob("*-seed*-*"), *(self.out / "points").glob("*-seed*-*/judged-*")]
+        return sorted(path for path in found if path not in wanted and path.is_dir())
+
+
+def make_plan(study: Study) -> Plan:
+    """Expand STUDY; UserError for options that a script refuses, and for what its folders cannot give."""
+    most = {name: 0 for name in study.rows}
+    for name, row in study.rows.items():
+        most[name] = max(most[name], *sizes_of(study, row))
+    for mix in study.mixes.values():
+        for place, name in enumerate(mix.rows):
+            most[name] = max(most[name], (mix.first or 0) if place == 0 and mix.first else max(sizes_of(study, mix)))
+    plan = Plan(study, {name: find_images(study, name, row, most[name]) for name, row in study.rows.items()})
+    evaluate = words_of(study, "evaluate", study.evaluate, "[evaluate]")
+    evaluate += [f"--test={name}={folder}" for name, folder in study.tests.items()]
+    evaluate += ["--datasets", *study.datasets] if study.datasets else []
+    checked(study, "[evaluate]", "evaluate", evaluate)
+    for name, folder in study.tests.items():
+        if not Path(folder).is_dir():
+            raise study.wrong(f"[tests] {name}", f"no folder {folder}; expected {folder}/<class id>/<images>")
+    base = words_of(study, "train", study.train, "[train]")
+    given = checked(study, "[train]", "train", ["--data=x", *base])
+    recipe = asked(study, "[train]", lambda: script("train")["make_recipe"](given))
+    for group, part in {**study.rows, **study.mixes}.items():
+        for parts, facts in sets_of(study, group, part):
+            for seed in dict.fromkeys(part.seeds or study.seeds):
+                plan.points.append(make_point(plan, group, parts, facts, seed, base, evaluate, recipe))
+    return plan
+
+
+def sets_of(study: Study, group: str, part: Row | Mix) -> Iterator[tuple[list[tuple[str, int, float]], dict]]:
+    """([(row, first images a class, weight), ...], facts) of each training set of a row or mix."""
+    for size in sizes_of(study, part):
+        if isinstance(part, Row):
+            yield [(group, size, 1.0)], {"title": f"{group}-n{size}", "size": size}
+            continue
+        one, other = part.rows
+        if part.first:
+            facts = {"title": f"{group}-n{part.first}+{size}", "size": size, "first": part.first}
+            yield [(one, part.first, part.first), (other, size, size)], facts  # as weights: all equally often
+        for share in part.shares or ():
+            facts = {"title": f"{group}-n{size}-share{share:g}", "size": size, "share": share}
+            yield [(one, size, round(1 - share, 9)), (other, size, share)], facts
+
+
+def make_point(
+    plan: Plan, group: str, parts: list, facts: dict, seed: int, base: list[str], evaluate: list[str], recipe: dict
+) -> Point:
+    """One point; its folder carries a hash of what its weights depend on, its results' folder of what they do."""
+    study = plan.study
+    images = sum(plan.datasets[row].images(size) for row, size, _ in parts)
+    epochs, train = int(recipe["epochs"]), list(base)
+    if study.steps:
+        a_epoch = images // recipe["batch_size"]
+        epochs = max(1, round(study.steps / max(1, a_epoch)))
+        if a_epoch and abs(epochs * a_epoch / study.steps - 1) > MOST_UNEVEN:
+            why = f"{study.steps} are no whole number of epochs of {facts['title']}, which has {a_epoch} steps in one"
+            raise study.wrong("steps", f"{why}; choose a multiple of it, or a larger number")
+        warmup = recipe["warmup_epochs"] * epochs / recipe["epochs"]  # the same share of every run
+        train += [f"--epochs={epochs}", f"--set=warmup_epochs={warmup:.6g}"]
+    if images < recipe["batch_size"]:
+        few = f"{facts['title']} has {images} images, fewer than a batch of {recipe['batch_size']}"
+        raise study.wrong("sizes", f"{few}; give more, or a smaller [train] batch_size")
+    data = [f"--data={plan.datasets[row].folder}:{weight:g}" for row, _, weight in parts]
+    limits = ",".join(str(size) for _, size, _ in parts)
+    train += [*data, f"--images-per-class={limits}", f"--seed={seed}", f"--name={group}"]
+    own = {key: value for key, value in study.train.items() if key not in MACHINE}
+    words = [plan.datasets[row].words for row, _, _ in parts]
+    drawn = [[word for word in its if word.partition("=")[0] not in DRAWN_WHERE] for its in words]
+    judged = {key: value for key, value in study.evaluate.items() if key not in MACHINE | {"batch_size"}}
+    title = facts["title"]
+    folder = plan.out / "points" / f"{title}-seed{seed}-{_digest([own, epochs, data, limits, seed, drawn])}"
+    results = folder / f"judged-{_digest([judged, study.tests, study.datasets])}"
+    return Point(
+        group=group,
+        title=title,
+        size=facts["size"],
+        share=facts.get("share"),
+        first=facts.get("first"),
+        seed=seed,
+        rows=tuple(row for row, _, _ in parts),
+        folder=folder,
+        judged=results,
+        train=(*train, f"--out={folder}"),
+        evaluate=(f"--checkpoint={title}-seed{seed}={folder}", *evaluate, f"--out={results}"),
+        images=images,
+        seen=epochs * images,
+    )
+
+
+# Words of generate.py that may change without the images of a point changing: a set grows, image k stays image k.
+DRAWN_WHERE = {"--images-per-class", "--out", "--device", "--rate"}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+# ===== where images come from =====
+
+
+def find_images(study: Study, name: str, row: Row, most: int) -> Dataset:
+    """The row's dataset: the folder's images, which must reach MOST a class, or what generate.py would draw."""
+    if row.generate is not None:
+        return _to_draw(study, name, row, most)
+    place, folder = f"[rows.{name}] folder", Path(row.folder).expanduser()
+    classes = study.train.get("classes")
+    wanted = asked(study, "[train] classes", lambda: load_classes(classes).ids) if classes else None
+    root = folder / "train" if (folder / "train").is_dir() else folder
+    if wanted and not (folder / "train").is_dir() and [*folder.glob("*.tar"), *folder.glob("shards/*.tar")]:
+        return Dataset(name, folder, dict.fromkeys(wanted, most))  # train.py counts what shards hold
+    ids, samples = asked(study, place, lambda: list_image_folder(root, "folder"))
+    counts = dict.fromkeys(ids, 0)
+    for _, label in samples:
+        counts[ids[label]] += 1
+    if wanted:
+        if missing := [one for one in wanted if one not in counts]:
+            raise study.wrong(place, f"{root} has no class folder {missing[0]}, which [train] classes names")
+        counts = {one: counts[one] for one in wanted}
+    if most > max(counts.values()):
+        raise study.wrong(f"[rows.{name}] sizes", f"{most} a class, but {root} holds at most {max(counts.values())}")
+    return Dataset(name, folder, counts)
+
+
+def _to_draw(study: Study, name: str, row: Row, most: int) -> Dataset:
+    """What generate.py would draw; its own dry run refuses bad options, and a folder that was drawn with others."""
+    place, out = f"[rows.{name}] generate", Path(study.data) / name
+    words = words_of(study, "generate", study.generate | (row.generate or {}), place)
+    args = checked(study, place, "generate", words)
+    table = asked(study, place, lambda: load_classes(args.classes))
+    if (out / "dataset.json").is_file():  # a set grows and never shrinks
+        recorded = read_json(out / "dataset.json").get("recipe", {}).get("images_per_class")
+        most = max(most, recorded) if isinstance(recorded, int) else most
+    words += [f"--images-per-class={most}", f"--out={out}"]
+    args = checked(study, place, "generate", words)
+    args.dry_run, args.rate = True, args.rate or 1.0  # a given rate is not measured, which would take seconds
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        asked(study, f"{place} ({out})", lambda: script("generate")["main"](args))
+    return Dataset(name, out, dict.fromkeys(table.ids, most), tuple(words), said.getvalue())
+
+
+# ===== the quality of datasets =====
+
+
+def quality_of(plan: Plan, row: str) -> tuple[Path, tuple[str, ...]] | None:
+    """(folder, evaluate.py's words) of the look at a row's dataset through the reference's largest network.
+
+    The real images that it must cover are the first test's, which no row was trained on. None where the study wants no
+    such look, or has no test folder.
+    """
+    study = plan.study
+    if not study.quality or not study.tests:
+        return None
+    size = max(sizes_of(study, study.rows[study.reference]))
+    judge = next(point for point in plan.points if point.group == study.reference and point.size == size)
+    dataset, (real, *_) = plan.datasets[row], study.tests.values()
+    digest = _digest([judge.folder.name, dataset.words, sum(dataset.counts.values()), real])
+    folder = plan.out / "quality" / f"{row}-{digest}"
+    kept = {"device", "dtype", "interpolation", "batch_size", "workers"}
+    options = {key: value for key, value in study.evaluate.items() if key in kept}
+    words = [f"--dataset-report={dataset.folder}", f"--real={real}", f"--checkpoint={judge.folder}", f"--out={folder}"]
+    return folder, (*words, *words_of(study, "evaluate", options, "[evaluate]"))
+
+
+# ===== what it costs =====
+
+
+def show(plan: Plan) -> None:
+    """The commands, and what they cost: --dry-run."""
+    for dataset in plan.datasets.values():
+        if dataset.words:
+            print(shlex.join(("python", "generate.py", *dataset.words)))
+    for point in plan.points:
+        print(shlex.join(("python", *point.command)))
+    print()
+    for line in costs(plan):
+        print(line)
+
+
+def costs(plan: Plan) -> list[str]:
+    """Lines on images, forwards, hours and disk of the whole study, what is done already included."""
+    images = forwards = 0
+    hours, disk, rates = 0.0, 0.0, dict[str, float]()
+    for dataset in filter(lambda one: one.words, plan.datasets.values()):
+        its_images, its_forwards, its_disk = (
+            float(re.findall(pattern, dataset.plan, re.M)[0].replace(",", ""))
+            for pattern in (r"^images: (\S+)", r"an image, (\S+) in all", r"^disk: about (\S+) GB")
+        )
+        images, forwards, disk = images + int(its_images), forwards + int(its_forwards), disk + its_disk
+        model = next((word for word in dataset.words if word.startswith("--model=")), "")
+        if model not in rates:
+            rates[model] = forwards_per_s(plan.study, dataset, its_forwards / its_images)
+        hours += its_forwards / rates[model] / 3600 if rates[model] else math.nan
+    seen, speed = sum(point.seen for point in plan.points), plan.study.images_per_s
+    drawing = "hours not known: give [generate] rate" if math.isnan(hours) else f"{hours:,.2f} device hours"
+    training = f"{seen / speed / 3600:,.2f} device hours" if speed else "hours not known: give images_per_s"
+    return [
+        f"{len(plan.points)} runs on {len({point.title for point in plan.points})} training sets",
+        f"drawing: {images:,} images, {forwards:,} UNet forwards, {disk:,.2f} GB, {drawing}",
+        f"training: {seen:,} images seen, {training}",
+    ]
+
+
+def forwards_per_s(study: Study, dataset: Dataset, an_image: float) -> float:
+    """UNet forwards a second of one device: as the study gives it, else as `generate.py --dry-run` measures it; or 0.
+
+    Measured once a model, with AN_IMAGE forwards an image: other rows differ by their forwards.
+    """
+    args = checked(study, f"[rows.{dataset.name}] generate", "generate", dataset.words)
+    if args.rate:
+        return args.rate * an_image
+    args.dry_run, said = True, io.StringIO()
+    with contextlib.redirect_stdout(said):
+        asked(study, f"[rows.{dataset.name}] generate", lambda: script("generate")["main"](args))
+    found = re.search(r"hours: \S+ at (\S+) images/s", said.getvalue())
+    return float(found[1].replace(",", "")) * an_image if found else 0.0
