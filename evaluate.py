@@ -63,9 +63,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data-root", default="data", help="folder that holds the datasets; see --list-datasets")
-    names = "names or groups (imagenet, small, inat, cog, all); default: those found, or --test's alone"
+    names = "names or groups (imagenet, small, inat, cog, all); default: those found, or your own alone"
     add("--datasets", nargs="+", default=[], metavar="NAME", help=names)
     add("--test", **several, metavar="NAME=DIR", help="a folder DIR/<class id>/<images>; repeatable")
+    pair = "other classes, for a linear probe: DIR/train/<class>/<images> and DIR/test/...; repeatable"
+    add("--transfer", **several, metavar="NAME=DIR", help=pair)
     add("--list-datasets", action="store_true", help="each dataset: what, where from, whether found")
 
     add = parser.add_argument_group("protocol").add_argument
@@ -129,7 +131,7 @@ def main(args: argparse.Namespace) -> int:
     for source in sources:
         if source.unfinished:
             print(f"{source.label}: its training is not finished; {source.path} is judged as it is now", flush=True)
-    chosen = choose(args.datasets, args.test, args.data_root)
+    chosen = choose(args.datasets, args.test, args.data_root, args.transfer)
     test_sets, wrong_copies = read_all(chosen, look_at_images=not args.dry_run)
     if not test_sets:
         raise UserError(f"--data-root {args.data_root}: none of the datasets found there is a right copy, see above")

@@ -1,7 +1,7 @@
 """Rebuild the class tables from WordNet 3.0 and timm's list of ImageNet's synsets.
 
 Reads WordNet's `data.noun` (Debian: apt-get install wordnet-base) and `imagenet_synsets.txt` of the installed timm
-(requirements-dev.in); writes imagenet_1k.tsv and digits.tsv. See prompts/README.md for what each column is.
+(requirements-dev.in); writes imagenet_1k.tsv, digits.tsv and fashion.tsv. See prompts/README.md for the columns.
 
     python prompts/build_tables.py                    # write the tables beside this file
     python prompts/build_tables.py --check            # compare byte for byte, write nothing
@@ -38,6 +38,18 @@ DIGITS = (  # the ten digits as WordNet 3.0 has them, zero to nine
     "n13745086",
     "n13745270",
 )
+FASHION = (  # what Fashion-MNIST's ten labels mean, as WordNet 3.0 has it
+    "n02774152",  # bag
+    "n02872752",  # boot
+    "n03057021",  # coat
+    "n03236735",  # dress
+    "n03472535",  # gym shoe
+    "n03595614",  # jersey, T-shirt
+    "n04021028",  # pullover
+    "n04133789",  # sandal
+    "n04197391",  # shirt
+    "n04489008",  # trouser
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -62,6 +74,7 @@ def main(args: argparse.Namespace) -> int:
         tables = {
             "imagenet_1k.tsv": format_tsv(class_rows(wordnet, wnids)),
             "digits.tsv": format_tsv(class_rows(wordnet, DIGITS)),
+            "fashion.tsv": format_tsv(class_rows(wordnet, FASHION)),
         }
 
     # ===== writing or comparing them =====

@@ -50,6 +50,7 @@ def small_wordnet(tmp_path, monkeypatch):
     synsets = tmp_path / "synsets.txt"
     synsets.write_text(f"{wnids['top']}\n{wnids['saw']}\n")
     monkeypatch.setattr(build_tables, "DIGITS", (wnids["saw"],))
+    monkeypatch.setattr(build_tables, "FASHION", (wnids["saw"],))
     out = tmp_path / "tables"
     out.mkdir()
     return ["--wordnet", wordnet, "--synsets", synsets, "--out", out], wnids, out
@@ -65,7 +66,7 @@ def test_columns_from_wordnet(small_wordnet):
         f"{wnids['top']}\t{names}\thand tool, tool\tspins; on its point\n"
         f"{wnids['saw']}\tsaw\ttoy\tcuts (`rip saw' is one)\n"
     )
-    assert load_classes(out / "digits.tsv").ids == [wnids["saw"]]
+    assert load_classes(out / "fashion.tsv").ids == [wnids["saw"]]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_missing_or_wrong_sources(small_wordnet, tmp_path, capsys):
 def test_shipped_tables_are_as_their_sources_say(tmp_path, capsys):
     assert build("--check") == 0
     assert build("--out", tmp_path) == 0
-    for file in ("imagenet_1k.tsv", "digits.tsv"):
+    for file in ("imagenet_1k.tsv", "digits.tsv", "fashion.tsv"):
         assert (tmp_path / file).read_bytes() == (PROMPTS_DIR / file).read_bytes()
 
 

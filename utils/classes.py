@@ -26,6 +26,7 @@ SHIPPED = {
     "imagenet_100": "imagenet_100",
     "100": "imagenet_100",
     "digits": "digits",
+    "fashion": "fashion",
 }  # what --classes understands without a file -> the table's name
 
 COLUMNS = ("wnid", "name", "hypernym", "definition")
@@ -90,9 +91,9 @@ def format_tsv(rows: Iterable[ClassRow]) -> str:
 def load_classes(spec: str | Path) -> ClassTable:
     """The classes named by SPEC.
 
-    SPEC is a shipped table ("100"/"imagenet_100", "1000"/"1k"/"imagenet_1k", "digits"), a .tsv file, a .txt file
+    SPEC is a shipped table ("100"/"imagenet_100", "1000"/"1k"/"imagenet_1k", "fashion"), a .tsv file, a .txt file
     with one id or name a line, or a comma-separated list of ids or names; the last two select from ImageNet-1K and
-    the digits. UserError for anything unknown, ambiguous or malformed.
+    the demo's clothes. UserError for anything unknown, ambiguous or malformed.
     """
     spec = str(spec).strip()
     if spec in SHIPPED:
@@ -195,7 +196,7 @@ def _shipped(name: str) -> ClassTable:
 
 
 def _select(entries: Sequence[tuple[str, str]]) -> tuple[ClassRow, ...]:
-    """Rows of ImageNet-1K and the digits named by (place, id or name) pairs; the place opens each error."""
+    """Rows of ImageNet-1K and the demo named by (place, id or name) pairs; the place opens each error."""
     by_id, exact, folded = _known_classes()
     chosen: dict[str, tuple[ClassRow, str]] = {}
     for place, entry in entries:
@@ -204,7 +205,7 @@ def _select(entries: Sequence[tuple[str, str]]) -> tuple[ClassRow, ...]:
             near = difflib.get_close_matches(entry, [*by_id, *exact], 3, cutoff=0.6)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "give an id or a name of ImageNet-1K"
             raise UserError(
-                f"{place}: unknown class {entry!r}; {hint} (or imagenet_1k, imagenet_100, digits, a .tsv or .txt file)"
+                f"{place}: unknown class {entry!r}; {hint} (or imagenet_1k, imagenet_100, fashion, a .tsv or .txt file)"
             )
         if len(matches) > 1:
             options = "; ".join(f"{row.wnid} ({row.definition})" for row in matches)
@@ -219,16 +220,20 @@ def _select(entries: Sequence[tuple[str, str]]) -> tuple[ClassRow, ...]:
 @lru_cache(maxsize=1)
 def _known_classes() -> tuple[dict[str, ClassRow], dict[str, list[ClassRow]], dict[str, list[ClassRow]]]:
     """Rows by id; by name; and by name without case, for those who type "samoyed"."""
-    rows = [*_shipped("imagenet_1k").rows, *_shipped("digits").rows]
+    by_id: dict[str, ClassRow] = {}
     exact: dict[str, list[ClassRow]] = {}
     folded: dict[str, list[ClassRow]] = {}
-    for row in rows:
-        names = {row.name, *row.names}
-        for name in names:
-            exact.setdefault(name, []).append(row)
-        for name in {name.casefold() for name in names}:
-            folded.setdefault(name, []).append(row)
-    return {row.wnid: row for row in rows}, exact, folded
+    for table in ("imagenet_1k", "fashion"):
+        taken = set(folded)  # "purse" stays ImageNet's class of that name alone
+        for row in _shipped(table).rows:
+            if by_id.setdefault(row.wnid, row) is not row:
+                continue  # sandals are in both
+            names = {name for name in (row.name, *row.names) if name.casefold() not in taken}
+            for name in names:
+                exact.setdefault(name, []).append(row)
+            for name in {name.casefold() for name in names}:
+                folded.setdefault(name, []).append(row)
+    return by_id, exact, folded
 
 
 # ===== text files that people edit by hand =====

@@ -124,12 +124,14 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_page(path: str | Path, template: str, **values: Any) -> Path:
     """Render TEMPLATE, a file below utils such as "report/report.html.j2", to PATH, atomically; returns PATH.
 
-    Every text is escaped, and a name that the template uses but VALUES lacks is an error: a page is never half empty.
+    In HTML every text is escaped. A name that the template uses but VALUES lacks is an error: no page is half empty.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here: only pages need it, every script starts
 
     loader = FileSystemLoader(Path(__file__).parent)
-    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    html = template.endswith(".html.j2")
+    how: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    pages = Environment(loader=loader, autoescape=html, keep_trailing_newline=not html, **how)
     atomic_write(path, readable(pages.get_template(template).render(**values)).encode())
     return Path(path)
 

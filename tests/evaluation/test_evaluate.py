@@ -423,6 +423,28 @@ def test_a_transfer_dataset_end_to_end(toy, tmp_path, monkeypatch, capsys):
     assert len(read_jsonl(tmp_path / "out/results.jsonl")) == 2
 
 
+def test_any_two_folders_of_other_classes_are_probed(toy, tmp_path, capsys):
+    """Two colours that the model was never told of; under exchanged names every answer is wrong."""
+    folder, _ = toy
+    rng = np.random.default_rng(0)
+    names = {"right": {"red": "red", "green": "green"}, "exchanged": {"red": "green", "green": "red"}}
+    for pair, renamed in names.items():
+        for kind, colour in (("red", (200, 60, 60)), ("green", (60, 200, 60))):
+            for place, count in ((f"train/{kind}", 20), (f"test/{renamed[kind]}", 10)):
+                (tmp_path / pair / place).mkdir(parents=True)
+                for number in range(count):
+                    pixels = np.clip(rng.normal(colour, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                    Image.fromarray(pixels).save(tmp_path / pair / place / f"{number}.png")
+    pairs = [part for pair in names for part in ("--transfer", f"{pair}={tmp_path / pair}")]
+    command = ("--checkpoint", folder, *pairs, "--device", "cpu")
+    assert call(*command, "--dry-run") == 0
+    assert "toy-seed0 on right: to do: 2 classes, 40 trainval, 20 test" in capsys.readouterr().out
+    assert call(*command) == 0 and call(*command) == 0  # finished: nothing is computed again
+    rows = [row for row in read_jsonl(folder / "results.jsonl") if row["metric"] == "top1"]
+    assert [(row["dataset"], row["group"], row["n"]) for row in rows] == [(name, "transfer", 20) for name in names]
+    assert rows[0]["value"] >= 95 and rows[1]["value"] <= 5 and "linear probe" in rows[0]["protocol"]
+
+
 def test_list_datasets(tmp_path, shapes, capsys):
     (tmp_path / "imagenet/val").mkdir(parents=True)
     assert call("--list-datasets", "--data-root", tmp_path) == 0
@@ -447,6 +469,10 @@ def test_list_datasets(tmp_path, shapes, capsys):
         (["--checkpoint", "RUN", "--test", "t=/nowhere"], "--test t: no folder /nowhere"),
         (["--checkpoint", "RUN", "--test", "t=DIR", "--test", "t=DIR"], "the name t is taken"),
         (["--checkpoint", "RUN", "--test", "IN-Val=DIR"], "the name IN-Val is taken"),
+        (["--checkpoint", "RUN", "--test", "t=DIR", "--transfer", "t=DIR"], "the name t is taken"),
+        (["--checkpoint", "RUN", "--transfer", "DIR"], "expected NAME=DIR, such as digits=data/digits"),
+        (["--checkpoint", "RUN", "--transfer", "t=/nowhere"], "--transfer t: no folder /nowhere; expected /nowhere/tr"),
+        (["--checkpoint", "RUN", "--transfer", "t=DIR"], "--transfer t: no folder"),
         (["--checkpoint", "RUN", "RUN/toy.pth", "--test", "t=DIR"], "are both called toy-seed0"),
         (["--checkpoint", "RUN", "--datasets", "IN-Vall"], "--datasets IN-Vall: unknown; use imagenet, small"),
         (["--checkpoint", "RUN", "--datasets", "IN-Val"], "IN-Val: not found below"),
@@ -468,6 +494,14 @@ def test_refusals(toy, tmp_path, capsys, argv, message):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "Traceback" not in error
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+
+
+def test_a_pair_of_folders_with_other_classes_is_refused(toy, tmp_path, capsys):
+    make_images(tmp_path / "pair/train", ["a", "b"])
+    make_images(tmp_path / "pair/test", ["a", "b", "c"])
+    assert call("--checkpoint", toy[0], "--transfer", f"t={tmp_path}/pair") == 2
+    error = capsys.readouterr().err
+    assert f"--transfer t: class c is not in both of {tmp_path}/pair/train and" in error and error.count("\n") == 1
 
 
 def test_damaged_image_leaves_no_rows(toy, capsys):

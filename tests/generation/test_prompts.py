@@ -62,14 +62,14 @@ GOLDEN = {
     ("imagenet_1k", "c, d_c", "all"): "6b5b9160f80a607a",
     ("imagenet_1k", "c, h_c inside b", "first"): "6faafe76d1968bbf",
     ("imagenet_1k", "c, h_c inside b", "all"): "deae874e0069d70d",
-    ("digits", "c", "first"): "d036894b0056a93a",
-    ("digits", "c", "all"): "377386f95bba808f",
-    ("digits", "c, h_c", "first"): "7929e2f8dc4b690c",
-    ("digits", "c, h_c", "all"): "5e3aa4ab504c9259",
-    ("digits", "c, d_c", "first"): "689a1d67f15d03f8",
-    ("digits", "c, d_c", "all"): "33266797ef241f07",
-    ("digits", "c, h_c inside b", "first"): "c685c4a8a7bf4898",
-    ("digits", "c, h_c inside b", "all"): "76552f87f9b191c9",
+    ("fashion", "c", "first"): "22fddfa6061338cb",
+    ("fashion", "c", "all"): "6e734286afdfc8c5",
+    ("fashion", "c, h_c", "first"): "824f57f8cda035aa",
+    ("fashion", "c, h_c", "all"): "02d262333175cd51",
+    ("fashion", "c, d_c", "first"): "280ea0fc142dc705",
+    ("fashion", "c, d_c", "all"): "9d96a67ffb62466a",
+    ("fashion", "c, h_c inside b", "first"): "521ef3d2083bd5cb",
+    ("fashion", "c, h_c inside b", "all"): "b6f6139be52d1c1c",
 }
 
 
@@ -82,7 +82,7 @@ def list_hash(lines) -> str:
 
 @pytest.mark.parametrize("names", NAMES)
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("classes", ["imagenet_100", "imagenet_1k", "digits"])
+@pytest.mark.parametrize("classes", ["imagenet_100", "imagenet_1k", "fashion"])
 def test_golden_lists(classes, template, names):
     listed = table_prompts(load_classes(classes), parse_template(template), 3, 0, names)
     assert list_hash(listed)[:16] == GOLDEN[classes, template, names]
@@ -252,11 +252,11 @@ def test_backgrounds_are_drawn_evenly():
 
 
 def test_lists_run_class_by_class():
-    table = load_classes("digits")
+    table = load_classes("fashion")
     template = parse_template("c")
     listed = list(table_prompts(table, template, 2, seed=5))
     assert [prompt.wnid for prompt in listed] == [wnid for wnid in table.ids for _ in range(2)]
-    assert listed[0] == Prompt(table.ids[0], 0, "zero", image_seed(5, table.ids[0], 0))
+    assert listed[0] == Prompt(table.ids[0], 0, "bag", image_seed(5, table.ids[0], 0))
     counts = dict.fromkeys(table.ids, 0) | {table.ids[3]: 2}
     assert [(prompt.wnid, prompt.index) for prompt in table_prompts(table, template, counts)] == [
         (table.ids[3], 0),
@@ -282,7 +282,7 @@ def words(text: str) -> int:
 
 
 @pytest.mark.parametrize("names", NAMES)
-@pytest.mark.parametrize("classes", ["imagenet_100", "imagenet_1k", "digits"])
+@pytest.mark.parametrize("classes", ["imagenet_100", "imagenet_1k", "fashion"])
 def test_the_released_models_prompts_have_no_warning(classes, names):
     assert prompt_warnings(load_classes(classes), parse_template("c, d_c"), names) == []
 
@@ -448,13 +448,13 @@ def test_inspector_prints_id_text_and_tokens(capsys):
 
 
 def test_inspector_as_json(capsys):
-    assert inspect("--classes", "digits", "--prompt", "{name} in {background}", "--names", "all", "--json") == 0
+    assert inspect("--classes", "fashion", "--prompt", "{name} in {background}", "--names", "all", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["classes"] == "digits" and report["names"] == "all" and report["tokens"] == "unknown"
+    assert report["classes"] == "fashion" and report["names"] == "all" and report["tokens"] == "unknown"
     assert {item["tokens"] for item in report["prompts"]} == {None}
-    assert [item["id"] for item in report["prompts"]] == load_classes("digits").ids
-    assert report["prompts"][0]["prompt"].startswith("zero, 0, nought, cipher, cypher in ")
-    assert report["sha256"] == load_classes("digits").sha256
+    assert [item["id"] for item in report["prompts"]] == load_classes("fashion").ids
+    assert report["prompts"][0]["prompt"].startswith("bag, handbag, pocketbook, purse in ")
+    assert report["sha256"] == load_classes("fashion").sha256
     assert report["warnings"] == []
 
 

@@ -120,6 +120,22 @@ def test_the_radar_plot_has_the_papers_axes(two_models):
     assert values["real <1K>"]["ImageNet-CoG (2 of 5)\ntop-1"] == pytest.approx(55.0)
 
 
+def test_sets_of_ones_own_are_the_axes_where_no_set_of_the_papers_is_known():
+    models = [tables.Model("a"), tables.Model("b")]
+    for model, value in zip(models, (90.0, 80.0), strict=True):
+        for name, group in (("mine", "folder"), ("mine_noise", "folder"), ("digits", "transfer")):
+            model.cells[name, "top1"] = tables.Cell(value, n=100, group=group)
+            model.cells[name, "ece"] = tables.Cell(3.0, n=100, group=group)
+    del models[1].cells["mine_noise", "top1"]
+    axes, values = page.radar_values(models)
+    assert axes == ["mine\ntop-1", "mine_noise\ntop-1", "digits\nlinear probe, top-1"]
+    assert values == {"a": dict.fromkeys(axes, 90.0), "b": {axes[0]: 80.0, axes[2]: 80.0}}
+    assert page.radar_note(axes, models).startswith("Top-1 of the classifiers, and of linear probes")
+    models[0].cells["IN-Val", "top5"] = tables.Cell(88.0, n=100, group="imagenet")
+    axes, _ = page.radar_values(models)
+    assert axes == ["IN-Val\ntop-5"] and page.radar_note(axes, models).startswith("No radar plot: it needs 3 of its 8")
+
+
 def test_a_group_counts_by_the_same_sets_for_every_model():
     """One model judged on the easiest set alone must not look best on the group's axis, nor in its average."""
     many, one = tables.Model("many"), tables.Model("one")

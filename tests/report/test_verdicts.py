@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,32 @@ def test_a_finding_of_single_runs_says_that_seeds_were_not_varied(tmp_path):
 
 def test_seeds_that_all_agree_do_not_make_an_interval_of_nothing():
     assert difference(seeds_cell([99.0, 99.0]), seeds_cell([98.9, 98.9])) is None
+
+
+# ===== several sets of one's own =====
+
+
+def test_the_first_folder_is_the_headline_and_transfer_has_a_sentence_of_its_own(tmp_path):
+    low = generated(tmp_path / "g2", 2.0)
+    models = [trained("real", seeds_cell([84.0, 84.2, 84.1])), trained("g2", seeds_cell([81.0, 81.2, 80.9]), data=low)]
+    probed = [[93.0, 93.4, 93.2], [93.1, 93.5, 92.9]]
+    for model, values in zip(models, probed, strict=True):
+        model.cells["noisy", "top1"] = seeds_cell([50.0, 51.0, 52.0])
+        model.cells["other", "top1"] = replace(seeds_cell(values), group="transfer")
+    gap, transfer = verdicts.headline(models)
+    assert "“g2” (900 synthetic images, 168 steps) recognises 81.0 ± 0.2 % of 900 real images" in gap
+    theirs = scipy.stats.ttest_ind(probed[1], probed[0], equal_var=False).confidence_interval()
+    assert theirs.low < 0 < theirs.high
+    assert transfer == (
+        "Transfer to other, by linear probes of the frozen features: “g2” 93.2 ± 0.3 %, “real” 93.2 ± 0.2 %: "
+        f"-0.03 points (95 % interval {theirs.low:+.2f} to {theirs.high:+.2f}, Welch over 3 and 3 seeds); the interval "
+        f"includes zero: on a par, to within {-theirs.low:.1f} points."
+    )
+    models[1].cells["other", "top1"] = replace(seeds_cell([90.0, 90.1, 90.2]), group="transfer")
+    said = verdicts.headline(models)[1]
+    assert "-3.10 points" in said and said.endswith("; the interval excludes zero.") and "par" not in said
+    del models[0].cells["other", "top1"]
+    assert len(verdicts.headline(models)) == 1
 
 
 # ===== intervals of pairs =====

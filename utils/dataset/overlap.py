@@ -10,8 +10,9 @@ A picture is found in three steps, each dearer than the one before and each for 
    (MAX_REMAINDER); two pictures of one kind of thing, such as two handwritten sevens, do not.
 3. Pairs that remain are decoded whole and compared pixel by pixel.
 
-A picture without structure (its grey levels deviate by less than MIN_DEVIATION) counts only where all pixels are the
-same. The constants are measured: see tests/dataset/test_overlap.py. Imports no torch.
+A picture without structure (its grey levels deviate by less than MIN_DEVIATION), or of a side of no more than SIDE
+pixels, counts only where all pixels are the same: two of three 28-pixel photographs of clothes would pass for copies
+of another of their kind. The constants are measured: see tests/dataset/test_overlap.py. Imports no torch.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ from utils.cli import UserError
 from utils.images import BadImage, decode_rgb, read_image
 from utils.storage import atomic_path, read_json, sha256_bytes, sha256_file, write_json
 
-FORMAT = 1  # raise it when descriptions change: cached ones are then made again
+FORMAT = 2  # raise it when descriptions change: cached ones are then made again
 SIDE = 32  # pixels of a thumbnail
 SIDES = [(0.0, 1.0), (0.0, 0.93), (0.07, 1.0)]  # of a view, from left or top, as parts of the picture
 VIEWS = list(product(SIDES, SIDES))  # (horizontal, vertical); the first is the whole picture
@@ -43,7 +44,9 @@ MIN_DEVIATION = 8  # grey levels of a thumbnail
 ROWS, COLUMNS = 64, 4096  # pictures compared at once: a block stays in a core's cache
 PAIRS = 512  # aligned at once
 STEPS = 8  # of the alignment
-DESCRIPTION = np.dtype([("hashes", "<u8", len(VIEWS)), ("thumb", "u1", (SIDE, SIDE)), ("readable", "?")])
+DESCRIPTION = np.dtype(
+    [("hashes", "<u8", len(VIEWS)), ("thumb", "u1", (SIDE, SIDE)), ("readable", "?"), ("large", "?")]
+)
 
 Place = str | tuple[str, int, int]  # a file, or (tar file, offset, bytes)
 
@@ -134,7 +137,8 @@ def _describe_all(places: Sequence[Place], what: str) -> np.ndarray:
             pixels = decode_rgb(read_place(places[index]), min_height=2 * SIDE, min_width=2 * SIDE)
             picture = Image.fromarray(pixels).convert("L")
             thumb = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-            rows[index] = (_hashes(picture), thumb, True)
+            large = min(picture.size) > SIDE
+            rows[index] = (_hashes(picture) if large else 0, thumb, True, large)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = pool.map(fill, range(len(places)))
@@ -159,8 +163,8 @@ def mirrored(rows: np.ndarray) -> np.ndarray:
     """DESCRIPTION of the mirrored pictures, from their thumbnails."""
     flipped = rows.copy()
     flipped["thumb"] = rows["thumb"][:, :, ::-1]
-    for row in flipped:
-        row["hashes"] = _hashes(Image.fromarray(row["thumb"]))
+    for index in np.flatnonzero(rows["large"]):
+        flipped["hashes"][index] = _hashes(Image.fromarray(flipped["thumb"][index]))
     return flipped
 
 
@@ -178,6 +182,12 @@ def overlap(test: Described, train: Described) -> Found:
             if i not in exact and digest(test.places[i]) == digest(train.places[j]):
                 exact[i] = j
 
+    small: dict[bytes, list[int]] = {}
+    for j in np.flatnonzero(train.rows["readable"] & ~train.rows["large"]).tolist():
+        small.setdefault(train.rows["thumb"][j].tobytes(), []).append(j)
+    for i in np.flatnonzero(~test.rows["large"]).tolist():
+        for j in small.get(test.rows["thumb"][i].tobytes(), ()):
+            compare(i, j)
     for flip in (False, True):
         rows = mirrored(test.rows) if flip else test.rows
         for mine, theirs, start in _near_hashes(rows, train.rows):
@@ -212,9 +222,12 @@ def _starts() -> np.ndarray:
 
 
 def _near_hashes(test: np.ndarray, train: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(test indices, training indices, starts) of readable pairs at most MAX_BITS apart, at most PAIRS at a time."""
+    """(test indices, training indices, starts) of large pairs at most MAX_BITS apart, at most PAIRS at a time."""
     views, starts = len(VIEWS), _starts()
-    mine, theirs = (np.ascontiguousarray(rows["hashes"].T) for rows in (test, train))  # (views, N)
+    large = [np.flatnonzero(rows["large"]) for rows in (test, train)]
+    mine, theirs = (  # (views, N)
+        np.ascontiguousarray(rows["hashes"][its].T) for rows, its in zip((test, train), large, strict=True)
+    )
     compared = [(k, 0) for k in range(views)] + [(0, k) for k in range(1, views)]
 
     def search(corner: tuple[int, int]) -> np.ndarray:
@@ -232,15 +245,14 @@ def _near_hashes(test: np.ndarray, train: np.ndarray) -> Iterator[tuple[np.ndarr
         pairs = [(i + at // shape[1], j + at % shape[1], number) for at, (_, number) in best.items()]
         return np.array(pairs, np.int64).reshape(-1, 3).T
 
-    corners = product(range(0, len(test), ROWS), range(0, len(train), COLUMNS))
-    bar = tqdm(total=len(test), desc="overlap", unit="img", leave=False, disable=None)
+    corners = product(range(0, len(large[0]), ROWS), range(0, len(large[1]), COLUMNS))
+    bar = tqdm(total=len(large[0]), desc="overlap", unit="img", leave=False, disable=None)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         while some := list(islice(corners, 256)):
             bar.update(some[-1][0] - bar.n)
             for found in pool.map(search, some):
-                found = found[:, test["readable"][found[0]] & train["readable"][found[1]]]
                 for a, b, which in (found[:, at : at + PAIRS] for at in range(0, found.shape[1], PAIRS)):
-                    yield a, b, starts[which]
+                    yield large[0][a], large[1][b], starts[which]
 
 
 def _align(test: np.ndarray, train: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -32,7 +32,7 @@ class TestSet:
     __test__ = False  # not a pytest class
 
     name: str
-    group: str  # one of GROUPS, or "folder"
+    group: str  # one of GROUPS; or a user's own, "folder" for the model's classifier and "transfer" for a probe
     read: Callable[[str, Path, Path], LoadedSet]  # (name, its folder, data root)
     folders: tuple[str, ...]  # tried in this order below --data-root
     classes: int = 0  # 0: any number
@@ -49,12 +49,12 @@ class TestSet:
     @property
     def probed(self) -> bool:
         """Whether a linear probe is trained on the set; else the model's own classifier answers."""
-        return self.group in tuple(GROUPS)[1:]
+        return self.group not in ("imagenet", "folder")
 
     @property
     def probe(self) -> str:
-        """Its kind: the suite's logistic regression on the 8 small sets, SGD on the large ones."""
-        return "logreg" if self.group == "small" else "sgd"
+        """Its kind: the suite's logistic regression on the 8 small sets and a user's own, SGD on the large ones."""
+        return "logreg" if self.group in ("small", "transfer") else "sgd"
 
     @property
     def counts(self) -> str:
@@ -109,34 +109,58 @@ def _in_words(trainval: int, images: str, classes: int) -> str:
 
 def folder_set(spec: str) -> TestSet:
     """`--test NAME=DIR`: any folder of DIR/<class id>/<images> as a row. UserError if SPEC is none or DIR is absent."""
-    name, _, folder = spec.partition("=")
-    if not name or not folder or "/" in name:
-        raise UserError(f"--test {shortened(spec)}: expected NAME=DIR, such as digits=data/digits/test")
-    safe_name(name, "--test")
-    if not Path(folder).is_dir():
-        raise UserError(f"--test {name}: no folder {folder}; expected {folder}/<class id>/<images>")
+    name, folder = _name_and_folder("--test", spec, "fashion=data/fashion/test", "<class id>/<images>")
 
     def read(name: str, folder: Path, data_root: Path) -> LoadedSet:
         return LoadedSet(name, *list_image_folder(folder, option=f"--test {name}"))
 
-    return TestSet(name, "folder", read, (str(Path(folder).absolute()),))
+    return TestSet(name, "folder", read, (folder,))
+
+
+def transfer_set(spec: str) -> TestSet:
+    """`--transfer NAME=DIR`: any classes, DIR/train/<class>/<images> and DIR/test/<class>/<images>, as a row."""
+    name, folder = _name_and_folder("--transfer", spec, "digits=data/digits", "train/<class>/<images> and test/...")
+
+    def read(name: str, folder: Path, data_root: Path) -> LoadedSet:
+        halves = {part: list_image_folder(folder / part, option=f"--transfer {name}") for part in ("train", "test")}
+        (classes, trainval), (others, samples) = halves.values()
+        if differing := sorted(set(classes) ^ set(others)):
+            raise UserError(
+                f"--transfer {name}: class {differing[0]} is not in both of {folder}/train and {folder}/test"
+            )
+        return LoadedSet(name, [str(label) for label in range(len(classes))], samples, trainval=trainval)
+
+    return TestSet(name, "transfer", read, (folder,))
+
+
+def _name_and_folder(option: str, spec: str, example: str, layout: str) -> tuple[str, str]:
+    """(name, absolute path) of SPEC, NAME=DIR."""
+    name, _, folder = spec.partition("=")
+    if not name or not folder or "/" in name:
+        raise UserError(f"{option} {shortened(spec)}: expected NAME=DIR, such as {example}")
+    safe_name(name, option)
+    if not Path(folder).is_dir():
+        raise UserError(f"{option} {name}: no folder {folder}; expected {folder}/{layout}")
+    return name, str(Path(folder).absolute())
 
 
 # ===== the sets of one call =====
 
 
-def choose(names: Sequence[str], folders: Sequence[str], data_root: str) -> list[TestSet]:
-    """NAMES of sets or groups (--datasets) and FOLDERS, NAME=DIR (--test); without either, every set that is found.
+def choose(
+    names: Sequence[str], folders: Sequence[str], data_root: str, transfers: Sequence[str] = ()
+) -> list[TestSet]:
+    """NAMES of sets or groups (--datasets), FOLDERS (--test) and TRANSFERS (--transfer); else every set that is found.
 
     UserError for an unknown or doubled name, or where nothing is found.
     """
     chosen: list[TestSet] = []
-    for spec in folders:
-        row = folder_set(spec)
+    for row in [*map(folder_set, folders), *map(transfer_set, transfers)]:
         if row.name in SETS or row.name in (other.name for other in chosen):
-            raise UserError(f"--test {spec}: the name {row.name} is taken; choose another")
+            option = "--transfer" if row.probed else "--test"
+            raise UserError(f"{option}: the name {row.name} is taken; choose another")
         chosen.append(replace(row, data_root=data_root, asked_for=True))
-    if folders and not names:
+    if chosen and not names:
         return chosen
     if V2 in names:
         names = [*names, *([name for name in V2_VARIANTS if SETS[name].find(data_root)] or V2_VARIANTS)]
@@ -179,7 +203,8 @@ def list_sets(data_root: str) -> None:
         print(f"{'':14} layout   {data_root}/{row.layout}")
         print(f"{'':14} content  {row.counts}")
         print(f"{'':14} source   {row.where}\n")
-    print("any folder     --test NAME=DIR with DIR/<class id>/<images>")
+    print("any folder     --test NAME=DIR with DIR/<class id>/<images>, of classes that the model knows")
+    print("any classes    --transfer NAME=DIR with DIR/train/<class>/<images> and DIR/test/<class>/<images>: a probe")
 
 
 # ===== the rows =====

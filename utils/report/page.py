@@ -14,9 +14,9 @@ from utils.images import MOST_NAMED
 from utils.report import records
 from utils.report.figures import COLORS, Manifests, RadarLine, close_looks, contact_sheets, draw_radar, training_curves
 from utils.report.records import Row, Sidecar, is_file
-from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Cell, Model, as_cell, averages, make_tables
+from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Model, as_cell, averages, make_tables
 from utils.report.verdicts import headline
-from utils.storage import atomic_write, read_json, readable, require_writable, write_page
+from utils.storage import read_json, require_writable, write_page
 
 SEED_SUFFIX = re.compile(r"[-_]seed\d+$")
 LEGEND = (
@@ -26,6 +26,7 @@ LEGEND = (
 )
 NOTHING_RECORDED = "Nothing was run for this report: its numbers are published ones, or their runs' records are gone."
 FEWEST_AXES = 3  # of a radar plot: two would be a line
+OWN_AXES = {"folder": "top-1", "transfer": "linear probe, top-1"}  # by the group of the set
 
 
 def write_report(
@@ -67,8 +68,8 @@ def write_report(
         drawn = (out / "radar.svg").read_text(encoding="utf-8")
         page["radar"] = drawn[drawn.index("<svg") :]
         written += [out / "radar.svg", out / "radar.png"]
-    write_page(out / "report.html", "report/report.html.j2", **page)
-    atomic_write(out / "report.md", readable(render_markdown(page)).encode())
+    for path in written[:2]:
+        write_page(path, f"report/{path.name}.j2", **page)
     return written
 
 
@@ -123,7 +124,7 @@ def describe_training(model: Model) -> None:
 
 
 def radar_values(models: Sequence[Model]) -> tuple[list[str], dict[str, dict[str, float]]]:
-    """(the paper's axes that some model knows, {model: {axis: percent}}).
+    """(the paper's axes that some model knows, {model: {axis: percent}}); without any, an axis each of one's own sets.
 
     A transfer group is the mean top-1 of the same sets for every model: one that lacks a set has no value there.
     """
@@ -140,7 +141,25 @@ def radar_values(models: Sequence[Model]) -> tuple[list[str], dict[str, dict[str
         for model in models:
             if mean := averages([model.cells.get((name, "top1")) for name in measured])[0]:
                 values[model.name][axes[-1]] = mean.value
-    return [axis for axis in axes if any(axis in its for its in values.values())], values
+    known = [axis for axis in axes if any(axis in its for its in values.values())]
+    return (known, values) if known else own_values(models)
+
+
+def own_values(models: Sequence[Model]) -> tuple[list[str], dict[str, dict[str, float]]]:
+    """As radar_values, of the sets given with --test and --transfer: top-1 of the classifier or of a linear probe."""
+    axis_of = {
+        name: f"{name}\n{OWN_AXES[cell.group]}"
+        for model in models
+        for (name, metric), cell in model.cells.items()
+        if metric == "top1" and cell.group in OWN_AXES
+    }
+    values = {
+        model.name: {
+            axis: model.cells[name, "top1"].value for name, axis in axis_of.items() if (name, "top1") in model.cells
+        }
+        for model in models
+    }
+    return list(axis_of.values()), values
 
 
 def radar_lines(axes: Sequence[str], values: dict[str, dict[str, float]], models: Sequence[Model]) -> list[RadarLine]:
@@ -171,55 +190,14 @@ def radar_note(axes: Sequence[str], models: Sequence[Model]) -> str:
         known = ", ".join(axis.replace("\n", " ") for axis in axes) or "none"
         return (
             f"No radar plot: it needs {FEWEST_AXES} of its {len(IMAGENET_SETS) + len(TRANSFER_GROUPS)} axes (top-5 on "
-            f"{', '.join(IMAGENET_SETS)}; mean top-1 on {', '.join(TRANSFER_GROUPS.values())}); known here: {known}."
+            f"{', '.join(IMAGENET_SETS)}; mean top-1 on {', '.join(TRANSFER_GROUPS.values())}), or as many of your own "
+            f"sets; known here: {known}."
         )
+    if axes == own_values(models)[0]:
+        return "Top-1 of the classifiers, and of linear probes of their frozen features on other classes, in percent."
     note = "Top-5 on ImageNet's test sets, mean top-1 on the groups of transfer datasets, in percent."
     if len({*map(classes_of, models)} - {0}) > 1:
         note += " Models of fewer classes (dashed) answer an easier question: compare them among themselves only."
     if len(models) > MOST_NAMED:
         note += f" Of {len(models)} models the first {MOST_NAMED} are drawn."
     return note
-
-
-# ===== rendering =====
-
-
-def render_markdown(page: dict) -> str:
-    """The same tables for a terminal or a repository; pictures stay in the HTML file and in radar.png."""
-    lines = [f"# {page['title']}", "", *(f"{sentence}\n" for sentence in page["headline"])]
-    lines += ["![radar plot](radar.png)", ""] * bool(page["radar"]) + [page["radar_note"], ""]
-    for made in page["tables"]:
-        rows = [
-            [row["model"].name, *row["facts"], *map(markdown_cell, row["cells"], row["differences"], row["sizes"])]
-            for row in made["rows"]
-        ]
-        lines += markdown_table(made["title"], ["model", *made["facts"], *made["columns"]], rows)
-        lines += [f"{made['note']}.", ""] * bool(made["note"])
-    lines += [LEGEND, ""]
-    for look in page["looks"]:
-        rows = [
-            [row["name"], row["n"], *("" if value is None else f"{value:.1f}" for value in row["top1"])]
-            for row in look["classes"]
-        ]
-        heads = ["class", "n", *(model["name"] for model in look["models"])]
-        lines += markdown_table(f"Per class: {look['dataset']}", heads, rows)
-    lines += ["## How this was made", "", *(f"    {command}" for command in page["commands"]), ""]
-    lines += [f"- {name}: {value}" for name, value in page["versions"].items()] or [NOTHING_RECORDED]
-    return "\n".join(lines) + "\n"
-
-
-def markdown_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """The lines of a table under its title."""
-    cells = (
-        [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
-        for row in [heads, ["---"] * len(heads), *rows]
-    )
-    return [f"## {title}", "", *(f"| {' | '.join(row)} |" for row in cells), ""]
-
-
-def markdown_cell(cell: Cell | None, difference: str, size: str) -> str:
-    """All that a table says of one number, in one line."""
-    if cell is None:
-        return ""
-    text = f"{cell} ({cell.interval})" if cell.interval else str(cell)
-    return "; ".join(part for part in (text, difference, size) if part)

@@ -195,6 +195,8 @@ def make_tables(models: Sequence[Model], rows: Sequence[Row]) -> list[dict]:
         if names := groups.get(group):
             tables.append(group_table(f"Transfer, {shown}: linear probe, top-1", group, names, models))
     tables.append(all_transfer_table(models))
+    own = [(name, "top1", name) for name in groups.get("transfer", [])]
+    tables.append(metric_table("Transfer, own sets: linear probe, top-1", own, models))
     tables = [made for made in tables if made["rows"]]
     if tables:
         add_facts(tables[0])

@@ -17,19 +17,33 @@ MACHINE = {"name", "classes", "images_per_class", "dtype", "attention", "compile
 
 
 def headline(models: Sequence[Model]) -> list[str]:
-    """Sentences on runs of train.py that were judged on one set of images; nothing for other kinds of report."""
+    """Sentences on runs of train.py that were judged on the same images; nothing for other kinds of report.
+
+    They speak of the one set that was judged; of several of IN-Val, or else of the first folder of one's own (--test).
+    """
     trained = [model for model in models if model.trainings]
-    measured = {dataset for model in trained for dataset, metric in model.cells if metric == "top1"}
+    measured = {
+        dataset: cell.group for model in trained for (dataset, metric), cell in model.cells.items() if metric == "top1"
+    }
+    folders = [dataset for dataset, group in measured.items() if group == "folder"]
     dataset = next(iter(measured)) if len(measured) == 1 else "IN-Val"
-    scored = [(model, model.cells[dataset, "top1"]) for model in trained if (dataset, "top1") in model.cells]
+    if dataset not in measured and folders:
+        dataset = folders[0]
+    scored = scores(trained, dataset)
     if len(scored) < 2 or len({cell.size for _, cell in scored}) > 1:
         return []
     reference = next((pair for pair in scored if pair[0].kind == "real"), scored[0])
     others = [pair for pair in scored if pair[0] is not reference[0]]
-    said = [against_reference(max(others, key=lambda pair: pair[1].value), reference, scored)]
-    if sentence := about_guidance(scored):
-        said.append(sentence)
-    return said
+    best = max(others, key=lambda pair: pair[1].value)
+    said = [against_reference(best, reference, scored), about_guidance(scored)]
+    transfers = [dataset for dataset, group in measured.items() if group == "transfer"]
+    said += [about_transfer(dataset, scores((best[0], reference[0]), dataset)) for dataset in transfers]
+    return list(filter(None, said))
+
+
+def scores(models: Sequence[Model], dataset: str) -> list[tuple[Model, Cell]]:
+    """Those of MODELS that were judged on DATASET, with their top-1."""
+    return [(model, model.cells[dataset, "top1"]) for model in models if (dataset, "top1") in model.cells]
 
 
 def against_reference(
@@ -54,6 +68,22 @@ def against_reference(
         if its.leaked:
             sentences.append(f"“{one.name}” was trained on {its.leaked:,} of these images.")
     return " ".join(sentences)
+
+
+def about_transfer(dataset: str, pair: Sequence[tuple[Model, Cell]]) -> str:
+    """The best model's frozen features beside the reference's on other classes; "" where one was not judged there."""
+    if len(pair) < 2:
+        return ""
+    (model, cell), (reference, its) = pair
+    found = difference(cell, its)
+    verdict = _verdict(cell, its)
+    if found and not found.shown:
+        most = max(-found.low, found.high)
+        verdict = f"{found}; the interval includes zero: on a par, to within {most:.1f} points"
+    return (
+        f"Transfer to {dataset}, by linear probes of the frozen features: “{model.name}” {cell} %, “{reference.name}” "
+        f"{its} %: {verdict}."
+    )
 
 
 def _size(model: Model) -> str:
