@@ -89,6 +89,21 @@ def read_image(path: str | Path) -> bytes:
         raise BadImage(f"{path}: {error.strerror}") from None
 
 
+def stat_files(paths: Sequence[str]) -> np.ndarray:
+    """(N, 2) int64: size in bytes and time of change in ns of each file; -1, -1 where it is gone."""
+    from multiprocessing.pool import ThreadPool  # here: start-up time
+
+    def look(path: str) -> tuple[int, int]:
+        try:
+            status = Path(path).stat()
+        except OSError:
+            return -1, -1
+        return status.st_size, status.st_mtime_ns
+
+    with ThreadPool(16) as pool:  # a server of files answers each after a while
+        return np.array(pool.map(look, paths, chunksize=1000), np.int64).reshape(-1, 2)
+
+
 def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
     """(width, height) of an encoded image, by its header alone. Raises BadImage, naming the file."""
     try:

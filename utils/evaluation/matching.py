@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import UserError, few
+from utils.images import stat_files
 
 Samples = Sequence[tuple[str, int]]  # (path, label)
 
@@ -47,15 +48,12 @@ class LoadedSet:
     @cached_property
     def stamps(self) -> dict[str, np.ndarray]:
         """split -> (N, 2) int64, size and time of change of each image. UserError naming images that are missing."""
-        try:
-            return {split: stat_images(samples) for split, samples in self.splits.items()}
-        except UserError:
-            # Looked for only now: asking for a million files twice takes minutes.
-            paths = [path for samples in self.splits.values() for path, _ in samples]
-            if missing := [path for path in paths if not Path(path).is_file()]:
-                what = f"{len(missing):,} of {len(paths):,} images are missing ({few(missing)})"
-                raise UserError(f"{self.name}: {what}; unpack it again") from None
-            raise
+        stamps = {split: stat_images(samples) for split, samples in self.splits.items()}
+        pairs = [pair for split, samples in self.splits.items() for pair in zip(samples, stamps[split], strict=True)]
+        if missing := [path for (path, _), (size, _) in pairs if size < 0]:
+            what = f"{len(missing):,} of {len(pairs):,} images are missing ({few(missing)})"
+            raise UserError(f"{self.name}: {what}; unpack it again")
+        return stamps
 
     @cached_property
     def fingerprint(self) -> str:
@@ -69,21 +67,16 @@ class LoadedSet:
 
 
 def stat_images(samples: Samples) -> np.ndarray:
-    """(N, 2) int64: size in bytes and time of change in ns of each image. UserError if one cannot be read."""
-    stamps = np.empty((len(samples), 2), dtype=np.int64)
-    for row, (path, _) in enumerate(samples):
-        try:
-            stat = Path(path).stat()
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror}); restore the dataset's folder") from None
-        stamps[row] = stat.st_size, stat.st_mtime_ns
-    return stamps
+    """(N, 2) int64: size in bytes and time of change in ns of each image, see stat_files."""
+    return stat_files([path for path, _ in samples])
 
 
 def fingerprint(samples: Samples, stamps: np.ndarray | None = None) -> str:
     """Hash of what the images are: folder and file name, size and time of change of each (STAMPS, if known already)."""
     digest = hashlib.sha256()
     for (path, _), (size, changed) in zip(samples, stat_images(samples) if stamps is None else stamps, strict=True):
+        if size < 0:
+            raise UserError(f"cannot read {path}; restore the dataset's folder")
         place = "/".join(Path(path).parts[-2:])
         digest.update(f"{place}\0{size}\0{changed}\n".encode())
     return digest.hexdigest()

@@ -201,13 +201,12 @@ def site_options(path: Path, tables: Sequence[str], parser: argparse.ArgumentPar
     except (ValueError, RecursionError) as error:
         raise UserError(f"--site {path}: not valid TOML ({error})") from None
     known_tables = sorted({*tables, *(script.stem for script in ROOT.glob("*.py"))})
-    contents: dict[str, dict[str, Any]] = {"": {}}  # "": what stands outside the tables, for every script
-    for key, value in values.items():
-        if isinstance(value, dict) and key not in known_tables:
-            raise UserError(f"--site {path}: [{key}] is no table of it; use [{'], ['.join(known_tables)}]")
-        if key in known_tables and not isinstance(value, dict):
-            raise UserError(f"--site {path}: {key} is a script's name; write it as a table, [{key}]")
-        (contents if isinstance(value, dict) else contents[""])[key] = value
+    own = {key: value for key, value in values.items() if isinstance(value, dict)}
+    contents = {"": {key: value for key, value in values.items() if key not in own}, **own}  # "": for every script
+    for key in own.keys() - known_tables:
+        raise UserError(f"--site {path}: [{key}] is no table of it; use [{'], ['.join(known_tables)}]")
+    for key in contents[""].keys() & known_tables:
+        raise UserError(f"--site {path}: {key} is a script's name; write it as a table, [{key}]")
     options: list[str] = []
     known = {action.dest: action for action in parser._actions if action.dest not in NOT_A_SITES}
     for table, content in contents.items():

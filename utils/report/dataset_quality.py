@@ -23,11 +23,6 @@ from utils.storage import require_writable, write_json, write_page
 THUMBNAIL = 16  # pixels a side of the descriptor without a checkpoint
 PICTURES = 8  # images a class shown, from the least typical duplicates on
 FIRST_CLASSES, LAST_CLASSES = 80, 20  # of the order, shown in pictures
-LEAST_LIKE_REAL = "Classes that look least like the real ones (lowest coverage) come first."
-MOST_ALIKE = (
-    "Classes with most near-duplicates come first, then the least varied. Variety is no merit by itself: noise is the "
-    "most varied. Only --real can tell whether a class looks as it should."
-)
 COLUMNS = ("images", "duplicates", "diversity", "precision", "recall", "density", "coverage")
 
 
@@ -103,7 +98,6 @@ def run(
         "report/dataset_quality.html.j2",
         **record,
         shown=pictures(shown, synthetic, real),
-        order=LEAST_LIKE_REAL if real else MOST_ALIKE,
         columns=[column for column in COLUMNS if any(row.get(column) is not None for row in classes)],
         cut=measures.DUPLICATE,
         first=first,

@@ -5,14 +5,13 @@ import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 
 from utils.classes import load_classes
 from utils.cli import UserError, few
-from utils.images import IMAGE_SUFFIXES, BadImage, list_image_folder, read_image
+from utils.images import IMAGE_SUFFIXES, BadImage, list_image_folder, read_image, stat_files
 from utils.storage import open_regular, read_json
 from utils.training.distributed import print0
 
@@ -54,16 +53,8 @@ class ImageSet:
 
     def stamps(self) -> np.ndarray:
         """(N, 2) int32: size and time of change of each file modulo 2^31, -1 where it is gone."""
-
-        def look(row: int) -> tuple[int, int]:
-            try:
-                status = Path(self.name(row)).stat()
-            except OSError:
-                return -1, -1
-            return status.st_size % 2**31, status.st_mtime_ns % 2**31
-
-        with ThreadPool(16) as pool:  # a server of files answers each after a while
-            return np.array(pool.map(look, range(len(self)), chunksize=1000), np.int32).reshape(-1, 2)
+        stamps = stat_files([self.name(row) for row in range(len(self))])
+        return np.where(stamps < 0, -1, stamps % 2**31).astype(np.int32)
 
     def keep(self, rows: np.ndarray) -> None:
         """Keep only ROWS."""
