@@ -39,13 +39,14 @@ ARGS ?=
 TRAIN_ARGS ?=
 EVALUATE_ARGS ?=
 SEEDS ?= 0 1 2
+STUDY ?= studies/fashion.toml
 ONLY ?=
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v))) python3)
 VENV ?= .venv
 
 VARIABLES := CLASSES PROMPT GUIDANCE IMAGES_PER_CLASS MODEL OUT DATASET DATA_ROOT DEVICE LAUNCHER SITE PARTITION NODES \
              GPUS PROCESSES CHUNKS TIMEOUT_MIN WAIT LAUNCH_ARGS RUNTIME IMAGE ARGS TRAIN_ARGS \
-             EVALUATE_ARGS SEEDS ONLY PYTHON VENV
+             EVALUATE_ARGS SEEDS STUDY ONLY PYTHON VENV
 # A misspelt variable would silently leave the default in force.
 UNKNOWN := $(strip $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(if $(filter $(v),$(VARIABLES) MAKEFLAGS),,$(v)))))
 ifneq ($(UNKNOWN),)
@@ -57,7 +58,7 @@ $(error LAUNCHER=$(LAUNCHER) is unknown; use one of $(LAUNCHERS))
 endif
 # Inline the script runs without the launcher: what was meant for a cluster would run here.
 UNUSED := $(strip $(foreach v,SITE PARTITION NODES GPUS PROCESSES CHUNKS TIMEOUT_MIN WAIT LAUNCH_ARGS,$(if $($v),$v)))
-ifneq ($(and $(UNUSED),$(filter inline,$(LAUNCHER)),$(filter generate train evaluate,$(MAKECMDGOALS))),)
+ifneq ($(and $(UNUSED),$(filter inline,$(LAUNCHER)),$(filter generate train evaluate study,$(MAKECMDGOALS))),)
 $(error $(UNUSED) has no use with LAUNCHER=inline; give LAUNCHER=slurm or local, or leave it out)
 endif
 ifneq ($(and $(OUT),$(filter pipeline,$(MAKECMDGOALS))),)
@@ -75,7 +76,7 @@ LAUNCH = $(strip $(PY) $(if $(filter-out inline,$(LAUNCHER)),-m utils.launch $(L
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock | cksum | cut -d' ' -f1)
 DEV_STAMP := $(VENV)/.installed-dev-$(shell cat requirements.lock requirements-dev.lock | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test fuzz lint bench generate train evaluate pipeline docker clean lock check-prompts gpu-check
+.PHONY: help setup demo test fuzz lint bench generate train evaluate pipeline study docker clean lock check-prompts gpu-check
 help: ## this text
 	@printf 'imagenet-sd: can synthetic images replace real ones?\n\nusage: make TARGET [VARIABLE=value ...]\n\n'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -94,6 +95,7 @@ help: ## this text
 	  '' 'PROCESSES, TIMEOUT_MIN, SITE=site.toml, WAIT=1 (stay until the end), the rest in LAUNCH_ARGS' \
 	  RUNTIME 'of make docker: docker, podman or buildah (the first that works); IMAGE names the image ($(IMAGE))' \
 	  ARGS 'any further option of the script; see e.g. `python generate.py --help`' \
+	  STUDY 'the file of make study ($(STUDY))' \
 	  TRAIN_ARGS 'with make pipeline: further options of train.py; EVALUATE_ARGS: of evaluate.py; ARGS: of generate.py'
 	@printf '\nwithout a GPU, now:  make demo\nthe paper:           make generate CLASSES=100 && make train DATASET=imagenet_100_sd\n'
 
@@ -164,6 +166,9 @@ pipeline: $(STAMP) ## generate, verify, train, evaluate; on slurm queued at once
 	  --then --chunks 1 $(GENERATE) --out "data/$$DATASET" $(ARGS) --verify \
 	  --then $(if $(NODES),--nodes $(NODES)) $(TRAIN) --out "runs/$$DATASET" $(TRAIN_ARGS) \
 	  --then $(EVALUATE) $(EVALUATE_ARGS)
+
+study: $(STAMP) ## curves and exchange rates from a file: make study STUDY=studies/fashion.toml LAUNCHER=local
+	@set -x; $(PY) -m utils.study "$(STUDY)" $(strip $(LAUNCH_OPTIONS)) $(if $(CHUNKS),--chunks $(CHUNKS)) $(ARGS)
 
 # ===== development =====
 # check-prompts needs Debian's wordnet-base; tests/test_build_tables.py says so where it is absent.

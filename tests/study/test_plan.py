@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import evaluate
 import generate
 import train
-from tests.study.world import STUDY, make_world
+from tests.study.world import ROOT, STUDY, make_world
 from utils.cli import UserError
-from utils.study.plan import costs, make_plan
+from utils.study.cost import costs
+from utils.study.plan import make_plan
 from utils.study.spec import read_study
 
 
@@ -163,3 +165,30 @@ def test_500_points_are_planned_in_two_seconds(world):
     started = time.process_time()
     assert len(plan_of(text).points) == 500
     assert time.process_time() - started < 2
+
+
+SHIPPED = sorted((ROOT / "studies").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_study_is_reckoned_on_any_machine(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", "")  # no nvidia-smi: as on a laptop
+    study = read_study(path)
+    plan = make_plan(study, on_paper=True)
+    assert study.reference == "real" and len(plan.points) > 10
+    for row in study.rows.values():
+        for size, value in row.published.items():
+            assert re.search(rf"\b{value}\b", (ROOT / "docs/reproduce-the-paper.md").read_text()), (path.stem, size)
+
+
+def test_the_study_of_imagenet_100_has_every_row_of_the_paper():
+    """docs/reproduce-the-paper.md lists them: prompt and guidance of each drawn row, and 1x, 10x, 20x, 50x."""
+    text = (ROOT / "docs/reproduce-the-paper.md").read_text().split("## Commands")[1].split("## Cost")[0]
+    wanted = {
+        (prompt, float(scale)) for prompt, scale in re.findall(r'CLASSES=100 PROMPT="(.+?)" GUIDANCE=(\S+)', text)
+    }
+    study = read_study(ROOT / "studies/imagenet_100.toml")
+    drawn = {(r.generate["prompt"], r.generate["guidance_scale"]) for r in study.rows.values() if r.generate}
+    assert wanted and drawn == wanted | {("c, d_c", 2.0)}
+    assert {1300, 13000, 26000, 65000} <= {*study.rows["cd-g2"].sizes}

@@ -75,11 +75,10 @@ def make_world(folder: Path, text: str = STUDY) -> Path:
     return folder / "study.toml"
 
 
-def call(folder: Path, *words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """`python -m utils.study study.toml WORDS` in FOLDER, which must end with CODE."""
-    command = [sys.executable, "-m", "utils.study", "study.toml", *map(str, words)]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+def call(folder: Path, *words: object, code: int = 0, file: str = "study.toml") -> subprocess.CompletedProcess[str]:
+    """`python -m utils.study FILE WORDS` in FOLDER, which must end with CODE."""
+    command = [sys.executable, "-m", "utils.study", file, *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == code, f"exit {done.returncode}, not {code}:\n{done.stdout}\n{done.stderr}"
     return done

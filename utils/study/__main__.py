@@ -19,7 +19,8 @@ from collections.abc import Sequence
 
 from utils.cli import UserError, any_path, make_parser, run
 from utils.launch.command import add_options
-from utils.study.plan import make_plan, show
+from utils.study.cost import show
+from utils.study.plan import make_plan
 from utils.study.spec import read_study
 
 OWN_WORDS = ("--dry-run", "--status", "--page", "--debug")
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Plan, then show, run or tell; ARGS are ARGV parsed. The exit code."""
     if argv[0].startswith("-"):
         raise UserError(f"{argv[0]}: FILE.toml comes first, options after it")
-    plan = make_plan(read_study(args.file))
+    plan = make_plan(read_study(args.file), on_paper=args.dry_run)
     if args.dry_run:
         show(plan)
         return 0

@@ -73,8 +73,9 @@ def exchange_sentence(one: Findings, names: dict[str, str]) -> str:
     matches = one.matches[best]
     finite = [size for size, match in matches.items() if math.isfinite(match.needed)]
     last = max(matches)
+    within = [size for size in finite if not beyond(matches[size], one, best)]
     parts = []
-    for size in dict.fromkeys([*finite[-1:], last]):
+    for size in dict.fromkeys([*(within or finite)[-1:], last]):
         match = matches[size]
         if math.isfinite(match.needed):
             span = f"{images(match.low)} to {images(match.high)}"

@@ -12,14 +12,13 @@ from pathlib import Path
 
 from utils.cli import command_line
 from utils.machine import snapshot
-from utils.report.page import markdown_table
-from utils.storage import atomic_write, read_regular, readable, write_page
+from utils.storage import atomic_write, read_regular, write_page
 from utils.study import answers
 from utils.study.answers import images, labels, percent
 from utils.study.figures import Series, colors_of, draw
 from utils.study.findings import Findings, read_findings, recipe_of
 from utils.study.plan import Plan
-from utils.study.spec import MOST_BYTES, parser_of
+from utils.study.spec import MOST_BYTES
 
 Text = str | tuple[str, str]  # of a cell: what it says, and small below it
 
@@ -62,26 +61,9 @@ def write_study(plan: Plan) -> list[Path]:
     }
     out = plan.out
     write_page(out / "study.html", "study/study.html.j2", **page)
-    atomic_write(out / "study.md", readable(as_markdown(page)).encode())
+    write_page(out / "study.md", "study/study.md.j2", **page)
     atomic_write(out / "study.csv", as_csv(found.values()).encode())
     return [out / "study.html", out / "study.md", out / "study.csv"]
-
-
-def as_markdown(page: dict) -> str:
-    """The same sentences and tables; figures stay in the HTML file."""
-    lines = [f"# {page['title']}", "", *(f"{sentence}\n" for sentence in page["answer"])]
-    for section in page["sections"]:
-        cells = [[text if isinstance(text, str) else _one_line(text) for text in row] for row in section.rows]
-        lines += markdown_table(section.title, section.columns, cells) if cells else [f"## {section.title}", ""]
-        lines += [section.note, ""] * bool(section.note)
-    lines += ["## How to read the numbers", "", *(f"- {note}" for note in page["notes"]), ""]
-    lines += ["## How this was made", "", f"    {page['command']}", ""]
-    lines += [f"- {name}: {version}" for name, version in page["versions"].items()]
-    return "\n".join(lines) + "\n"
-
-
-def _one_line(text: tuple[str, str]) -> str:
-    return f"{text[0]} ({text[1]})" if text[1] else text[0]
 
 
 def as_csv(found: Iterable[Findings]) -> str:
@@ -180,13 +162,12 @@ def addition(one: Findings) -> Section:
 def prompts(one: Findings) -> Section:
     """The paper's table: prompts by guidance, at the number of images that most drawn rows have."""
     study = one.plan.study
-    defaults = parser_of("generate").parse_args([])
     drawn = {}
     for name, row in study.rows.items():
         if row.generate is not None:
-            options = study.generate | row.generate
-            guidance = recipe_of(one.plan, name).get("guidance_scale") or options.get("guidance_scale") or 2.0
-            drawn[name] = str(options.get("prompt", defaults.prompt)), float(guidance)
+            asked = {"prompt": "c, d_c", "guidance_scale": 2.0} | study.generate | row.generate
+            recipe = {key: value for key, value in recipe_of(one.plan, name).items() if value is not None}
+            drawn[name] = str((asked | recipe)["prompt"]), float((asked | recipe)["guidance_scale"])
     counts: dict[int, int] = {}
     for name in drawn:
         for title in one.titles(name):

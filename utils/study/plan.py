@@ -8,9 +8,7 @@ import contextlib
 import hashlib
 import io
 import json
-import math
-import re
-import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from utils.classes import load_classes
+from utils.classes import images_per_class, load_classes
 from utils.evaluation.results import Row as Result
 from utils.images import list_image_folder
 from utils.storage import read_json, read_jsonl
@@ -133,21 +131,25 @@ class Plan:
         return sorted(path for path in found if path not in wanted and path.is_dir())
 
 
-def make_plan(study: Study) -> Plan:
-    """Expand STUDY; UserError for options that a script refuses, and for what its folders cannot give."""
+def make_plan(study: Study, on_paper: bool = False) -> Plan:
+    """Expand STUDY; UserError for options that a script refuses, and for what its folders cannot give.
+
+    ON_PAPER: folders that are not here count as holding what is asked, so that a laptop can reckon what a cluster does.
+    """
     most = {name: 0 for name in study.rows}
     for name, row in study.rows.items():
         most[name] = max(most[name], *sizes_of(study, row))
     for mix in study.mixes.values():
         for place, name in enumerate(mix.rows):
             most[name] = max(most[name], (mix.first or 0) if place == 0 and mix.first else max(sizes_of(study, mix)))
-    plan = Plan(study, {name: find_images(study, name, row, most[name]) for name, row in study.rows.items()})
+    datasets = {name: find_images(study, name, row, most[name], on_paper) for name, row in study.rows.items()}
+    plan = Plan(study, datasets)
     evaluate = words_of(study, "evaluate", study.evaluate, "[evaluate]")
     evaluate += [f"--test={name}={folder}" for name, folder in study.tests.items()]
     evaluate += ["--datasets", *study.datasets] if study.datasets else []
     checked(study, "[evaluate]", "evaluate", evaluate)
     for name, folder in study.tests.items():
-        if not Path(folder).is_dir():
+        if not Path(folder).is_dir() and not on_paper:
             raise study.wrong(f"[tests] {name}", f"no folder {folder}; expected {folder}/<class id>/<images>")
     base = words_of(study, "train", study.train, "[train]")
     given = checked(study, "[train]", "train", ["--data=x", *base])
@@ -230,13 +232,17 @@ def _digest(value: Any) -> str:
 # ===== where images come from =====
 
 
-def find_images(study: Study, name: str, row: Row, most: int) -> Dataset:
+def find_images(study: Study, name: str, row: Row, most: int, on_paper: bool) -> Dataset:
     """The row's dataset: the folder's images, which must reach MOST a class, or what generate.py would draw."""
     if row.generate is not None:
         return _to_draw(study, name, row, most)
     place, folder = f"[rows.{name}] folder", Path(row.folder).expanduser()
     classes = study.train.get("classes")
     wanted = asked(study, "[train] classes", lambda: load_classes(classes).ids) if classes else None
+    if on_paper and not folder.is_dir():
+        print(f"note: [rows.{name}] folder: {folder} is not here; it counts as complete", file=sys.stderr)
+        spec = classes or study.generate.get("classes", "imagenet_1k")
+        return Dataset(name, folder, images_per_class(load_classes(spec), "imagenet" if classes else most))
     root = folder / "train" if (folder / "train").is_dir() else folder
     if wanted and not (folder / "train").is_dir() and [*folder.glob("*.tar"), *folder.glob("shards/*.tar")]:
         return Dataset(name, folder, dict.fromkeys(wanted, most))  # train.py counts what shards hold
@@ -292,57 +298,3 @@ def quality_of(plan: Plan, row: str) -> tuple[Path, tuple[str, ...]] | None:
     options = {key: value for key, value in study.evaluate.items() if key in kept}
     words = [f"--dataset-report={dataset.folder}", f"--real={real}", f"--checkpoint={judge.folder}", f"--out={folder}"]
     return folder, (*words, *words_of(study, "evaluate", options, "[evaluate]"))
-
-
-# ===== what it costs =====
-
-
-def show(plan: Plan) -> None:
-    """The commands, and what they cost: --dry-run."""
-    for dataset in plan.datasets.values():
-        if dataset.words:
-            print(shlex.join(("python", "generate.py", *dataset.words)))
-    for point in plan.points:
-        print(shlex.join(("python", *point.command)))
-    print()
-    for line in costs(plan):
-        print(line)
-
-
-def costs(plan: Plan) -> list[str]:
-    """Lines on images, forwards, hours and disk of the whole study, what is done already included."""
-    images = forwards = 0
-    hours, disk, rates = 0.0, 0.0, dict[str, float]()
-    for dataset in filter(lambda one: one.words, plan.datasets.values()):
-        its_images, its_forwards, its_disk = (
-            float(re.findall(pattern, dataset.plan, re.M)[0].replace(",", ""))
-            for pattern in (r"^images: (\S+)", r"an image, (\S+) in all", r"^disk: about (\S+) GB")
-        )
-        images, forwards, disk = images + int(its_images), forwards + int(its_forwards), disk + its_disk
-        model = next((word for word in dataset.words if word.startswith("--model=")), "")
-        if model not in rates:
-            rates[model] = forwards_per_s(plan.study, dataset, its_forwards / its_images)
-        hours += its_forwards / rates[model] / 3600 if rates[model] else math.nan
-    seen, speed = sum(point.seen for point in plan.points), plan.study.images_per_s
-    drawing = "hours not known: give [generate] rate" if math.isnan(hours) else f"{hours:,.2f} device hours"
-    training = f"{seen / speed / 3600:,.2f} device hours" if speed else "hours not known: give images_per_s"
-    return [
-        f"{len(plan.points)} runs on {len({point.title for point in plan.points})} training sets",
-        f"drawing: {images:,} images, {forwards:,} UNet forwards, {disk:,.2f} GB, {drawing}",
-        f"training: {seen:,} images seen, {training}",
-    ]
-
-
-def forwards_per_s(study: Study, dataset: Dataset, an_image: float) -> float:
-    """UNet forwards a second of one device: as the study gives it, else as `generate.py --dry-run` measures it; or 0.
-
-    Measured once a model, with AN_IMAGE forwards an image: other rows differ by their forwards.
-    """
-    args = checked(study, f"[rows.{dataset.name}] generate", "generate", dataset.words)
-    if args.rate:
-        return args.rate * an_image
-    args.dry_run, said = True, io.StringIO()
-    with contextlib.redirect_stdout(said):
-        asked(study, f"[rows.{dataset.name}] generate", lambda: script("generate")["main"](args))
-    found = re.search(r"hours: \S+ at (\S+) images/s", said.getvalue())
-    return float(found[1].replace(",", "")) * an_image if found else 0.0
