@@ -184,11 +184,8 @@ def list_image_folder(root: str | Path, option: str = "--data") -> tuple[list[st
 def drop_strays(
     samples: Sequence[tuple[str, int]], known: Iterable[tuple[str, Iterable[str]]] | None, option: str
 ) -> list[tuple[str, int]]:
-    """SAMPLES (path, label) without those that the manifests of a generated dataset do not know, which are named.
-
-    KNOWN: (class id, file names) ... of its manifests; None for other folders, of which all images count.
-    """
-    if known is None:
+    """SAMPLES (path, label) without those that a dataset's manifests, KNOWN (class id, file names), do not know."""
+    if known is None:  # another folder, of which all images count
         return list(samples)
     names = {(class_id, name) for class_id, its in known for name in its}
     kept: list[tuple[str, int]] = []

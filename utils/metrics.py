@@ -89,12 +89,10 @@ def confusion(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> np
 
 
 def confidences(logits: np.ndarray) -> np.ndarray:
-    """(N,) probability of the predicted class, in float64; a masked class (-inf) has none.
-
-    In chunks: 50,000 x 1,000 in float64 would be 400 MB.
-    """
+    """(N,) probability of the predicted class, in float64; a masked class (-inf) has none."""
     from scipy.special import softmax
 
+    # In float64 50,000 x 1,000 would be 400 MB.
     blocks = (logits[start : start + CHUNK_ROWS] for start in range(0, len(logits), CHUNK_ROWS))
     return np.concatenate([softmax(block.astype(np.float64), axis=1).max(1) for block in blocks])
 

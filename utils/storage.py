@@ -63,13 +63,10 @@ def atomic_path(path: str | Path, fsync: bool = False) -> Iterator[Path]:
 
 
 def _disk_full(error: Exception, temporary: Path) -> int:
-    """The errno if a full disk or quota lies behind ERROR, else 0.
-
-    numpy and torch report a short write as an error of their own; whether the disk takes a little more tells.
-    """
+    """The errno if a full disk or quota lies behind ERROR, else 0."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in FULL else 0
-    if isinstance(error, OSError | RuntimeError):
+    if isinstance(error, OSError | RuntimeError):  # of numpy or torch, for a short write: does the disk take more?
         try:
             with open(temporary, "ab") as file:
                 file.write(bytes(1 << 20))

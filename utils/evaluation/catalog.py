@@ -179,17 +179,14 @@ def choose(
 
 
 def read_all(chosen: Sequence[TestSet], look_at_images: bool) -> tuple[list[TestSet], int]:
-    """(those that are right copies, how many are not), by their counts and, if wanted, by asking for every image file.
-
-    A wrong copy that was merely found is left out with a line; one that was asked for stops here with UserError.
-    """
+    """(the right copies, how many others there are), by their counts and, if wanted, by asking for every image file."""
     whole = []
     for one in chosen:
         try:
             _ = one.loaded.fingerprint if look_at_images else one.loaded
             whole.append(one)
         except UserError as error:
-            if one.asked_for:
+            if one.asked_for:  # by name; one that was merely found is left out
                 raise
             print(f"left out: {error}", file=sys.stderr, flush=True)
     return whole, len(chosen) - len(whole)

@@ -57,11 +57,8 @@ class FeatureCache:
             yield self.read()
 
     def blocks(self, what: str) -> dict[int, np.ndarray]:
-        """start -> block of what is there and right; says how many are damaged, WHAT being the features' name.
-
-        Call it as the entry's owner: leftovers of killed writers are removed.
-        """
-        storage.remove_leftovers(self.entry)
+        """start -> block of what is there and right; says how many of WHAT are damaged. For the entry's owner."""
+        storage.remove_leftovers(self.entry)  # of killed writers
         kept, right = self._joined()
         found = {}
         if kept is not None:

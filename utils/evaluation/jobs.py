@@ -173,12 +173,9 @@ class Job:
 
 
 def number_format(dtype: str, device: str) -> str:
-    """fp32, fp16 or bf16, as --dtype DTYPE and --device DEVICE come out here.
-
-    On a CPU never bf16 by itself: its eight bits would move a score by more than a machine should.
-    """
+    """fp32, fp16 or bf16, as --dtype DTYPE and --device DEVICE come out here."""
     if dtype != "auto":
         return dtype
     if device == "cpu":  # known without torch: keeps a dry run instant
-        return "fp32"
+        return "fp32"  # never bf16 by itself: its eight bits would move a score by more than a machine should
     return "fp16" if resolve_device(device).type == "cuda" else "fp32"

@@ -223,10 +223,7 @@ Misfit = tuple[str, float]  # the first difference, and the share of an architec
 
 
 def _fit(arch: str, weights: dict[str, torch.Tensor], named: bool) -> tuple[torch.nn.Module | None, str, Misfit]:
-    """(module, classifier's name, _) if WEIGHTS are those of ARCH, else (None, "", why not).
-
-    The classifier may be absent, or a projection of several layers (MoCo v2, SimCLR): its name is "" then.
-    """
+    """(module, classifier's name or "", _) if WEIGHTS are those of ARCH, else (None, "", why not)."""
     matrices = [tensor for key, tensor in weights.items() if tensor.ndim == 2 and key.endswith("weight")]
     outputs = len(matrices[-1]) if matrices else 1
     with torch.device("meta"):  # shapes only: initialising numbers that are about to be replaced takes seconds
@@ -243,7 +240,7 @@ def _fit(arch: str, weights: dict[str, torch.Tensor], named: bool) -> tuple[torc
         return None, "", ("it does not end in a linear layer", 0.0)
     head = model.get_submodule(name)
     assert isinstance(head, torch.nn.Linear)
-    if f"{name}.weight" not in weights:
+    if f"{name}.weight" not in weights:  # absent, or a projection of several layers (MoCo v2, SimCLR)
         _replace(model, name, torch.nn.Identity())
         weights = {key: tensor for key, tensor in weights.items() if not key.startswith(f"{name}.")}
     elif f"{name}.bias" not in weights:  # the authors' classifiers have none

@@ -18,10 +18,7 @@ UNSET_MB = 1024  # below it a node's RealMemory was never configured
 
 
 def ask_cluster(partition: str | None) -> tuple[dict[str, float], list[dict[str, str]], int]:
-    """({partition: its time limit in minutes}, [facts of its nodes], the most elements of an array).
-
-    PARTITION may be several with commas, and None for the default one; an unknown one is refused.
-    """
+    """({partition: its limit in minutes}, [facts of its nodes], most elements of an array), of several with commas."""
     for program in ("sbatch", "srun", "squeue", "sinfo", "scontrol"):
         if shutil.which(program) is None:
             raise UserError(f"--launcher slurm: no `{program}` on PATH; run on a login node, or use --launcher local")

@@ -248,10 +248,8 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, wor
 
 
 def refuse_control_characters(args: argparse.Namespace) -> None:
-    """UserError for an option with a line break or the like, from the command line or a site file.
-
-    It would end a line of the batch script and begin one that SLURM or the shell reads as its own.
-    """
+    """UserError for an option with a line break or the like, from the command line or a site file."""
+    # It would end a line of the batch script and begin one that SLURM or the shell reads as its own.
     for name, value in {**vars(args), "command": args.command[0]}.items():
         for part in value if isinstance(value, list) else [value]:
             text = "=".join(part) if isinstance(part, tuple) else str(part)

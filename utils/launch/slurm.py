@@ -110,13 +110,11 @@ def _await_the_end() -> None:
 
 
 def in_preemption_grace() -> bool:
-    """Whether this job is being preempted but not ended yet. A job that SLURM ends at once or cancels is not running.
-
-    True as well where SLURM cannot be asked (in a container): then a cancelled job stays for the KillWait.
-    """
+    """Whether this job is being preempted but has not ended; one that SLURM ends at once or cancels is not running."""
     if "SLURM_JOB_ID" not in os.environ:
         return False
     job = show_job(JobEnvironment().job_id)
+    # Where SLURM cannot be asked (in a container) a cancelled job stays for the KillWait.
     return not job or (job.get("JobState") == "RUNNING" and job.get("PreemptTime") != "None")
 
 

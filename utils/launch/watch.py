@@ -69,10 +69,7 @@ def watch(folder: Path) -> int:
 
 
 def queued_states() -> dict[str, str]:
-    """{"7" or "7_2": state} of this user's jobs in the queue; a controller that is restarting is asked again.
-
-    A waiting job's reason is part of its state where a person may have to act on it.
-    """
+    """{"7" or "7_2": state} of this user's jobs in the queue; a controller that is restarting is asked again."""
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r"]
     for attempt in range(20):
         try:
@@ -82,6 +79,7 @@ def queued_states() -> dict[str, str]:
         except subprocess.TimeoutExpired:
             continue
         if result.returncode == 0:
+            # A waiting job's reason is part of its state where a person may have to act on it.
             rows = [line.split("|", 2) for line in result.stdout.splitlines() if line.strip()]
             told = {job: f" ({why})" for job, state, why in rows if state == "PENDING" and why not in ORDINARY_WAITS}
             return {job: state + told.get(job, "") for job, state, _ in rows}
@@ -92,13 +90,10 @@ def queued_states() -> dict[str, str]:
 
 
 def exit_code(folder: Path, job: str) -> int | None:
-    """What the Task of JOB left at its end: a failure of any of its nodes, else node 0's success, else None.
-
-    A damaged file counts as none: the job is then reported as one that did not finish.
-    """
+    """What the Task of JOB left at its end: a failure of any of its nodes, else node 0's success, else None."""
     codes: dict[str, int] = {}
     for path in sorted(folder.glob(f"{job}-node*.exit.json")):
-        with suppress(UserError):
+        with suppress(UserError):  # damaged: the job is reported as one that did not finish
             codes[path.name] = read_json(path, EXIT).code
     return next(filter(None, codes.values()), codes.get(f"{job}-node0.exit.json"))
 

@@ -53,12 +53,10 @@ def diversity(x: np.ndarray) -> float | None:
 
 
 def neighbourhoods(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
-    """Precision, recall, density, coverage in percent (density may exceed 100) of real (N, D) and fake (M, D).
-
-    Of more than MOST_IMAGES those at even distances are taken: the distances of 65,000 images fill 34 GB.
-    """
+    """Precision, recall, density, coverage in percent (density may exceed 100) of real (N, D) and fake (M, D)."""
     from sklearn.metrics import pairwise_distances  # here: seconds of start-up
 
+    # The distances of 65,000 images fill 34 GB.
     real, fake = (x[evenly(np.arange(len(x)), MOST_IMAGES)] for x in (real, fake))
     k = min(NEIGHBOURS, len(real) - 1, len(fake) - 1)
     if k < 1:
