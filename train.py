@@ -226,6 +226,7 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     stop.install()  # not sooner: until now a signal may end the process, there is nothing to save
     if processes.is_main:
         closing.enter_context(own_run(out))
+        closing.callback(training.writer.close)
     for line in training.resume(out, identity, images):
         distributed.print0(line)
     training.require_same_step(out)
@@ -241,10 +242,12 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
         training.abandon_step()
         if processes.is_main:
             training.save(out, identity)
+            training.writer.wait()
         distributed.barrier()  # launchers that see one process leave soon kill the others
         distributed.print0(f"stopped by a signal; step {training.step} is saved, the same command continues from there")
         return stop.exit_code
     if processes.is_main:
+        training.writer.wait()
         export(training, out, name)
         print(f"wrote {out}/{name}.pth", flush=True)
     return 0
@@ -305,6 +308,7 @@ def train(training, loader, validation, stop, out: Path, identity: dict, args: a
             if log:
                 log.interval(training, totals)
         stop.check(training.device)
+        training.writer.check()
         if is_main() and (epoch_ended or time.monotonic() - saved_at > 60 * args.checkpoint_minutes):
             training.save(out, identity)  # before validation, which takes long and may stop at a damaged image
             saved_at = time.monotonic()

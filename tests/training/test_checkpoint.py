@@ -9,18 +9,21 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from utils import storage
 from utils.cli import UserError
+from utils.model import build_model
 from utils.storage import remove_leftovers
 from utils.training import checkpoint
-from utils.training.checkpoint import NEWEST, PREVIOUS, load_checkpoint, save_checkpoint
+from utils.training.checkpoint import NEWEST, PREVIOUS, Writer, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,6 +50,43 @@ def test_the_last_two_are_kept(tmp_path):
     found, path, problems = load_checkpoint(tmp_path)
     assert (found.step, path.name, problems) == (3, NEWEST, [])
     assert torch.load(tmp_path / PREVIOUS, weights_only=True)["step"] == 2
+
+
+def test_the_writer_leaves_the_bytes_of_a_plain_save(tmp_path):
+    """Of a real model and optimizer, channels_last and halves of tensors too, though a step changes all meanwhile."""
+    model = build_model("resnet10", 10).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    whole = state(1) | {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "stamps": [torch.arange(6)]}
+    for folder in ("plain", "thread"):
+        (tmp_path / folder).mkdir()
+    save_checkpoint(tmp_path / "plain", whole)
+    writer = Writer()
+    held = threading.Event()
+    with mock.patch.object(checkpoint, "save_checkpoint", lambda *args: (held.wait(), save_checkpoint(*args))):
+        writer.start(tmp_path / "thread", whole)
+        optimizer.step()
+        whole["bad_images"].append("one")
+        held.set()
+        writer.wait()
+    plain, thread = ((tmp_path / folder / NEWEST).read_bytes() for folder in ("plain", "thread"))
+    assert plain == thread and "one" not in load_checkpoint(tmp_path / "thread")[0].bad_images
+    save_checkpoint(tmp_path / "plain", whole)
+    assert (tmp_path / "plain" / NEWEST).read_bytes() != thread  # the step has changed it since
+
+
+def test_an_error_of_the_writer_is_raised_once_by_whoever_asks_first(tmp_path, monkeypatch):
+    error = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / NEWEST))
+    monkeypatch.setattr(checkpoint, "save_checkpoint", mock.Mock(side_effect=error))
+    writer = Writer()
+    for ask in (writer.check, writer.wait, lambda: writer.start(tmp_path, state(2))):
+        writer.start(tmp_path, state(1))
+        writer.close()
+        with pytest.raises(OSError) as caught:
+            ask()
+        assert caught.value is error
+        writer.wait()
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "empty", "text", "missing"])
@@ -150,14 +190,15 @@ def test_kill_9_while_writing_leaves_a_loadable_one(tmp_path):
         from pathlib import Path
         import torch
         from tests.training.test_checkpoint import state
-        from utils.training.checkpoint import load_checkpoint, save_checkpoint
+        from utils.training.checkpoint import Writer, load_checkpoint
         run = Path({str(tmp_path)!r})
         found = load_checkpoint(run)
         step = found[0].step if found else 0
+        writer = Writer()
         print("ready", flush=True)
         while True:
             step += 1
-            save_checkpoint(run, state(step, side=256))
+            writer.start(run, state(step, side=256))
     """
     last = 0
     for attempt in range(4):

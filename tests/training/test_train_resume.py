@@ -58,12 +58,12 @@ KILLED_WHILE_WRITING = """
     torch.save = half
 """
 KILLED_BETWEEN_RENAMES = """
-    import os, pathlib, signal
+    import os, pathlib, signal, torch
     replace = pathlib.Path.replace
     def half(self, target):
         replace(self, target)
         if str(target).endswith("checkpoint_previous.pth"):
-            if self.parent.joinpath("log.jsonl").read_text().count("train") == 6:
+            if torch.load(target)["step"] == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
     pathlib.Path.replace = half
 """
@@ -144,15 +144,27 @@ def test_a_signal_to_the_whole_group_while_validating(images, tmp_path):
 
 
 def test_kill_9_after_an_epochs_line_or_before_it(images, undisturbed, tmp_path):
-    """The epoch's checkpoint comes before its line, which is written once, wherever the kill came."""
+    """An epoch's line is written once, wherever the kill came: before its checkpoint, before the line, or after it."""
+    unsaved = """
+        import os, signal, time
+        from utils.training import checkpoint
+        from utils.training.run_log import RunLog
+        epoch = RunLog.epoch
+        checkpoint.save_checkpoint = lambda *_: time.sleep(60)
+        RunLog.epoch = lambda *values: (epoch(*values), os.kill(os.getpid(), signal.SIGKILL))
+    """
     before = """
         import os, signal
         from utils.training.run_log import RunLog
-        RunLog.epoch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        RunLog.epoch = lambda log, training, *_: (training.writer.wait(), os.kill(os.getpid(), signal.SIGKILL))
     """
     run = tmp_path / "run"
     command = ["--data", images, "--out", run, *OPTIONS, "--checkpoint-minutes", 1000]
+    finish(start(*command, patch=unsaved), -signal.SIGKILL)
+    assert [line["kind"] for line in log_without_clock(run)] == ["train"] * 4 + ["epoch"]
+    assert not list(run.glob("checkpoint*"))
     finish(start(*command, patch=before), -signal.SIGKILL)
+    assert [line["kind"] for line in log_without_clock(run)] == ["train"] * 4
     assert weights(run / "checkpoint.pth")["step"] == 4
     after = SIGNALLED_IN_A_STEP.format(step=5, when="not last", name="SIGKILL")
     out, _ = finish(start(*command, patch=after), -signal.SIGKILL)
@@ -160,6 +172,58 @@ def test_kill_9_after_an_epochs_line_or_before_it(images, undisturbed, tmp_path)
     out, _ = finish(start(*command))
     assert "at step 4" in out
     assert_same_run(run, undisturbed)
+
+
+SLOW_DISK = """
+    import os, time
+    from utils.training import checkpoint, step
+    save, begin_step = checkpoint.save_checkpoint, step.Training.begin_step
+    def slow(run, state):
+        print("writing", state["step"], flush=True)
+        time.sleep(3)
+        save(run, state)
+        print("written", state["step"], flush=True)
+    def begun(self):
+        print("begins", self.step, flush=True)
+        begin_step(self)
+    checkpoint.save_checkpoint, step.Training.begin_step = slow, begun
+"""
+
+
+def test_a_slow_disk_holds_up_no_step_and_is_waited_for_in_the_end(images, undisturbed, tmp_path):
+    """The next steps run while a checkpoint is being written, and the next checkpoint waits for it."""
+    run = tmp_path / "run"
+    out, _ = finish(start("--data", images, "--out", run, *OPTIONS, "--checkpoint-minutes", 1000, patch=SLOW_DISK))
+    events = [line for line in out.splitlines() if line.split()[0] in ("writing", "written", "begins")]
+    for epoch, nxt in ((4, 8), (8, 12)):  # a step takes some tenths of a second, a checkpoint three
+        assert events.index(f"begins {epoch + 1}") < events.index(f"written {epoch}") < events.index(f"writing {nxt}")
+    assert out.splitlines().index("written 12") < out.splitlines().index(f"wrote {run}/shapes.pth")
+    assert_same_run(run, undisturbed)
+
+
+def test_a_signal_waits_for_the_checkpoint_that_is_being_written_and_for_its_own(images, tmp_path):
+    run = tmp_path / "run"
+    patch = SLOW_DISK + SIGNALLED_IN_A_STEP.format(step=5, when="last", name="SIGTERM")
+    out, _ = finish(start("--data", images, "--out", run, *OPTIONS, "--checkpoint-minutes", 1000, patch=patch), 143)
+    assert out.splitlines()[-3:-1] == ["writing 5", "written 5"] and "step 5 is saved" in out.splitlines()[-1]
+    assert [weights(run / name)["step"] for name in ("checkpoint_previous.pth", "checkpoint.pth")] == [4, 5]
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_stops_the_next_step_with_its_line(images, tmp_path):
+    full = """
+        import errno, os, time
+        from utils.training import checkpoint, step
+        def save(run, state):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run / "checkpoint.pth"))
+        checkpoint.save_checkpoint = save
+    """
+    run = tmp_path / "run"
+    command = ["--data", images, "--out", run, *OPTIONS, "--checkpoint-minutes", 1000]
+    _, err = finish(start(*command, patch=full), 2)
+    assert err.strip().endswith(
+        f"the disk is full ({run}/checkpoint.pth); free some space and run the same command again"
+    )
+    assert err.count("\n") == 1 and len(log_without_clock(run)) in (5, 6)  # the epoch's lines, and those of a step
 
 
 def test_a_worker_blocked_by_a_dead_disk_does_not_keep_the_process(images, tmp_path):

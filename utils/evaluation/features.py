@@ -11,7 +11,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,26 +42,16 @@ class Share:
     size: int = 1
 
     def agree(self, value: Any) -> Any:
-        """Rank 0's VALUE, for all. UserError if another process has failed."""
+        """Rank 0's VALUE, for all."""
         box = [value]
         if self.size > 1:
-            with _together():
-                torch.distributed.broadcast_object_list(box)
+            torch.distributed.broadcast_object_list(box)
         return box[0]
 
     def wait(self) -> None:
-        """Until all processes are here. UserError if another one has failed."""
+        """Until all processes are here."""
         if self.size > 1:
-            with _together():
-                torch.distributed.barrier()
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError:
-        raise UserError("another process of this job has failed; its own line says why") from None
+            torch.distributed.barrier()
 
 
 class Extractor:

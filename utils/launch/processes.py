@@ -101,6 +101,7 @@ class Team:
     together: bool = False
     devices: Sequence[str] = ()
     stopped_by: int | None = None
+    cause: Process | None = None  # of ranks the one whose failure has ended the others
     _kill_at: float = float("inf")  # finite once the team is being ended
     _running: list[Process] = field(default_factory=list)
 
@@ -121,6 +122,7 @@ class Team:
                     self._running.remove(process)
                     idle += [] if process.device is None else [process.device]
                     if process.code and self.together and self._kill_at == float("inf"):
+                        self.cause = process
                         self._send(signal.SIGTERM)
                 if time.monotonic() > self._kill_at:
                     self._send(signal.SIGKILL)
@@ -134,18 +136,19 @@ class Team:
         return [process for process in self.processes if process.code != 0]
 
     def report(self) -> int:
-        """Say which processes failed and how to run each again; the exit code is that of the first which failed."""
-        for process in self.failed():
+        """Say which processes failed and how to run each again; the exit code is that of the first which failed.
+
+        Of ranks only the first is told of: the others were ended because of it.
+        """
+        told = [self.cause] if self.cause else self.failed()
+        for process in told:
             again = shlex.join(part for part in process.command if part != "-u")
             ending = "was not started" if process.code is None else f"ended with exit code {process.code}"
             if process.code == 128 + signal.SIGKILL:
                 ending += " (killed; out of memory? give more with --mem-gb)"
             lines = [f"launch: {process.label} {ending}", *(f"  | {line}" for line in process.tail)]
             print(*lines, f"  run it again alone: {again}", sep="\nlaunch: ", file=sys.stderr, flush=True)
-        codes = [process.code or 1 for process in self.failed()]
-        return min(
-            codes, key=lambda code: code == 128 + signal.SIGTERM, default=0
-        )  # not of ranks that were ended by us
+        return next((process.code or 1 for process in told), 0)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.stopped_by is None or number == signal.SIGINT:

@@ -4,6 +4,8 @@ A checkpoint is written aside, synced and renamed, and the one before is kept. t
 finished run is recognised without it.
 """
 
+import copy
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,6 +132,61 @@ def save_checkpoint(run: Path, state: dict) -> None:
             torch.save(state, file)
         if newest.exists():
             newest.replace(run / PREVIOUS)
+
+
+class Writer:
+    """Writes checkpoints in a thread: a step waits for a copy of the state in memory, not for the disk."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def start(self, run: Path, state: dict) -> None:
+        """Write STATE as it is now; waits until the one before is written, and raises what has stopped that one."""
+        # torch.save imports it at its first use: a loader's process forked meanwhile would find it half imported.
+        import torch.utils.serialization.config  # noqa: F401
+
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(run, on_host(state)))
+        self._thread.start()
+
+    def _write(self, run: Path, state: dict) -> None:
+        try:
+            save_checkpoint(run, state)
+        except Exception as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raise the error that has stopped the last checkpoint, once; does not wait for one that is being written."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk; raises the error that has stopped it."""
+        self.close()
+        self.check()
+
+    def close(self) -> None:
+        """Until nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+
+
+def on_host(value: Any) -> Any:
+    """A copy of VALUE, dicts and lists of tensors and plain values, that no later step changes; its tensors on the CPU.
+
+    torch.save writes the same bytes for it, but for the name of a tensor's device.
+    """
+    import torch
+
+    if isinstance(value, dict):
+        result = copy.copy(value)  # with its type, and the attribute that torch hangs on a model's state
+        result.update({key: on_host(part) for key, part in value.items()})
+        return result
+    if isinstance(value, list):
+        return [on_host(part) for part in value]
+    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
 def load_checkpoint(run: Path) -> tuple[State, Path, list[str]] | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import UserError
+from utils.training.peers import Peers
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +116,8 @@ def device_name(requested: str) -> str:
 def process_group(device: torch.device) -> Iterator[Ranks]:
     """Join the job's process group (nccl on CUDA, gloo elsewhere), yield the ranks, leave it at the end.
 
-    One process alone needs no group: nothing is set up. After an error the group is dropped without waiting for peers.
+    One process alone needs no group: nothing is set up. After an error the group is dropped without waiting for peers,
+    and they hear of it: a collective that it breaks on them becomes a UserError that names this rank.
     """
     found = ranks()
     if found.world_size == 1:
@@ -146,16 +148,19 @@ def process_group(device: torch.device) -> Iterator[Ranks]:
             f"rank {found.rank} of {found.world_size} cannot join the others at MASTER_ADDR:MASTER_PORT {address} "
             f"({str(error).strip().splitlines()[0]}); check that rank 0 runs there and the port is free"
         ) from error
+    peers = Peers(found.rank, found.world_size, os.environ["MASTER_ADDR"])
     try:
         yield found
     except BaseException as error:
         # What the error's frames hold, the DDP module above all, must be gone before its group: freed later, it waits
         # for ever for threads of the group that wait for Python.
         traceback.clear_frames(error.__traceback__)
+        peers.failed(error)
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        peers.leave()
 
 
 def barrier() -> None:

@@ -112,6 +112,7 @@ class Training:
     bad_images: list[str] = field(default_factory=list)
     waited: float = 0.0  # seconds for data, since the last log line
     stamps: list[np.ndarray] = field(default_factory=list)  # of each image set, as it is on the disk: rank 0's
+    writer: checkpoint.Writer = field(default_factory=checkpoint.Writer)
 
     def __post_init__(self) -> None:
         # Batch norm's running statistics: the only state that a forward pass changes.
@@ -223,7 +224,10 @@ class Training:
     # ===== saving and resuming =====
 
     def save(self, run: Path, identity: dict) -> None:
-        """Write the state after self.step steps. Weights that are not finite are refused: the last good ones stay."""
+        """Write the state after self.step steps, while training goes on: `writer` says when it is on the disk.
+
+        Weights that are not finite are refused: the last good ones stay.
+        """
         if not all(torch.isfinite(norm) for norm in torch._foreach_norm(list(self.model.parameters()))):
             raise NonFiniteLoss(self)
         state = {
@@ -237,7 +241,7 @@ class Training:
             "bad_images": self.bad_images,
             "stamps": [torch.from_numpy(stamps) for stamps in self.stamps],
         }
-        checkpoint.save_checkpoint(run, state)
+        self.writer.start(run, state)
 
     def resume(self, run: Path, identity: dict, images: Sequence[ImageSet]) -> list[str]:
         """Continue from RUN's newest undamaged checkpoint, if it has one; returns lines to show.
