@@ -249,10 +249,7 @@ def bad_cell(path: Path, line: int, column: str | int, message: str) -> UserErro
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 text file without their ends. A BOM and CRLF line ends, as spreadsheets write, are accepted.
-
-    Lines end at \\n only: str.splitlines also cuts at form feeds and the like, which here are errors.
-    """
+    """Lines of a UTF-8 text file without their ends. A BOM and CRLF line ends, as spreadsheets write, are accepted."""
     try:
         data = read_regular(path, MOST_TABLE)
     except OSError as error:
@@ -272,7 +269,7 @@ def read_lines(path: Path) -> list[str]:
     if found := CONTROL.search(text):
         line, column = text.count("\n", 0, found.start()) + 1, found.start() - text.rfind("\n", 0, found.start())
         raise bad_cell(path, line, column, f"control character U+{ord(found[0]):04X}; remove it")
-    return text.removesuffix("\n").split("\n")
+    return text.removesuffix("\n").split("\n")  # str.splitlines also cuts at form feeds and the like
 
 
 def read_list(path: Path) -> list[tuple[int, str]]:

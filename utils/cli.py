@@ -213,8 +213,7 @@ def one_name(text: str) -> str:
 def safe_name(text: Any, option: str) -> str:
     """TEXT if it is one component of a path that any disk takes, else a UserError that opens with OPTION.
 
-    For names, ids and labels from an option, a file or a folder, where they enter: a string of 1 to LONGEST_NAME
-    characters without slashes, control characters or a dot or space at its start.
+    That is 1 to LONGEST_NAME characters without slashes, control characters or a dot or space at their start.
     """
     if why := _unsafe(text, LONGEST_NAME, paths=False):
         raise UserError(f"{option}: {why}")

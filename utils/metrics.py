@@ -69,14 +69,11 @@ def per_class(correct: np.ndarray, labels: np.ndarray, num_classes: int) -> tupl
 
 
 def mean_per_class(correct: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[float, float, float]:
-    """(mean over classes of their accuracy, low, high) in percent: a stratified normal interval, 95 %.
-
-    Its variance is the mean of the classes' own (Agresti-Coull's +2/+4 keeps a perfect class from claiming none).
-    """
+    """(mean over classes of their accuracy, low, high) in percent: a stratified normal interval, 95 %."""
     counts, accuracies = per_class(correct, labels, num_classes)
     seen = counts > 0
     n, share = counts[seen], accuracies[seen] / 100
-    softened = (share * n + 2) / (n + 4)
+    softened = (share * n + 2) / (n + 4)  # Agresti-Coull: a perfect class has a variance too
     spread = Z_95 * math.sqrt(float((softened * (1 - softened) / (n + 4)).sum())) / len(n)
     mean = float(share.mean())
     return 100 * mean, 100 * max(0.0, mean - spread), 100 * min(1.0, mean + spread)

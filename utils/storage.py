@@ -200,8 +200,7 @@ def _refuse_special(status: os.stat_result, path: str | Path) -> None:
 def read_json(path: str | Path, kind: Any = dict[str, Any], remedy: str = RESTORE) -> Any:
     """The value of a JSON file, checked against KIND: a msgspec.Struct, `dict[str, int]`, `list` ...
 
-    A missing, damaged or huge file, or one that holds another type, is a UserError of one line: the file, what is
-    wrong and where, and REMEDY.
+    UserError for a missing, damaged or huge file and one of another type: what is wrong and where, and REMEDY.
     """
     try:
         return _decode(_read(path, MOST_JSON, remedy), msgspec.json.Decoder(kind))

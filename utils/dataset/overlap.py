@@ -75,15 +75,12 @@ def read_place(place: Place) -> bytes:
 
 
 def refuse_contained(train: Sequence[Place], test: Sequence[Place], option: str) -> None:
-    """UserError that opens with OPTION if every test image is byte for byte a training image, under whatever name.
-
-    Ends at the first that is not, so that it costs little where nothing is wrong: the sizes of all files, a few reads.
-    """
+    """UserError that opens with OPTION if every test image is byte for byte a training image, under whatever name."""
     by_size: dict[int, list[Place]] = {}
     for place in train:
         by_size.setdefault(_stat(place)[1], []).append(place)
     digest = lru_cache(maxsize=100_000)(lambda place: sha256_bytes(read_place(place)))
-    try:
+    try:  # ends at the first new one: where nothing is wrong it costs the sizes of all files and a few reads
         new = any(all(digest(one) != digest(place) for one in by_size.get(_stat(place)[1], [])) for place in test)
     except (OSError, BadImage):  # an unreadable image is told by whoever needs it
         return
@@ -109,8 +106,7 @@ def _stat(place: Place) -> tuple[str, int, int]:
 def describe(places: Sequence[Place], cache: Path | None = None, what: str = "hashes") -> Described:
     """Hashes and thumbnails of images, made once: kept in the folder CACHE under the images' names, sizes and times.
 
-    A damaged cache file is seen by its checksum and made again. An image that cannot be read is left out of every
-    comparison.
+    A damaged cache file is seen by its checksum and made again; an image that cannot be read is never compared.
     """
     if cache is None:
         return Described(places, _describe_all(places, what))

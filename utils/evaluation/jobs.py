@@ -143,13 +143,10 @@ class Job:
         return f"to do: {len(loaded.class_ids)} classes, {len(loaded.samples):,} images; {self.protocol}"
 
     def save(self, measured: Measured, facts: dict, sidecar: dict) -> None:
-        """Append a row a metric of MEASURED, each with FACTS (n, num_classes, seed ...), to results.jsonl.
-
-        The SIDECAR is written first: a job counts as done when all of its rows are there.
-        """
+        """Append a row a metric of MEASURED, each with FACTS (n, num_classes, seed ...), to results.jsonl."""
         head = {"dataset": self.test_set.name, "model": self.source.label, "checkpoint_sha256": self.source.sha256}
         made_by = {"key": self.key, "command": command_line(), "environment": snapshot()}
-        write_json(self.sidecar, head | sidecar | made_by)
+        write_json(self.sidecar, head | sidecar | made_by)  # first: a job counts as done when all of its rows are there
         for metric, (value, interval) in measured.items():
             low, high = [None if bound is None else round(bound, 4) for bound in interval or (None, None)]
             row = {

@@ -229,11 +229,9 @@ def names_of(words: Iterable[str]) -> list[str]:
 
 
 def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, words: Sequence[str]) -> None:
-    """UserError if WORDS hold an option that the launcher in use would ignore: work meant for a cluster would run here.
-
-    A site file may describe a cluster and yet serve `local`; --chunks 1 and the like change nothing anywhere.
-    """
+    """UserError if WORDS hold an option that the launcher in use ignores: work meant for a cluster would run here."""
     (slurm,) = (group for group in parser._action_groups if group.title == "slurm")
+    # A site file may describe a cluster and yet serve `local`; --chunks 1 and the like change nothing anywhere.
     users = {option: "slurm" for action in slurm._group_actions for option in action.option_strings}
     users |= {"--nodes": "slurm"} if args.nodes > 1 else {}
     if args.launcher == "inline":
