@@ -198,6 +198,7 @@ def judge_by_logits(job: Job, model: FrozenModel, leaks_seen: dict[tuple, Found]
     model.classifier.require_head()
     loaded = job.test_set.loaded
     matched = match(loaded, model.classifier.class_ids)
+    model.cost()  # what was before is not of this job
     leaks = training_images_in(job, matched.samples, leaks_seen)
     stamps = loaded.stamps["test"][matched.rows]
     features = model.features(job, matched.samples, stamps)  # (N, D)
@@ -205,7 +206,8 @@ def judge_by_logits(job: Job, model: FrozenModel, leaks_seen: dict[tuple, Found]
         return
     logits = model.classifier.logits(features)[:, matched.columns]  # (N, compared classes)
     measured, facts, sidecar = metrics_of_logits(logits, matched, model.classifier)
-    job.save(measured, facts | leaks[0], sidecar | leaks[1] | {"images": fingerprint(matched.samples, stamps)})
+    sidecar |= leaks[1] | {"images": fingerprint(matched.samples, stamps)}
+    job.save(measured, facts | leaks[0], sidecar, model.cost())
 
 
 def judge_by_probe(job: Job, model: FrozenModel, leaks_seen: dict[tuple, Found] | None) -> None:
@@ -214,6 +216,7 @@ def judge_by_probe(job: Job, model: FrozenModel, leaks_seen: dict[tuple, Found] 
     from utils.evaluation.judge import metrics_of_probe
 
     loaded = job.test_set.loaded
+    model.cost()
     leaks = training_images_in(job, loaded.samples, leaks_seen)
     features = {
         split: model.features(job, samples, loaded.stamps[split], split)  # (N, D)
@@ -226,7 +229,7 @@ def judge_by_probe(job: Job, model: FrozenModel, leaks_seen: dict[tuple, Found] 
     for seed in job.missing_seeds():
         result = probes.run_probe(splits, seed=seed, memo=job.trials, **options)
         measured, facts, sidecar = metrics_of_probe(result, loaded, seed, job.finished_runs())
-        job.save(measured, facts | leaks[0], sidecar | leaks[1])
+        job.save(measured, facts | leaks[0], sidecar | leaks[1], model.cost())
 
 
 def training_images_in(

@@ -175,11 +175,12 @@ def main(args: argparse.Namespace) -> int:
     # Another process may have been first: its batch size counts.
     recipe = replace(recipe, attention=None).settle(dataset, counts)
     sampler.denoising.size = recipe.batch_size or 1
-    session = drawing.Session(dataset, in_chunk(dataset.folders, args.chunk), recipe)
+    session = drawing.Session(dataset, in_chunk(dataset.folders, args.chunk), recipe, device)
     with session.bar:
         for batch, entries in draw(session.open_batches(table, template), recipe, sampler, session.bar):
             session.commit(batch, entries)
-    summary = session.summary(sampler) | {"chunk": args.chunk and "/".join(map(str, args.chunk))}
+    summary = session.summary(sampler, loading.flops_per_image(sampler))
+    summary["chunk"] = args.chunk and "/".join(map(str, args.chunk))
     totals = datasets.record_session(dataset, summary)
     print(
         f"{out}: {totals['images']} of {totals['wanted']} images; this run drew {summary['images']} in "

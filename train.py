@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils import cli
-from utils.machine import snapshot
+from utils.machine import add_costs, rounded_cost, snapshot
 from utils.storage import atomic_path, read_json, sha256_file, write_json
 from utils.training.distributed import take_own_cores
 from utils.training.recipe import CHOICES, changed
@@ -374,8 +374,10 @@ def export(training, out: Path, name: str) -> None:
     draw_run(out)
     with atomic_path(out / f"{name}.pth", fsync=True) as temporary, open(temporary, "wb") as file:
         torch.save(export_state_dict(training.model), file)
-    described = read_json(out / "args.json") | {"weights_sha256": sha256_file(out / f"{name}.pth")}
-    write_json(out / "args.json", described)
+    cost = add_costs(training.cost, training.meter.read())
+    flops = training.flops(0, training.step)
+    described = {"weights_sha256": sha256_file(out / f"{name}.pth"), "cost": rounded_cost(cost | {"flops": flops})}
+    write_json(out / "args.json", read_json(out / "args.json") | described)
 
 
 def time_steps(training, loader, max_bad_images: int) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,3 +201,71 @@ def test_the_tools_of_compile_are_asked_for_at_the_door(monkeypatch, tmp_path, d
     monkeypatch.setattr(machine.shutil, "which", lambda name: name)
     (tmp_path / "Python.h").touch()
     machine.require_compiler(torch.device(device))
+
+
+# ===== energy =====
+
+
+def write_zone(folder, name: str, joules: float) -> None:
+    folder.mkdir(exist_ok=True)
+    for file, value in (("name", name), ("energy_uj", round(joules * 1e6)), ("max_energy_range_uj", 1000 * 10**6)):
+        (folder / file).write_text(f"{value}\n")
+
+
+def test_the_processors_energy_is_that_of_packages_and_memory_through_an_overflow(tmp_path, monkeypatch):
+    """As Linux lays it out: a package, its cores (part of it) and memory (not part of it), a second package, the board.
+
+    The counter of the second starts anew after 1,000 joules.
+    """
+    monkeypatch.setattr(machine, "POWERCAP", tmp_path)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    zones = {"intel-rapl:0": ("package-0", 10), "intel-rapl:0:0": ("core", 5), "intel-rapl:0:1": ("dram", 1)}
+    zones |= {"intel-rapl:1": ("package-1", 990), "intel-rapl:2": ("psys", 0), "intel-rapl-mmio:0": ("package-0", 10)}
+    for folder, (name, joules) in zones.items():
+        write_zone(tmp_path / folder, name, joules)
+    meter = machine.Meter(torch.device("cpu"))
+    for folder, (name, joules) in zones.items():
+        write_zone(tmp_path / folder, name, (joules + 30) % 1000)
+    spent = meter.read()
+    assert spent["cpu_joules"] == pytest.approx(90) and spent["seconds"] > 0 and "gpu_joules" not in spent
+    assert meter.read()["cpu_joules"] == 0
+    monkeypatch.setenv("LOCAL_RANK", "1")  # its neighbour counts them
+    assert machine.Meter(torch.device("cpu")).read()["cpu_joules"] == 0
+
+
+def test_energy_that_cannot_be_read_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "POWERCAP", tmp_path / "none")
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12"))
+        assert machine.Meter(torch.device(device)).read().keys() == {"seconds"}
+
+
+def test_a_gpus_energy_is_that_of_the_card_with_its_uuid(tmp_path, monkeypatch):
+    """NVML counts millijoules since the driver was loaded; the library is a stand-in with NVML's calls."""
+    monkeypatch.setattr(machine, "POWERCAP", tmp_path)
+    card = {"millijoules": 5_000_000}
+
+    def by_uuid(uuid, handle):
+        handle._obj.value = 7
+        return 0 if uuid == b"GPU-12" else 6  # NVML_ERROR_NOT_FOUND
+
+    def energy(handle, millijoules):
+        millijoules._obj.value = card["millijoules"] if handle.value == 7 else 0
+        return 0
+
+    calls = {"nvmlInit_v2": lambda: 0, "nvmlDeviceGetHandleByUUID": by_uuid}
+    nvml = SimpleNamespace(**calls, nvmlDeviceGetTotalEnergyConsumption=energy)
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: nvml)
+    for uuid, wanted in (("12", {"seconds", "gpu_joules"}), ("34", {"seconds"})):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, uuid=uuid: SimpleNamespace(uuid=uuid))
+        meter = machine.Meter(torch.device("cuda"))
+        card["millijoules"] += 2_500
+        spent = meter.read()
+        assert spent.keys() == wanted and spent.get("gpu_joules", 2.5) == pytest.approx(2.5)
+
+
+def test_a_sum_of_costs_knows_what_all_of_its_parts_know():
+    first = {"seconds": 1.0, "cpu_joules": 2.0, "gpu_joules": 3.0}
+    assert machine.add_costs(machine.NO_COST, first, first) == {"seconds": 2.0, "cpu_joules": 4.0, "gpu_joules": 6.0}
+    assert machine.add_costs(first, {"seconds": 4.0, "gpu_joules": 1.0}) == {"seconds": 5.0, "gpu_joules": 4.0}

@@ -6,6 +6,7 @@ needed, so that a record costs no start-up time.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -13,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +39,8 @@ OUT_OF_MEMORY = (
     "unable to find an engine",  # cuDNN, whose engines all need more: pytorch #108645
 )
 COMPILERS = ("g++", "c++", "clang++")  # on a CPU torch.compile needs one of them
+POWERCAP = Path("/sys/class/powercap")  # where Linux counts the energy of Intel's and AMD's processors (RAPL)
+NO_COST = {"seconds": 0.0, "cpu_joules": 0.0, "gpu_joules": 0.0}
 PACKAGES = ("torch", "torchvision", "xformers", "diffusers", "transformers", "numpy", "pillow", "simplejpeg")
 
 
@@ -231,3 +236,83 @@ def require_compiler(device: torch.device) -> None:
     if lacking:
         remedy = "install Debian's package or leave it out"
         raise UserError(f"--compile: no {lacking} here, which torch.compile needs; {remedy}")
+
+
+# ===== what work costs =====
+
+
+class Meter:
+    """Seconds and joules that pass from the moment it is made.
+
+    cpu_joules are those of the machine's processors and their memory, whoever used them: of several processes of a
+    launcher the first of a machine counts them. gpu_joules are those of the GPU this process computes on. What cannot
+    be read (RAPL is root's on most systems) is left out, so that a sum never mixes measured and guessed.
+    """
+
+    def __init__(self, device: torch.device):
+        self._first = os.environ.get("LOCAL_RANK", "0") == "0"
+        self._zones = [zone for zone in sorted(POWERCAP.glob("intel-rapl:*")) if self._first and _is_zone(zone)]
+        self._gpu = _nvml_device(device)
+        self._at = self._counters()
+        self._started = time.monotonic()
+
+    def read(self) -> dict[str, float]:
+        """{"seconds", and "cpu_joules", "gpu_joules" where they can be read} since the last call or the start.
+
+        To be called more often than a counter of the processors runs over: every quarter of an hour at 300 watts.
+        """
+        now, counters = time.monotonic(), self._counters()
+        spent = {"seconds": now - self._started} | ({} if self._first else {"cpu_joules": 0.0})
+        for name, (value, wraps_at) in counters.items():
+            before = self._at.get(name, (value, 0))[0]
+            passed = value - before + (wraps_at if value < before else 0)
+            kind = name.partition(" ")[0]
+            spent[kind] = spent.get(kind, 0) + passed
+        self._at, self._started = counters, now
+        return spent
+
+    def _counters(self) -> dict[str, tuple[float, float]]:
+        """{"cpu_joules <zone>" or "gpu_joules": (joules so far, at how many it starts anew)}"""
+        found = {}
+        for zone in self._zones:
+            now, most = (int((zone / name).read_text()) / 1e6 for name in ("energy_uj", "max_energy_range_uj"))
+            found[f"cpu_joules {zone.name}"] = (now, most)
+        millijoules = ctypes.c_ulonglong()
+        if self._gpu and self._gpu[0].nvmlDeviceGetTotalEnergyConsumption(self._gpu[1], ctypes.byref(millijoules)) == 0:
+            found["gpu_joules"] = (millijoules.value / 1000, 0.0)
+        return found
+
+
+def _is_zone(zone: Path) -> bool:
+    """Whether ZONE is a processor or its memory (not a part of one, nor the whole board), and may be read."""
+    try:
+        return (zone / "energy_uj").read_text() != "" and (zone / "name").read_text().startswith(("package", "dram"))
+    except OSError:
+        return False
+
+
+def _nvml_device(device: torch.device) -> tuple | None:
+    """(NVIDIA's management library, its handle of DEVICE); None where there is none or it does not know the device."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        uuid, handle = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode(), ctypes.c_void_p()
+        known = nvml.nvmlInit_v2() == 0 and nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)) == 0
+    except (OSError, AttributeError):
+        return None
+    return (nvml, handle) if known else None
+
+
+def add_costs(*costs: Mapping[str, float | None]) -> dict[str, float]:
+    """The sum, of what all of them know: a run of which one session could not read a counter has no such figure."""
+    columns = {key: [cost.get(key) for cost in costs] for key in (costs[0] if costs else ())}
+    return {key: sum(column) for key, column in columns.items() if None not in column}
+
+
+def rounded_cost(cost: Mapping[str, float]) -> dict[str, float]:
+    """COST as a record shows it: tenths of seconds, whole joules; operations as a float, which a year of them fits."""
+    rules = {"seconds": lambda value: round(value, 1), "flops": float}
+    return {key: rules.get(key, round)(value) for key, value in cost.items()}

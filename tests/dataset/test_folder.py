@@ -204,6 +204,17 @@ def test_sessions_add_up(dataset):
     info = json.loads((dataset.root / "dataset.json").read_text())
     assert info["time"] == {"process_seconds": 5.0, "images_drawn": 30, "images_per_s_per_process": 6.0}
     assert info["counts"]["images"] == 30 and info["completed"]
+    assert info["cost"] == {"seconds": 5.0}  # these sessions record nothing else
+
+
+def test_the_cost_of_a_dataset_is_that_of_its_sessions(dataset):
+    """But for what one of them could not read; a command that finds nothing to do adds nothing."""
+    for joules in ({"cpu_joules": 30, "gpu_joules": 7}, {"cpu_joules": 12}):
+        datasets.record_session(dataset, {"images": 10, "seconds": 2.0, "flops": 4e18} | joules)
+    for _ in range(2):
+        info = json.loads((dataset.root / "dataset.json").read_text())
+        assert info["cost"] == {"seconds": 4.0, "flops": 8e18, "cpu_joules": 42}
+        datasets.record_session(dataset, {"images": 0, "seconds": 0})
 
 
 def test_rate_is_that_of_the_last_minutes():

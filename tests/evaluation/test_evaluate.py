@@ -26,8 +26,8 @@ from utils.classes import load_classes
 from utils.cli import run
 from utils.evaluation import catalog, imagenet_sets, judge, matching, probes, transfer_sets, weights
 from utils.evaluation.jobs import PROBE_METRICS
-from utils.model import build_model, export_state_dict
-from utils.storage import read_jsonl
+from utils.model import build_model, export_state_dict, forward_flops
+from utils.storage import read_json, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ["ant", "bee", "cow", "dog", "eel", "fox", "gnu"]
@@ -122,6 +122,17 @@ def test_rows_and_sidecar(toy, capsys):
     assert np.mean([row["top1"] for row in sidecar["per_class"]]) == pytest.approx(rows[2]["value"], abs=1e-3)
     shown = capsys.readouterr().out
     assert "toy-seed0" in shown and "28" in shown and "7" in shown
+    last_layer = 2 * 256 * 7
+    of_image = forward_flops(model.train(), [(32, 2)])[32] - last_layer  # features alone; their logits cost nothing
+    assert sidecar["cost"]["flops"] == 28 * of_image and 0 < sidecar["cost"]["seconds"] < 60
+
+
+def test_features_that_are_kept_cost_no_operations_again(toy):
+    folder, test = toy
+    for names in ("toys", "again"):
+        assert call("--checkpoint", folder, "--test", f"{names}={test}", "--device", "cpu") == 0
+    costs = {path.name.split(".")[0]: read_json(path)["cost"] for path in (folder / "eval").glob("*.json")}
+    assert costs["toys"]["flops"] > 0 and costs["again"]["flops"] == 0
 
 
 def test_finished_pairs_are_not_computed_again(toy, monkeypatch, capsys):

@@ -538,6 +538,7 @@ def test_out_of_memory_changes_no_seed_and_no_composition(tmp_path, tiny, monkey
         assert [[e[k] for k in kept] for e in entries(out, class_id)] == [[e[k] for k in kept] for e in theirs]
     (session,) = (json.loads(line) for line in (out / "sessions.jsonl").read_text().splitlines())
     assert session["micro_batch"] == 1  # of a batch size of 3: low bits may be others
+    assert session["flops"] > 0 and json.loads((out / "dataset.json").read_text())["cost"]["flops"] == session["flops"]
 
 
 # ===== disks and permissions =====

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 
@@ -9,6 +10,7 @@ import pytest
 
 import train
 from tests.training_runs import STEPS, TINY, finish, log_without_clock, make_images, same_bits, start, weights
+from utils.model import build_model, forward_flops
 from utils.training.loader import global_size
 
 # Dropout and stochastic depth draw from torch's generator: the network of these tests has dropout.
@@ -291,6 +293,43 @@ def test_a_worker_that_cannot_start_ends_the_run_with_a_line(images, tmp_path):
     """
     _, err = finish(start("--data", images, "--out", tmp_path / "run", *TINY, "--workers", 2, patch=forbidden), 2)
     assert "--workers 2: a loader process cannot be started (Resource temporarily unavailable); choose fewer" in err
+
+
+# A clock that goes by one second and ten joules an optimizer step, on a machine without a GPU's counter.
+TICKING = """
+    import os, signal
+    from utils.training import step
+    clock = [0]
+    class Ticks:
+        def __init__(self, device):
+            self.at = 0
+        def read(self):
+            passed, self.at = clock[0] - self.at, clock[0]
+            return {{"seconds": float(passed), "cpu_joules": 10.0 * passed}}
+    step.Meter = Ticks
+    end_step = step.Training.end_step
+    def ended(self):
+        end_step(self)
+        clock[0] += 1
+        if self.step == {step}:
+            os.kill(os.getpid(), signal.SIG{name})
+    step.Training.end_step = ended
+"""
+
+
+@pytest.mark.parametrize(("name", "code", "minutes"), [("TERM", 143, 1000), ("KILL", -9, 1000)])
+def test_the_cost_of_a_stopped_run_is_that_of_all_its_sessions(images, tmp_path, name, code, minutes):
+    """Steps that kill -9 undid are counted once, as they were done again; what no session could read is no figure."""
+    run = tmp_path / "run"
+    command = ["--data", images, "--out", run, *TINY, "--checkpoint-minutes", minutes]
+    finish(start(*command, patch=TICKING.format(step=6, name=name)), code)
+    finish(start(*command, patch=TICKING.format(step=-1, name=name)))
+    args = json.loads((run / "args.json").read_text())
+    assert {key: args["cost"][key] for key in ("seconds", "cpu_joules")} == {"seconds": STEPS, "cpu_joules": 10 * STEPS}
+    assert "gpu_joules" not in args["cost"] and "cost" not in args["identity"]
+    sizes = [(32, 2), (16, 4)]  # of TINY: one global crop and two local ones of each of 8 images
+    large, small = forward_flops(build_model("resnet10", 2), sizes).values()
+    assert args["cost"]["flops"] == STEPS * 8 * 3 * (large + 2 * small)
 
 
 def test_a_damaged_checkpoint_is_passed_over(images, undisturbed, tmp_path):

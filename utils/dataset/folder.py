@@ -4,7 +4,7 @@
     OUT/prompts.jsonl           where --prompts was given: the prompts of every class, whose hash the recipe records
     OUT/manifest/<id>.jsonl     one line an image, sorted by index: see records.Entry
     OUT/train/<id>/<id>_<index:06d>.<suffix>
-    OUT/sessions.jsonl          one line a finished process: images, seconds, images/s, micro_batch (denoised at once)
+    OUT/sessions.jsonl          one line a finished process: images, seconds, operations, joules, micro_batch ...
     OUT/.locks/                 empty files; flock marks the classes that a living process draws
 
 An image counts as done when its manifest line is there and its file has the size the line says; --verify also compares
@@ -27,11 +27,13 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+from msgspec.structs import asdict
+
 from utils import storage
 from utils.classes import ClassRow, ClassTable, images_per_class, safe_id
 from utils.cli import UserError, safe_name
 from utils.dataset.records import FORMAT, MOST_IMAGES, Entry, Record, SessionRecord
-from utils.machine import snapshot
+from utils.machine import add_costs, rounded_cost, snapshot
 
 COPY = ".dataset.json"
 PROMPTS = "prompts.jsonl"
@@ -271,6 +273,8 @@ def record_session(dataset: Dataset, session: dict[str, Any]) -> dict[str, Any]:
         sessions = storage.read_jsonl(path, SessionRecord)  # of processes that ended by themselves
         seconds, images = sum(line.seconds for line in sessions), sum(line.images for line in sessions)
         rate = round(images / seconds, 3) if seconds else None
+        info["cost"] = rounded_cost(add_costs(*map(asdict, sessions)))
+        info["cost"].pop("images", None)
         info["time"] = {"process_seconds": round(seconds, 1), "images_drawn": images, "images_per_s_per_process": rate}
         write_record(dataset.root, info)
     return counts

@@ -72,3 +72,6 @@ class SessionRecord(Struct):
 
     images: Annotated[int, Meta(ge=0)]
     seconds: Annotated[float, Meta(ge=0)]
+    flops: Annotated[float, Meta(ge=0)] | None = None  # of what was drawn, redraws included
+    cpu_joules: Annotated[float, Meta(ge=0)] | None = None
+    gpu_joules: Annotated[float, Meta(ge=0)] | None = None

@@ -8,10 +8,11 @@ the kernel frees makes a second run wait for the first one's features instead of
 import hashlib
 import json
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from utils.evaluation.matching import Samples, fingerprint
 from utils.images import BadImage, normalize
 from utils.machine import is_out_of_memory
 from utils.metrics import refuse_nan
+from utils.model import count_flops
 from utils.storage import write_json
 
 FORMAT = 2  # raise it when the numbers change: old cache entries are then left alone
@@ -64,6 +66,7 @@ class Extractor:
         self.device, self.dtype = device, dtype
         self.batch_size, self.workers, self.share = batch_size, workers, share or Share()
         self._fused: dict[int, torch.nn.Module] = {}  # side in pixels -> the network fused for this CPU
+        self._computed: Counter[int] = Counter()  # side in pixels -> images, by all processes
 
     def __call__(
         self, samples: Samples, transform: Transform, cache: Path | None, what: str, stamps: np.ndarray | None = None
@@ -95,6 +98,7 @@ class Extractor:
             there = kept.blocks(what) if complete is None else kept.starts
             missing = self.share.agree([start for start in kept.starts if start not in there])
             self._fill(kept, missing, samples, transform, what)
+            self._computed[transform.crop] += sum(min(feature_cache.BLOCK, len(samples) - start) for start in missing)
             if complete is None:
                 write_json(kept.entry / "key.json", facts | {"what": what, "count": len(samples)})
                 complete = kept.join(what)
@@ -106,6 +110,16 @@ class Extractor:
         for start, block in zip(mine, self._blocks(samples, transform, what, mine) if mine else (), strict=True):
             cache.write_block(start, block)
         self.share.wait()
+
+    def flops(self) -> int:
+        """Operations of the features computed so far; what was kept already cost none."""
+        return sum(images * self._flops_per_image(side) for side, images in self._computed.items() if images)
+
+    @cache  # noqa: B019, an extractor lives as long as its process judges one model
+    def _flops_per_image(self, side: int) -> int:
+        image = torch.zeros(1, 3, side, side, device=self.device)
+        with torch.inference_mode():
+            return count_flops(lambda: self.backbone(image))
 
     def _blocks(self, samples: Samples, transform: Transform, what: str, starts: Sequence[int]) -> Iterator[np.ndarray]:
         """Features of the blocks that begin at STARTS, one after the other."""

@@ -16,7 +16,7 @@ from utils.cli import UserError, command_line
 from utils.evaluation.catalog import TestSet
 from utils.evaluation.checkpoints import Source, Transform, ordered_classes, transform_of
 from utils.evaluation.results import Row
-from utils.machine import resolve_device, snapshot
+from utils.machine import add_costs, resolve_device, rounded_cost, snapshot
 from utils.storage import append_jsonl, read_json, read_jsonl, write_json
 
 LOGIT_METRICS = ("top1", "mean_per_class", "ece")  # of a set the model classifies itself; top5 too with > 5 classes
@@ -45,6 +45,7 @@ class Sidecar(msgspec.Struct):
 
     key: str
     runs: list[dict[str, Any]] = []
+    cost: dict[str, float] = {}
 
 
 @dataclass
@@ -142,9 +143,15 @@ class Job:
             return f"to do: {len(loaded.class_ids)} classes, {counts}; {self.protocol}; seeds {[*self.settings.seeds]}"
         return f"to do: {len(loaded.class_ids)} classes, {len(loaded.samples):,} images; {self.protocol}"
 
-    def save(self, measured: Measured, facts: dict, sidecar: dict) -> None:
-        """Append a row a metric of MEASURED, each with FACTS (n, num_classes, seed ...), to results.jsonl."""
+    def save(self, measured: Measured, facts: dict, sidecar: dict, cost: dict) -> None:
+        """Append a row a metric of MEASURED, each with FACTS (n, num_classes, seed ...), to results.jsonl.
+
+        COST is added to that of the probes with other seeds before.
+        """
+        kept = self._kept()
+        spent = add_costs(kept.cost, cost) if kept and kept.key == self.key and kept.runs else cost
         head = {"dataset": self.test_set.name, "model": self.source.label, "checkpoint_sha256": self.source.sha256}
+        head |= {"cost": rounded_cost(spent)}
         made_by = {"key": self.key, "command": command_line(), "environment": snapshot()}
         write_json(self.sidecar, head | sidecar | made_by)  # first: a job counts as done when all of its rows are there
         for metric, (value, interval) in measured.items():

@@ -12,7 +12,7 @@ from utils.evaluation.features import Extractor, Share
 from utils.evaluation.jobs import Job, Measured
 from utils.evaluation.matching import LoadedSet, MatchedSet, Samples
 from utils.evaluation.weights import Classifier, load_classifier
-from utils.machine import resolve_dtype
+from utils.machine import Meter, resolve_dtype
 
 MAX_CONFUSION = 200  # classes: a larger matrix is too large to read
 
@@ -29,6 +29,7 @@ class FrozenModel:
         if self.classifier.classes_from.startswith("assumed"):
             print(f"{source.label}: outputs {self.classifier.classes_from} (else give --classes)", flush=True)
         self._extractors: dict[str, Extractor] = {}  # by number format
+        self._meter, self._told = Meter(device), 0
 
     def features(self, job: Job, samples: Samples, stamps: np.ndarray, split: str = "") -> np.ndarray:
         """(N, D) features of SAMPLES as JOB wants them, from its cache where they are known. STAMPS: stat_images'."""
@@ -38,6 +39,13 @@ class FrozenModel:
             self._extractors[job.number_format] = Extractor(model, self.source.sha256, self.device, dtype, *how)
         extract, title = self._extractors[job.number_format], job.title + (f", {split}" if split else "")
         return extract(samples, job.transform, job.out / "features", title, stamps)
+
+    def cost(self) -> dict[str, float]:
+        """Seconds, joules and operations (of features that were not kept already) since the last call."""
+        flops = sum(extract.flops() for extract in self._extractors.values())
+        spent = self._meter.read() | {"flops": flops - self._told}
+        self._told = flops
+        return spent
 
 
 def metrics_of_logits(logits: np.ndarray, matched: MatchedSet, model: Classifier) -> tuple[Measured, dict, dict]:

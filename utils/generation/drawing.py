@@ -27,9 +27,12 @@ from utils.cli import UserError
 from utils.dataset.folder import ClassFolder, Dataset, open_dataset
 from utils.generation.prompts import ClassTable, Prompt, Templates, class_prompts, image_seed
 from utils.generation.recipe import CHROMA, QUALITY, Recipe
+from utils.machine import NO_COST, Meter, add_costs
 from utils.storage import AlreadyOwned, atomic_write, sha256_bytes
 
 if TYPE_CHECKING:
+    import torch
+
     from utils.generation.diffusion import Sampler
 
 MAX_ATTEMPTS = 10  # --safety redraw: then the last image drawn is kept, flagged and counted
@@ -73,12 +76,13 @@ class ProgressBar(tqdm):
 class Session:
     """What one process does for a dataset: it claims classes, hands out their open batches and commits them."""
 
-    def __init__(self, dataset: Dataset, folders: list[ClassFolder], recipe: Recipe):
+    def __init__(self, dataset: Dataset, folders: list[ClassFolder], recipe: Recipe, device: torch.device):
         self.dataset, self.folders, self.recipe = dataset, folders, recipe
         self.pending = {folder.id: sum(map(len, folder.open_batches())) for folder in folders}
         wanted = sum(folder.count for folder in folders)
         self.bar = ProgressBar(wanted, dataset.root.name, wanted - sum(self.pending.values()))
         self.started, self.images, self.draws = time.monotonic(), 0, 0
+        self.meter, self.cost = Meter(device), NO_COST
 
     def open_batches(self, table: ClassTable, template: Templates) -> Iterator[Batch | None]:
         """The batches to draw, class by class, each class locked. None asks that all before it be finished: those that
@@ -116,11 +120,12 @@ class Session:
         batch.folder.commit([entries[index] for index in sorted(entries)])
         if batch.lock:
             batch.lock.close()
+        self.cost = add_costs(self.cost, self.meter.read())
         self.images += len(entries)
         self.draws += sum(1 + entry["attempt"] for entry in entries.values())
         self.bar.update(len(entries))
 
-    def summary(self, sampler: Sampler) -> dict[str, Any]:
+    def summary(self, sampler: Sampler, flops_per_image: int | None) -> dict[str, Any]:
         """The line of sessions.jsonl: images, seconds, images/s, UNet forwards, device and so on."""
         self.bar.close()
         seconds = time.monotonic() - self.started
@@ -129,6 +134,8 @@ class Session:
             "seconds": round(seconds, 2),
             "images_per_s": round(self.images / seconds, 3),
             "unet_forwards": sampler.forwards_per_image * self.draws,
+            "flops": None if flops_per_image is None else float(flops_per_image * self.draws),
+            **{key: round(value) for key, value in self.cost.items() if key != "seconds"},
             "device": str(sampler.device),
             "attention": sampler.recipe.attention,
             "micro_batch": sampler.denoising.size,  # less than the batch size where memory ran out

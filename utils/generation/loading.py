@@ -22,6 +22,7 @@ from utils.generation.diffusion import Sampler
 from utils.generation.pipeline import PipelineFolder
 from utils.generation.recipe import Recipe
 from utils.machine import memory_format, require_compiler, resolve_device, resolve_dtype
+from utils.model import count_flops
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CPU_LATENTS = 6400  # batch x latent area on a CPU: 100 images of 8x8 latents, 1 of 64x64; larger gained nothing
@@ -133,6 +134,24 @@ def measured_rate(folder: PipelineFolder, recipe: Recipe, device_name: str) -> t
     seconds = step * sampler.forwards_per_image / 2 + seconds_of(lambda: sampler.decode(latents), device)
     how = f"measured here, {recipe.dtype} in batches of {size}, from one step and one decode"
     return size / seconds, "CPU" if device.type == "cpu" else "GPU", how
+
+
+@torch.inference_mode()
+def flops_per_image(sampler: Sampler) -> int | None:
+    """Operations of the forwards and the decoding of an image; None for a network that is called in another way.
+
+    Counted on shapes alone: the number is the same whatever device, attention kernel or compiler computes.
+    """
+    unet, vae = getattr(sampler.unet, "_orig_mod", sampler.unet), sampler.vae
+    if not isinstance(unet, diffusers.UNet2DConditionModel) or unet.config.addition_embed_type:
+        return None
+    with torch.device("meta"):
+        text = torch.empty(sampler.embedding("").shape)
+        sides = sampler.height // sampler.factor, sampler.width // sampler.factor
+        latents = torch.empty(1, unet.config.in_channels, *sides)
+        shapes, decoder = (type(network).from_config(network.config) for network in (unet, vae))
+        forward = count_flops(lambda: shapes(latents, torch.empty(()), encoder_hidden_states=text))
+        return sampler.forwards_per_image * forward + count_flops(lambda: decoder.decode(latents))
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, times: int = 1) -> float:

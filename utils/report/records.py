@@ -8,7 +8,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -41,6 +41,18 @@ class Made(msgspec.Struct):
     environment: Environment | None = None
 
 
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1e13)]
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """What a dataset, a run or a judgement has cost: see Meter in utils/machine.py."""
+
+    seconds: Amount | None = None
+    flops: Annotated[float, msgspec.Meta(ge=0, le=1e30)] | None = None
+    cpu_joules: Amount | None = None
+    gpu_joules: Amount | None = None
+
+
 class Source(msgspec.Struct):
     """A folder that a run was trained on."""
 
@@ -68,6 +80,7 @@ class Training(Made):
 
     options: Options = Options()
     plan: Plan = Plan()
+    cost: Cost = Cost()
     sources: list[Source] = []  # runs of earlier versions did not record them
 
     def data(self) -> list[Source]:
@@ -111,6 +124,7 @@ class Described(Made):
 
     classes: list[ClassEntry] = []
     recipe: dict[str, Any] = {}
+    cost: Cost = Cost()
 
     @property
     def names(self) -> dict[str, str]:
@@ -142,6 +156,7 @@ class Sidecar(Made, kw_only=True):
     class_names: list[str] = []
     per_class: list[ClassScore] = []
     confusion: list[list[Count]] | None = None  # rows: the right class; columns: the answer
+    cost: Cost = Cost()
     images: str = ""  # fingerprint of the images judged, in their order
     correct: str = ""  # one bit an image, base64 of numpy's packbits
 

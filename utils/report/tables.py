@@ -14,6 +14,7 @@ from scipy.special import stdtrit  # Student's quantiles; all of scipy.stats wou
 
 from utils.evaluation.catalog import GROUPS, PAPERS_FIVE, SETS
 from utils.metrics import log_odds_average, mean_and_std
+from utils.report.costs import cost_columns
 from utils.report.records import Row, Sidecar, Training
 
 IMAGENET_SETS = PAPERS_FIVE
@@ -204,7 +205,7 @@ def make_tables(models: Sequence[Model], rows: Sequence[Row]) -> list[dict]:
 
 
 def add_facts(made: dict) -> None:
-    """Columns before the numbers: on how many images, in how many steps; which rows have the budget of real images."""
+    """Columns before the numbers: images, steps, which rows have the budget of real images, and what all has cost."""
     shown = [row["model"] for row in made["rows"]]
     reference = next((model for model in shown if model.kind == "real"), shown[0])
     graded = any(model.supervision for model in shown if model.kind != "real")  # else it says nothing new
@@ -216,6 +217,7 @@ def add_facts(made: dict) -> None:
             f"the budget of {reference.name}" if model is not reference and model.has_budget_of(reference) else ""
             for model in shown
         ],
+        **cost_columns(shown),
     }
     made["facts"] = [head for head, column in facts.items() if any(column)]
     for number, row in enumerate(made["rows"]):

@@ -117,6 +117,7 @@ class State(msgspec.Struct):
     epoch: list[float]
     bad_images: list[str]
     stamps: list[Any] = []
+    cost: dict[str, float] = {}  # so far; checkpoints of before do not know it
 
 
 def save_checkpoint(run: Path, state: dict) -> None:

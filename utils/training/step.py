@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from utils.cli import UserError
+from utils.machine import NO_COST, Meter, add_costs
 from utils.training import checkpoint
 from utils.training.augment import augment_views, random_draws
 from utils.training.checkpoint import require_same_images, require_same_run
@@ -113,6 +114,7 @@ class Training:
     waited: float = 0.0  # seconds for data, since the last log line
     stamps: list[np.ndarray] = field(default_factory=list)  # of each image set, as it is on the disk: rank 0's
     writer: checkpoint.Writer = field(default_factory=checkpoint.Writer)
+    cost: dict[str, float] = field(default_factory=NO_COST.copy)  # of all sessions of the run: rank 0's
 
     def __post_init__(self) -> None:
         # Batch norm's running statistics: the only state that a forward pass changes.
@@ -120,6 +122,7 @@ class Training:
         self._buffers_before = [buffer.clone() for buffer in self._buffers]
         self._counted: list[torch.Tensor] = []  # of the step: (loss, correct answers) of each micro-batch
         self._in_step = False
+        self.meter = Meter(self.device)
 
     @contextmanager
     def loader(self, batches: CropBatches, workers: int, most_steps: int | None = None) -> Iterator[Iterator[dict]]:
@@ -212,7 +215,11 @@ class Training:
 
     def flush_interval(self) -> Counter[str]:
         """Sums of all processes since the last call, which also join the epoch's."""
-        sums = Counter(sum_counts({name: self.interval[name] for name in COUNTS}, self.device))
+        spent = self.meter.read()
+        joules = {name: spent.get(name, math.nan) for name in NO_COST if name != "seconds"}
+        sums = Counter(sum_counts({name: self.interval[name] for name in COUNTS} | joules, self.device))
+        spent |= {name: sums.pop(name) for name in joules}
+        self.cost = add_costs(self.cost, {name: value for name, value in spent.items() if not math.isnan(value)})
         self.epoch.update(sums)
         self.interval.clear()
         return sums
@@ -230,6 +237,7 @@ class Training:
         """
         if not all(torch.isfinite(norm) for norm in torch._foreach_norm(list(self.model.parameters()))):
             raise NonFiniteLoss(self)
+        self.cost = add_costs(self.cost, self.meter.read())
         state = {
             "identity": identity,
             "step": self.step,
@@ -240,6 +248,7 @@ class Training:
             "epoch": [self.epoch[name] for name in COUNTS],
             "bad_images": self.bad_images,
             "stamps": [torch.from_numpy(stamps) for stamps in self.stamps],
+            "cost": self.cost,
         }
         self.writer.start(run, state)
 
@@ -250,6 +259,7 @@ class Training:
         have changed since it was saved, which rank 0 looks at.
         """
         self.stamps = [one.stamps() for one in images] if ranks().is_main else []
+        self.meter.read()  # the run costs from here on
         found = checkpoint.load_checkpoint(run)
         if found is None:
             return []
@@ -269,7 +279,7 @@ class Training:
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{path} does not fit this run's model ({reason}); delete it to go on without") from None
-        self.step = state.step
+        self.step, self.cost = state.step, state.cost
         self.epoch = Counter(dict(zip(COUNTS, state.epoch, strict=True)))
         if ranks().is_main:  # the other processes' part of the interval was not saved: its means are rank 0's alone
             self.interval = Counter(dict(zip(COUNTS, state.interval, strict=True)))
