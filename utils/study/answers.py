@@ -12,6 +12,8 @@ from utils.study.curves import Match
 from utils.study.findings import Findings, recipe_of
 from utils.study.plan import Plan, quality_of
 
+CERTAIN = 0.975  # of the resamples, from which on "no number suffices" is said without reserve
+
 
 def labels(one: Findings) -> dict[str, str]:
     """Row or mix -> its label."""
@@ -44,7 +46,7 @@ def rate(match: Match, one: Findings, row: str) -> tuple[str, str]:
     """A cell of the exchange table."""
     span = f"{images(match.rate_low, 1)} to {images(match.rate_high, 1)}"
     if math.isinf(match.needed):
-        return "none", f"in {100 * match.never:.0f} % of resamples" + ("" if match.never > 0.975 else f"; {span}")
+        return "none", f"in {100 * match.never:.0f} % of resamples" + ("" if match.never >= CERTAIN else f"; {span}")
     return f"{images(match.rate, 1)}{beyond(match, one, row)}", f"{span}; {images(match.needed)} a class"
 
 
@@ -84,13 +86,17 @@ def exchange_sentence(one: Findings, names: dict[str, str]) -> str:
                 f"to match {size:,.0f} images a class of “{reference}” you need {images(match.needed)} (95 % interval "
                 f"{span}{outside}) of “{names[best]}”"
             )
-        else:
+        elif match.never >= CERTAIN:
             curve, draws = one.curves[best]
             value, span = percent(1 - curve.e0, 1 - draws.e0)
-            how = f"in {100 * match.never:.0f} % of resamples"
             parts.append(
-                f"to match {size:,.0f} of “{reference}” no number of “{names[best]}” suffices ({how}): its curve ends "
-                f"at {value} % ({span})"
+                f"to match {size:,.0f} of “{reference}” no number of “{names[best]}” suffices: its curve ends at "
+                f"{value} % ({span})"
+            )
+        else:
+            parts.append(
+                f"whether any number of “{names[best]}” matches {size:,.0f} of “{reference}” is open (none does in "
+                f"{100 * match.never:.0f} % of resamples, {images(match.low)} or more in the others)"
             )
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."

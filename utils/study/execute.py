@@ -66,14 +66,14 @@ def run_study(plan: Plan, launcher: str, options: Sequence[str]) -> int:
     code = 0
     for dataset in draw:
         print(f"study: drawing {dataset.name}: {dataset.folder}", flush=True)
-        stage = read_stage(options, ["generate.py", *dataset.words], first=True)
+        stage = read_stage(options, ["generate.py", *dataset.words], first=False)
         if failed := run_here(stage, launcher):
             if failed >= 128:
                 return failed
             code = failed
             print(f"study: {dataset.name} was not drawn (exit code {code}); its points wait", file=sys.stderr)
     ready = [point for point in todo if all(plan.datasets[row].drawn for row in point.rows)]
-    at_once = read_stage(options, ["train.py", "--data=x"], first=True).args.processes
+    at_once = read_stage(options, ["train.py", "--data=x"], first=False).args.processes
     if ready:
         code = _side_by_side([_point_work(point) for point in ready], launcher, at_once) or code
     if code < 128 and (works := _looks(plan)):
@@ -174,21 +174,20 @@ def _queue(plan: Plan, draw: Sequence[Dataset], todo: Sequence[Point], options: 
     if "--log-dir" not in " ".join(options):
         options = [*options, "--log-dir", str(plan.out / "launch" / time.strftime("%Y%m%d-%H%M%S"))]
     stages = [
-        replace(read_stage(options, ["generate.py", *one.words], first=True), name=f"draw-{one.name}", after=())
+        replace(read_stage(options, ["generate.py", *one.words], first=False), name=f"draw-{one.name}", after=())
         for one in draw
     ]
     number = {one.name: index for index, one in enumerate(draw)}
     groups: dict[tuple[int, ...], list[Point]] = {}
     for point in todo:
         groups.setdefault(tuple(sorted(number[row] for row in point.rows if row in number)), []).append(point)
-    own = [word for word in options if not word.startswith("--chunks")]
-    train = read_stage(own, ["train.py", "--data=x"], first=True)
+    train = read_stage(options, ["train.py", "--data=x"], first=False)
     for after, points in groups.items():
         each = tuple(point.command for point in points)
         name = "points" if not after else "points-" + "-".join(draw[index].name for index in after)
         stages.append(replace(train, name=name, out=plan.out, after=after, each=each))
     looks = [("evaluate.py", *found[1]) for row in plan.datasets if (found := quality_of(plan, row))]
     if looks:
-        evaluate = read_stage(own, ["evaluate.py"], first=True)
+        evaluate = read_stage(options, ["evaluate.py"], first=False)
         stages.append(replace(evaluate, name="looks", out=plan.out, after=tuple(range(len(stages))), each=tuple(looks)))
     return run_on_slurm(stages)

@@ -42,8 +42,8 @@ def draw(series: Sequence[Series], x: str, y: str, log: bool) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    with matplotlib.rc_context({"svg.hashsalt": "study", "font.size": 11, "text.parse_math": False}):
-        figure, plot = pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")
+    with matplotlib.rc_context({"svg.hashsalt": "study", "font.size": 12, "text.parse_math": False}):
+        figure, plot = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
         for one in series:
             places, values, low, high = np.array(one.values, float).T
             around = np.abs([values - low, high - values])
@@ -66,7 +66,7 @@ def draw(series: Sequence[Series], x: str, y: str, log: bool) -> str:
         for spine in plot.spines.values():
             spine.set_color(INK)
         columns = 1 + (len(series) > 6)
-        plot.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=columns)
+        plot.legend(frameon=False, labelcolor=INK, fontsize=10, ncols=columns)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         pyplot.close(figure)

@@ -99,15 +99,15 @@ def scaling(one: Findings) -> Section:
     study, names = one.plan.study, labels(one)
     colors = colors_of(list(study.rows), study.reference)
     series, rows = list[Series](), list[list[Text]]()
-    known = any(published(one, title) for title in one.of)
+    sizes = sorted({point.size for point in one.of.values() if point.group in study.rows})
     for row in study.rows:
-        values = []
+        values, cells = [], dict[int, Text]()
         for title in one.titles(row):
-            cell, size = one.cell(title), one.measured[title].size
-            values.append((size, cell.value, cell.low, cell.high))
-            its: list[Text] = [names[row], f"{size:,.0f}", f"{cell.seeds}", (str(cell), cell.interval)]
-            rows.append(its + [published(one, title)] * known)
+            cell, paper = one.cell(title), published(one, title)
+            values.append((one.measured[title].size, cell.value, cell.low, cell.high))
+            cells[one.of[title].size] = str(cell), cell.interval + f"; published {paper}" * bool(paper)
         if values:
+            rows.append([names[row], *(cells.get(size, "") for size in sizes)])
             curve = one.curves.get(row)
             line = (lambda x, fitted=curve[0]: 100 * (1 - fitted.error(x))) if curve else None
             series.append(Series(names[row], colors[row][0], values, line, marker=colors[row][1]))
@@ -115,7 +115,7 @@ def scaling(one: Findings) -> Section:
     caption = (
         "Bars: 95 % intervals over seeds and test images. Lines: err(n) = e0 + a n^-b where a row has three sizes."
     )
-    columns = ["trained on", "images a class", "seeds", f"top-1 on {one.test}, %"] + ["published"] * known
+    columns = ["images a class", *(f"{size:,}" for size in sizes)]
     return Section(f"Accuracy by number of images: {one.test}", columns, rows, figure=figure, caption=caption)
 
 
