@@ -188,8 +188,8 @@ lint: $(DEV_STAMP) ## ruff, mypy and hadolint
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: $(DEV_STAMP) ## speed as ratios to the named peers: make bench [ONLY=row]
-	$(PY) benchmarks/bench.py $(if $(ONLY),--only $(ONLY))
+bench: $(DEV_STAMP) ## speed as ratios to the named peers: make bench [ONLY=row [ARGS=--profile]]
+	$(PY) benchmarks/bench.py $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 gpu-check: $(STAMP) ## does this GPU give the results that the CPU gives? a page in runs/gpu-check, some minutes
 	$(PY) benchmarks/gpu_check.py $(if $(DEVICE),--device "$$DEVICE") $(ARGS)

@@ -1,14 +1,15 @@
 """`make bench`: speed as ratios to a named peer, both measured in this run on this machine.
 
 Each row is a function in a bench_*.py module beside this file; it measures ours and the peer's way in turn and returns
-    {"row", "ours", "peer", "unit", "ratio", "target", "what", "notes"} and, where the arithmetic sets a limit,
-    "bound" (in the row's unit) with "bound_is" (where it comes from)
+    {"row", "ours", "peer", "unit", "ratio", "target", "what", "notes"} and, where there is a limit,
+    "bound" (in the row's unit) with "bound_is" (where it comes from), measured in the same run
 This script runs the rows (each in its own process, so that none inherits another's memory or threads), appends them to
 benchmarks/results.json and writes docs/benchmarks.md from the newest result of every row. Seconds on a shared machine
 drift; ratios of medians taken in turn do not. Nothing here is a test.
 
     make bench                        # every row, about an hour on two cores, most of it probe_vs_suite
     make bench ONLY=loader_vs_dino    # one row
+    make bench ONLY=train_step_vs_fp32 ARGS=--profile     # where its time goes
     python benchmarks/bench.py --list
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import bounds  # noqa: E402
 from utils.cli import UserError, make_parser, run  # noqa: E402
 from utils.machine import cpu_has_bf16, snapshot  # noqa: E402
 from utils.storage import atomic_write, read_json, write_json  # noqa: E402
@@ -41,6 +43,7 @@ ROWS = {
     "augment_share": "bench_train",
     "features_vs_plain": "bench_features",
     "probe_vs_suite": "bench_probe",
+    "quick_ranks": "quick_ranks",
 }
 RESULTS = ROOT / "benchmarks" / "results.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -51,6 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", choices=list(ROWS), help="run this row alone")
     parser.add_argument("--list", action="store_true", help="print the rows and leave")
     parser.add_argument("--page", action="store_true", help="only write docs/benchmarks.md again from results.json")
+    parser.add_argument("--profile", action="store_true", help="of --only's row print where the time goes, no figure")
     parser.add_argument("--in-process", choices=list(ROWS), help=argparse.SUPPRESS)
     return parser
 
@@ -59,6 +63,12 @@ def main(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(f"{row:20} benchmarks/{module}.py" for row, module in ROWS.items()))
         return 0
+    if args.profile:
+        if not args.only:
+            raise UserError("--profile: name the row with --only (make bench ONLY=row ARGS=--profile)")
+        bounds.profiling = True
+        importlib.import_module(f"benchmarks.{ROWS[args.only]}").ROWS[args.only]()
+        raise UserError(f"--profile: {args.only} measures processes of its own; run them under a profiler")
     if args.in_process:
         measured = importlib.import_module(f"benchmarks.{ROWS[args.in_process]}").ROWS[args.in_process]()
         print(json.dumps(measured))
@@ -108,11 +118,17 @@ def verdict_of(result: dict) -> str:
 
 
 def share_of(result: dict) -> str:
-    """ "83 %": how much of the bound ours reaches; seconds reach it from above."""
+    """ "83 %": how much of the bound ours reaches; seconds and megabytes reach it from above.
+
+    Of a share of time that should be small, what counts is the rest: 2 % lost where none need be is 98 % reached.
+    """
     if result.get("bound") is None:
         return ""
-    reached = result["bound"] / result["ours"] if result["unit"].startswith("s ") else result["ours"] / result["bound"]
-    return f"{100 * reached:.0f} %"
+    ours, bound = result["ours"], result["bound"]
+    if result["unit"].startswith("%"):
+        return f"{100 * (100 - ours) / (100 - bound):.0f} %"
+    from_above = result["unit"].startswith("s ") or result["unit"] == "MB"
+    return f"{100 * (bound / ours if from_above else ours / bound):.0f} %"
 
 
 def newest_of(results: list[dict]) -> list[dict]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from benchmarks import bench, bench_generate
+from benchmarks import bench, bench_generate, bounds
 
 RESULT = {
     "row": "loader_vs_dino",
@@ -56,6 +57,32 @@ def test_the_share_of_the_bound_is_reached_from_below_by_rates_and_from_above_by
     assert bench.share_of(bounded | {"unit": "s a probe", "ours": 800.0}) == "50 %"
     page = bench.as_page([bounded])
     assert "| met | 400 | 75 % |" in page and "- bound: decoding alone" in page
+
+
+def test_a_share_of_time_lost_is_turned_round_and_memory_is_reached_from_above():
+    lost = RESULT | {"unit": "% of a step", "ours": 10.0, "bound": 1.0, "bound_is": "a copy"}
+    assert bench.share_of(lost) == "91 %"  # 90 of 99
+    assert bench.share_of(lost | {"bound": 0.0}) == "90 %"
+    assert bench.share_of(RESULT | {"unit": "MB", "ours": 500.0, "bound": 400.0, "bound_is": "less"}) == "80 %"
+
+
+def test_the_bound_is_at_the_best_of_all_formats(monkeypatch):
+    rates = {torch.float32: 2e11, torch.bfloat16: 8e11}
+    monkeypatch.setattr(bounds, "peak_flops", lambda device, dtype: rates[dtype])
+    found = bounds.bound(4e9, torch.device("cpu"))
+    assert found["bound"] == 200 and "200 in float32, 800 in bfloat16" in found["bound_is"]
+    assert bounds.bound(4e9, torch.device("cpu"), formats=[torch.float32])["bound"] == 50
+
+
+def test_a_profile_names_what_takes_the_time_and_takes_the_rows_place(monkeypatch, capsys):
+    a = torch.ones(400, 400)
+    assert bounds.profile_if_asked(lambda: a @ a) is None
+    monkeypatch.setattr(bounds, "profiling", True)
+    with pytest.raises(SystemExit):
+        bounds.profile_if_asked(lambda: [a @ a for _ in range(50)])
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert " s, of which " in first and rows[0].endswith("aten::mm") and " 50 calls" in rows[0]
+    assert bench.run(bench.main, bench.get_args_parser(), ["--profile"]) == 2
 
 
 def test_the_rows_of_generation_draw_with_todays_records(tmp_path):
