@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from utils.storage import read_json, read_jsonl
+from utils.report.records import Described, Training, read_record
+from utils.storage import read_json
 from utils.study import curves
 from utils.study.curves import Match
-from utils.study.findings import Findings, recipe_of
+from utils.study.findings import Findings
 from utils.study.plan import Plan, quality_of
 
 CERTAIN = 0.975  # of the resamples, from which on "no number suffices" is said without reserve
@@ -133,11 +134,22 @@ def addition_sentence(one: Findings, names: dict[str, str], worth: Sequence[tupl
     return f"{added}: {images(match.rate, 1)} of them (95 % interval {span}) do the work of one more of the latter."
 
 
+def seeds_of(one: Findings) -> str:
+    """ "3", or "1 to 3" where training sets differ."""
+    counts = {len(measured.errors) for measured in one.measured.values()}
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
+
+
+def bars(one: Findings) -> str:
+    """What the bars of a figure are."""
+    n = max(measured.images for measured in one.measured.values())
+    return f"Points: means over seeds ({seeds_of(one)} each). Bars: 95 % intervals over seeds and {n:,} test images."
+
+
 def notes(one: Findings) -> list[str]:
     """What ± and intervals are, how many seeds, how many comparisons, and what the study does not vary."""
     study = one.plan.study
-    seeds = sorted({len(measured.errors) for measured in one.measured.values()})
-    several = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    several, fewest = seeds_of(one), min(len(measured.errors) for measured in one.measured.values())
     shown = len(one.of) + sum(map(len, one.matches.values()))
     budget = (
         "Every run has the recipe's epochs, so more images are also more training, and an epoch of a mix is as long as "
@@ -151,7 +163,7 @@ def notes(one: Findings) -> list[str]:
     paired = "The same resampled test images serve all training sets, so differences are paired."
     if unpaired:
         paired = f"{unpaired} training sets have no answer of each image on record and are resampled by themselves."
-    alone = " With one seed an interval speaks of the test images alone." if seeds[0] == 1 else ""
+    alone = " With one seed an interval speaks of the test images alone." if fewest == 1 else ""
     return [
         f"± is the standard deviation over seeds ({several} a training set); an interval is the central 95 % of "
         f"{curves.RESAMPLES:,} resamples of test images and seeds together. {paired} The seeds' deviations are pooled "
@@ -177,21 +189,11 @@ def quality(plan: Plan, row: str) -> dict[str, Any]:
     return read_json(path).get("totals", {}) if path and path.is_file() else {}
 
 
-def hours(one: Findings, title: str) -> tuple[float, float]:
-    """Device hours of (drawing a training set's images, training on them once), as measured."""
-    drawing = 0.0
-    point = one.of[title]
-    for row in point.rows:
-        speed = recipe_of(one.plan, row).get("images_per_s")
-        drawing += one.plan.datasets[row].images(point.size) / speed / 3600 if speed else 0
-    runs = [run for run in one.plan.points if run.title == title and run.trained]
-    seconds = []
-    for run in runs:
-        batch = (read_json(run.folder / "args.json").get("plan") or {}).get("batch_size", 0)
-        done, spent = 0, 0.0
-        for line in read_jsonl(run.folder / "log.jsonl"):
-            if line.get("kind") == "train" and line.get("images_per_s"):
-                spent += (line["step"] - done) * batch / line["images_per_s"]
-                done = line["step"]
-        seconds.append(spent)
-    return drawing, float(np.mean(seconds)) / 3600 if seconds else 0.0
+def minutes(one: Findings, title: str) -> tuple[float, float]:
+    """Device minutes of (drawing the images of a row's training set, training on them once), as their records say."""
+    point, dataset = one.of[title], one.plan.datasets[one.of[title].group]
+    record = read_record(dataset.folder / "dataset.json", Described) or Described()
+    drawing = (record.cost.seconds or 0) * point.images / max(1, sum(dataset.counts.values()))
+    runs = [read_record(run.folder / "args.json", Training) for run in one.plan.points if run.title == title]
+    seconds = [run.cost.seconds for run in runs if run and run.cost.seconds]
+    return drawing / 60, float(np.mean(seconds)) / 60 if seconds else 0.0

@@ -4,6 +4,7 @@ Here: datasets one after the other, in as many processes as the launcher gives e
 each. On SLURM: an array a dataset, and arrays of points that wait for the datasets they need.
 """
 
+import contextlib
 import os
 import shlex
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from utils.cli import UserError
 from utils.launch.command import read_stage, run_here
 from utils.launch.processes import Process, Team, visible_gpus
-from utils.storage import read_json, require_writable
+from utils.storage import AlreadyOwned, owner_lock, read_json, require_writable
 from utils.study.plan import Dataset, Plan, Point, quality_of
 
 
@@ -50,6 +51,14 @@ def show_stale(plan: Plan) -> None:
 def run_study(plan: Plan, launcher: str, options: Sequence[str]) -> int:
     """Do what is left, with LAUNCHER and its OPTIONS; the exit code, 0 when every point is done."""
     require_writable(plan.out, "out")
+    try:
+        with owner_lock(plan.out / ".lock"):
+            return _run(plan, launcher, options)
+    except AlreadyOwned:
+        raise UserError(f"{plan.study.path}: another process runs this study in {plan.out}; wait for it") from None
+
+
+def _run(plan: Plan, launcher: str, options: Sequence[str]) -> int:
     show_stale(plan)
     tests = plan.study.judged
     todo = [point for point in plan.points if point.state(tests) != "done"]
@@ -75,12 +84,23 @@ def run_study(plan: Plan, launcher: str, options: Sequence[str]) -> int:
     ready = [point for point in todo if all(plan.datasets[row].drawn for row in point.rows)]
     at_once = read_stage(options, ["train.py", "--data=x"], first=False).args.processes
     if ready:
+        _await_others(ready)
         code = _side_by_side([_point_work(point) for point in ready], launcher, at_once) or code
     if code < 128 and (works := _looks(plan)):
         code = _side_by_side(works, launcher, at_once) or code
     if waiting := len(todo) - len(ready):
         print(f"study: {waiting} points wait for datasets that could not be drawn", file=sys.stderr)
     return code
+
+
+def _await_others(points: Sequence[Point]) -> None:
+    """Of a study that was killed the last run may still be saving its weights: wait until its folder is free."""
+    for lock in filter(Path.exists, (point.folder / ".lock" for point in points)):
+        with contextlib.suppress(AlreadyOwned), owner_lock(lock):
+            continue
+        print(f"study: a process is still at work in {lock.parent}; waiting for it", flush=True)
+        with owner_lock(lock, wait=True):
+            pass
 
 
 @dataclass(frozen=True)

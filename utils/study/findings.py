@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from utils.evaluation.results import Row as Result
-from utils.report.records import JUDGE_AGAIN, Sidecar
+from utils.report.records import JUDGE_AGAIN, Described, Sidecar, read_record
 from utils.storage import read_json
 from utils.study import curves
 from utils.study.curves import Curve, Match
@@ -142,9 +142,6 @@ def _measured(plan: Plan, runs: Sequence[tuple[Point, Result, Sidecar | None]]) 
 
 
 def recipe_of(plan: Plan, row: str) -> dict[str, Any]:
-    """Prompt, guidance and images/s of a drawn row, as its dataset.json has them; {} of others."""
-    path = plan.datasets[row].folder / "dataset.json"
-    if not path.is_file():
-        return {}
-    described = read_json(path)
-    return described.get("recipe", {}) | {"images_per_s": (described.get("time") or {}).get("images_per_s_per_process")}
+    """The recipe of a drawn row, as its dataset.json has it; {} of others."""
+    found = read_record(plan.datasets[row].folder / "dataset.json", Described)
+    return found.recipe if found else {}

@@ -112,9 +112,7 @@ def scaling(one: Findings) -> Section:
             line = (lambda x, fitted=curve[0]: 100 * (1 - fitted.error(x))) if curve else None
             series.append(Series(names[row], colors[row][0], values, line, marker=colors[row][1]))
     figure = draw(series, "images a class (logarithmic)", f"top-1 on {one.test} (%)", log=True) if series else ""
-    caption = (
-        "Bars: 95 % intervals over seeds and test images. Lines: err(n) = e0 + a n^-b where a row has three sizes."
-    )
+    caption = f"{answers.bars(one)} Lines: err(n) = e0 + a n^-b, where a row has three sizes."
     columns = ["images a class", *(f"{size:,}" for size in sizes)]
     return Section(f"Accuracy by number of images: {one.test}", columns, rows, figure=figure, caption=caption)
 
@@ -188,23 +186,24 @@ def prompts(one: Findings) -> Section:
 
 def mixing(one: Findings) -> Section:
     """Accuracy by the second row's share of every epoch, between the two rows alone."""
-    study, names, rows, series = one.plan.study, labels(one), list[list[Text]](), []
-    for place, (name, mix) in enumerate(study.mixes.items()):
+    study, names = one.plan.study, labels(one)
+    series, rows = list[Series](), list[list[Text]]()
+    shares = sorted({0.0, 1.0, *(point.share for point in one.of.values() if point.share)})
+    colors = colors_of(list(study.mixes), "")
+    for name, mix in study.mixes.items():
         for size in sorted({one.of[title].size for title in one.titles(name)} if mix.shares else ()):
-            ends = [(share, f"{row}-n{size}") for share, row in zip((0.0, 1.0), mix.rows, strict=True)]
-            inner = [(one.of[title].share or 0, title) for title in one.titles(name) if one.of[title].size == size]
-            values = []
-            for share, title in sorted([*(end for end in ends if end[1] in one.of), *inner]):
-                cell = one.cell(title)
-                values.append((100 * share, cell.value, cell.low, cell.high))
-                rows.append([names[name], f"{size:,}", f"{share:.0%}", (str(cell), cell.interval)])
-            color = list(colors_of([*study.mixes], "").values())[1 + place]
-            series.append(Series(f"{names[name]}, {size:,} a class", color[0], values, joined=True, marker=color[1]))
-    figure = (
-        draw(series, "share of the second row in every epoch (%)", f"top-1 on {one.test} (%)", False) if series else ""
-    )
-    columns = ["mix", "images a class of each", "share of the second", f"top-1 on {one.test}, %"]
-    return Section("Mixing", columns, rows, figure=figure, caption="Bars: 95 % intervals." if series else "")
+            inner = [title for title in one.titles(name) if one.of[title].size == size]
+            found = {one.of[title].share or 0.0: one.cell(title) for title in inner}
+            ends = zip((0.0, 1.0), (f"{row}-n{size}" for row in mix.rows), strict=True)
+            found |= {share: one.cell(title) for share, title in ends if title in one.of}
+            values = [(100 * share, cell.value, cell.low, cell.high) for share, cell in sorted(found.items())]
+            cells = [(str(found[share]), found[share].interval) if share in found else "" for share in shares]
+            rows.append([f"{names[name]}, {size:,} a class of each", *cells])
+            series.append(Series(f"{names[name]}, {size:,}", colors[name][0], values, None, True, colors[name][1]))
+    axes = "share of the second row in every epoch (%)", f"top-1 on {one.test} (%)"
+    figure = draw(series, *axes, log=False) if series else ""
+    columns = ["share of the second row", *(f"{share:.0%}" for share in shares)]
+    return Section(f"Mixing: {one.test}", columns, rows, figure=figure, caption=answers.bars(one))
 
 
 def diversity(one: Findings) -> Section:
@@ -224,29 +223,32 @@ def diversity(one: Findings) -> Section:
     figure = draw(series, "coverage of real test images (%)", f"top-1 on {one.test} (%)", log=False) if series else ""
     columns = ["dataset", "images measured", "coverage, %", "density, %", "images a class", f"top-1 on {one.test}, %"]
     note = "Coverage and density (Naeem et al., 2020) depend on the number of images: compare rows of equal numbers."
-    return Section("Accuracy and diversity", columns, rows, note, figure, "Each row at its largest size.")
+    return Section(
+        "Accuracy and diversity", columns, rows, note, figure, f"Each row at its largest size. {answers.bars(one)}"
+    )
 
 
 def cost(one: Findings) -> Section:
-    """Hours of drawing and training, and what the last point of accuracy cost."""
+    """Minutes of drawing and training, and what the last point of accuracy cost."""
     names, rows = labels(one), list[list[Text]]()
+    sizes = sorted({point.size for point in one.of.values() if point.group in one.plan.study.rows})
     for name in one.plan.study.rows:
-        before = ""
+        cells, before = dict[int, Text](), ""
         for title in one.titles(name):
-            drawing, training = answers.hours(one, title)
-            last: Text = ""
+            drawing, training = answers.minutes(one, title)
+            last = ""
             if before:
-                more = drawing + training - sum(answers.hours(one, before))
+                more = drawing + training - sum(answers.minutes(one, before))
                 gain, low, high = one.difference(title, before)
-                last = "no gain shown"
-                if low > 0:
-                    last = f"{60 * more / gain:.2g}", f"{60 * more / high:.2g} to {60 * more / low:.2g}"
-            size = f"{one.measured[title].size:,.0f}"
-            rows.append([names[name], size, f"{60 * drawing:.3g}", f"{60 * training:.3g}", last])
+                a_point = f"; {more / gain:.2g} a point, {more / high:.2g} to {more / low:.2g}"
+                last = a_point if low > 0 else "; no gain shown"
+            if drawing + training:
+                cells[one.of[title].size] = f"{drawing + training:.3g}", f"{drawing:.2g} + {training:.2g}{last}"
             before = title
-    columns = ["trained on", "images a class", "drawing, device min", "a training, device min", "min a further point"]
+        rows += [[names[name], *(cells.get(size, "") for size in sizes)]] * bool(cells)
     note = (
-        "Device minutes as measured; of real images only training is counted. Last column: minutes from the size above "
-        "for a point of top-1, with the interval that the gain's gives."
+        "Device minutes as measured, below them drawing + one training; of real images only training is counted. Then "
+        "the minutes from the size before for a point of top-1, with the interval that the gain's gives."
     )
-    return Section("What a point of accuracy costs", columns, rows, note)
+    columns = ["images a class", *(f"{size:,}" for size in sizes)]
+    return Section("What a point of accuracy costs, in device minutes", columns, rows, note)

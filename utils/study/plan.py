@@ -94,7 +94,7 @@ class Point:
     def trained(self) -> str:
         """The sha256 of its weights; "" before they are there."""
         path = self.folder / "args.json"
-        return read_json(path, Trained).weights_sha256 if path.is_file() else ""
+        return read_json(path, Trained, "delete its folder").weights_sha256 if path.is_file() else ""
 
     def results(self) -> list[Result]:
         """The top-1 of its weights, one a test that has been judged."""
