@@ -25,6 +25,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ from utils.machine import resolve_device
 from utils.metrics import mean_and_std
 from utils.storage import require_writable
 from utils.training import distributed
+from utils.training.labels import read_label_map, renamed
 
 if TYPE_CHECKING:
     from utils.dataset.overlap import Found, Place
@@ -68,6 +70,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--test", **several, metavar="NAME=DIR", help="a folder DIR/<class id>/<images>; repeatable")
     pair = "other classes, for a linear probe: DIR/train/<class>/<images> and DIR/test/...; repeatable"
     add("--transfer", **several, metavar="NAME=DIR", help=pair)
+    renaming = "other names of classes, of the model and of --test: a .tsv with name (or index) and id"
+    add("--label-map", metavar="FILE", help=renaming)
     add("--list-datasets", action="store_true", help="each dataset: what, where from, whether found")
 
     add = parser.add_argument_group("protocol").add_argument
@@ -126,12 +130,15 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("--checkpoint is required (or --report, --dataset-report, --list-datasets); see --help")
 
     # ===== finding checkpoints and test sets =====
-    sources = [checkpoints.locate(spec, download=not args.dry_run) for spec in args.checkpoint]
+    label_map = read_label_map(Path(args.label_map)) if args.label_map else {}
+    rename = partial(renamed, label_map=label_map)
+    found = [checkpoints.locate(spec, download=not args.dry_run) for spec in args.checkpoint]
+    sources = [checkpoints.relabelled(source, rename) for source in found]
     checkpoints.refuse_twins(sources)
     for source in sources:
         if source.unfinished:
             print(f"{source.label}: its training is not finished; {source.path} is judged as it is now", flush=True)
-    chosen = choose(args.datasets, args.test, args.data_root, args.transfer)
+    chosen = choose(args.datasets, args.test, args.data_root, args.transfer, rename)
     test_sets, wrong_copies = read_all(chosen, look_at_images=not args.dry_run)
     if not test_sets:
         raise UserError(f"--data-root {args.data_root}: none of the datasets found there is a right copy, see above")
@@ -272,6 +279,7 @@ class DataOptions(msgspec.Struct):
     data: list[str]
     images_per_class: int | list[int] | None = None
     classes: str | None = None
+    label_map: str | None = None
 
 
 class DataIdentity(msgspec.Struct):
@@ -297,7 +305,9 @@ def recorded_images(source: checkpoints.Source) -> list[Place] | None:
         return None
     try:
         paths = [data_and_weight(text)[0] for text in run.options.data]
-        images = open_sources(paths, run.options.images_per_class, run.options.classes, known_images)
+        label_map = read_label_map(Path(run.options.label_map)) if run.options.label_map else None
+        options = run.options.images_per_class, run.options.classes, known_images, label_map
+        images = open_sources(paths, *options)
         if [one.summary() for one in images] != run.identity.data:
             raise UserError("they have changed since")
     except UserError as error:

@@ -137,6 +137,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # Data
     add("--data", action="append", required=True, metavar="PATH[:WEIGHT]", help="repeat to mix")
     add("--classes", metavar="SPEC", help="use these class folders only; SPEC as in generate.py --help")
+    add("--label-map", type=cli.any_path, metavar="FILE", help="class ids of --data, --val: a .tsv with name and id")
     add("--val", type=cli.any_path, metavar="DIR", help="real images to validate on, DIR/<class id>/<images>")
     add("--no-leak-check", action="store_true", help="take --val even if all of it was trained on (evaluate.py counts)")
     add("--val-every", type=cli.positive_int, default=1, metavar="EPOCHS", help="epochs between; and after the last")
@@ -182,18 +183,20 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     from utils.dataset.overlap import refuse_contained
     from utils.training.checkpoint import is_finished, make_identity, own_run, run_name
     from utils.training.image_sets import open_sources, open_validation
+    from utils.training.labels import read_label_map
 
     # ===== what to do =====
     recipe = make_recipe(args)
     paths, weights = zip(*map(cli.data_and_weight, args.data), strict=True)
     name = run_name(args.name, paths)
     out = args.out or Path("runs") / name
-    images = open_sources(paths, args.images_per_class, args.classes, known_images)
+    label_map = read_label_map(args.label_map) if args.label_map else None
+    images = open_sources(paths, args.images_per_class, args.classes, known_images, label_map)
     identity = make_identity(recipe, images, weights, args.seed)
     if not args.dry_run and is_finished(out, name, identity):
         print(f"{out}/{name}.pth: finished already; delete {out} to train again")
         return 0
-    val_images = open_validation(args.val, images[0].class_ids) if args.val else None
+    val_images = open_validation(args.val, images[0].class_ids, label_map) if args.val else None
     if val_images is not None and not args.no_leak_check:
         refuse_contained([place for one in images for place in one.locations()], val_images.locations(), "--val")
 

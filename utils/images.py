@@ -148,8 +148,15 @@ def most_pixels() -> int:
 # ===== class folders =====
 
 
+def in_label_order(names: Iterable[str]) -> list[str]:
+    """Class ids sorted, so that the position is the label: as text, or, if all are numbers, as these (2 before 10)."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(name.isascii() and name.isdigit() for name in names) else names
+
+
 def list_image_folder(root: str | Path, option: str = "--data") -> tuple[list[str], list[tuple[str, int]]]:
-    """([class id, ...] sorted, [(path, label), ...]) of ROOT/<class id>/**/<image>, as torchvision's ImageFolder sorts.
+    """([class id, ...], [(path, label), ...]) of ROOT/<class id>/**/<image>, sorted as torchvision's ImageFolder sorts;
+    folders that are all numbers by these, see in_label_order.
 
     Files that are not read (other suffixes) are counted on stderr; hidden ones are left out. UserError if ROOT is
     missing, holds no class folder, none of them holds an image itself (ROOT is then likely a folder too high), or one
@@ -158,7 +165,7 @@ def list_image_folder(root: str | Path, option: str = "--data") -> tuple[list[st
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{option}: no folder {root}; expected {root}/<class id>/<images>")
-    ids = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    ids = in_label_order(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not ids:
         raise UserError(f"{option}: {root} holds no class folders; expected {root}/<class id>/<images>")
     samples, unused, direct = [], Counter[str](), False

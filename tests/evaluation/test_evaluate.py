@@ -292,7 +292,7 @@ def test_found_set_without_a_shared_class_is_left_out_but_an_asked_one_is_an_err
     assert "toy-seed0 on IN-R: left out" in capsys.readouterr().out
     assert {row["dataset"] for row in read_jsonl(folder / "results.jsonl")} == {"toys"}
     assert call(*command, "--datasets", "IN-R") == 2
-    assert "give the model's class ids in order with --classes" in capsys.readouterr().err
+    assert "--label-map FILE says which are the same" in capsys.readouterr().err
 
 
 def test_a_wrong_copy_that_was_only_found_does_not_stop_the_others(tmp_path, imagenet_r, toy, capsys):

@@ -107,12 +107,16 @@ def _in_words(trainval: int, images: str, classes: int) -> str:
     return f"{both} of {classes:,} classes"
 
 
-def folder_set(spec: str) -> TestSet:
-    """`--test NAME=DIR`: any folder of DIR/<class id>/<images> as a row. UserError if SPEC is none or DIR is absent."""
+def folder_set(spec: str, rename: Callable[[list[str]], list[str]] = list) -> TestSet:
+    """`--test NAME=DIR`: any folder of DIR/<class id>/<images> as a row. UserError if SPEC is none or DIR is absent.
+
+    RENAME gives the ids of its classes other names, see --label-map.
+    """
     name, folder = _name_and_folder("--test", spec, "fashion=data/fashion/test", "<class id>/<images>")
 
     def read(name: str, folder: Path, data_root: Path) -> LoadedSet:
-        return LoadedSet(name, *list_image_folder(folder, option=f"--test {name}"))
+        class_ids, samples = list_image_folder(folder, option=f"--test {name}")
+        return LoadedSet(name, rename(class_ids), samples)
 
     return TestSet(name, "folder", read, (folder,))
 
@@ -148,14 +152,18 @@ def _name_and_folder(option: str, spec: str, example: str, layout: str) -> tuple
 
 
 def choose(
-    names: Sequence[str], folders: Sequence[str], data_root: str, transfers: Sequence[str] = ()
+    names: Sequence[str],
+    folders: Sequence[str],
+    data_root: str,
+    transfers: Sequence[str] = (),
+    rename: Callable[[list[str]], list[str]] = list,
 ) -> list[TestSet]:
     """NAMES of sets or groups (--datasets), FOLDERS (--test) and TRANSFERS (--transfer); else every set that is found.
 
-    UserError for an unknown or doubled name, or where nothing is found.
+    RENAME: of class folders, see folder_set. UserError for an unknown or doubled name, or where nothing is found.
     """
     chosen: list[TestSet] = []
-    for row in [*map(folder_set, folders), *map(transfer_set, transfers)]:
+    for row in [*(folder_set(spec, rename) for spec in folders), *map(transfer_set, transfers)]:
         if row.name in SETS or row.name in (other.name for other in chosen):
             option = "--transfer" if row.probed else "--test"
             raise UserError(f"{option}: the name {row.name} is taken; choose another")

@@ -6,8 +6,8 @@ pretrained models. What is in the file is read by weights.py. Nothing here impor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -115,6 +115,12 @@ def locate(spec: str, download: bool = True) -> Source:
     return _locate_torchvision(rest, label, download)
 
 
+def relabelled(source: Source, rename: Callable[[list[str]], list[str]]) -> Source:
+    """SOURCE with the classes that its run recorded under the names that RENAME gives them, see --label-map."""
+    recorded = source.recorded.class_ids
+    return replace(source, args=source.args | {"class_ids": rename(recorded)}) if recorded else source
+
+
 def refuse_twins(sources: Sequence[Source]) -> None:
     """UserError if two models have one name: they could not be told apart in a table."""
     seen: dict[str, str] = {}
@@ -188,7 +194,8 @@ def name_outputs(source: Source, count: int, classes: str | None) -> tuple[list[
         ids, names = ordered_classes(classes)
         origin = f"--classes {classes}"
         if recorded and recorded != ids:
-            raise UserError(f"--classes {classes}: {source.path} records other classes in its args.json; leave it out")
+            remedy = "leave it out; --label-map FILE renames them (a .tsv with name and id)"
+            raise UserError(f"--classes {classes}: {source.path} records other classes in its args.json; {remedy}")
     elif recorded:
         ids, names, origin = recorded, source.recorded.class_names or recorded, "args.json of the run"
     elif count in (1000, 100):

@@ -117,7 +117,8 @@ def match(loaded: LoadedSet, model_ids: Sequence[str]) -> MatchedSet:
         right = [mine if of_class else () for mine, of_class in zip(by_sample, right, strict=True)]
     rows = [row for row, columns in enumerate(right) if columns]
     if not rows:
-        theirs, remedy = f"{len(model_ids)} ({few(model_ids)})", "give the model's class ids in order with --classes"
+        theirs = f"{len(model_ids)} ({few(model_ids)})"
+        remedy = "--label-map FILE says which are the same (a .tsv with name and id); --classes names outputs"
         raise NoSharedClass(
             f"{loaded.name}: no class of the set ({few(loaded.class_ids)}) is one of the model's {theirs}; {remedy}"
         )

@@ -11,9 +11,10 @@ import numpy as np
 
 from utils.classes import load_classes
 from utils.cli import UserError, few
-from utils.images import IMAGE_SUFFIXES, BadImage, list_image_folder, read_image, stat_files
+from utils.images import IMAGE_SUFFIXES, BadImage, in_label_order, list_image_folder, read_image, stat_files
 from utils.storage import open_regular, read_json
 from utils.training.distributed import print0
+from utils.training.labels import Places, class_beside, class_of, renamed
 
 
 class ImageSet:
@@ -102,7 +103,13 @@ class ImageSet:
         number_of = {class_id: label for label, class_id in enumerate(class_ids)}
         self.labels = np.array([number_of.get(one, -1) for one in self.class_ids])[self.labels]
         self.class_ids = list(class_ids)
-        self.keep(np.flatnonzero(self.labels >= 0))
+        rows = np.argsort(self.labels, kind="stable")
+        self.keep(rows[self.labels[rows] >= 0])
+
+    def rename(self, label_map: Mapping[str, str]) -> None:
+        """Give the classes that LABEL_MAP names its ids, and number all in the order of the new ids."""
+        self.class_ids = renamed(self.class_ids, label_map)
+        self.select(in_label_order(self.class_ids))
 
     def fingerprint(self) -> str:
         """Hash of which images of which classes these are: a resumed run must see the same list."""
@@ -132,34 +139,39 @@ class TarImages(ImageSet):
     """Images inside uncompressed tar shards, read by position: shuffled as freely as files, far fewer inodes.
 
     The class id is the member's folder (`<id>/<name>.jpg`) or, as in WebDataset's flat naming, what precedes the
-    last underscore (`<id>_000001.jpg`).
+    last underscore (`<id>_000001.jpg`). Where names tell no classes apart (`000001.jpg`), it is the number in the
+    `.cls` of the same stem.
     """
 
     mend = "--pack` writes such shards again, those of a dataset that has grown since too"
 
     def __init__(self, root: Path, shards: list[Path], option: str = "--data"):
         found = []
+        labels: Places = {}  # of the .cls members
         for number, shard in enumerate(shards):
             try:
                 with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                    found += [
-                        (_class_of(member.name), member.name, number, member.offset_data, member.size)
-                        for member in tar
-                        if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES)
-                    ]
+                    for member in filter(tarfile.TarInfo.isfile, tar):
+                        name, place = member.name, (member.offset_data, member.size)
+                        if name.lower().endswith(IMAGE_SUFFIXES):
+                            found.append((class_of(name), name, number, *place))
+                        elif name.endswith(".cls"):
+                            labels[shard, name[:-4]] = place
             except (tarfile.TarError, OSError) as error:
                 raise UserError(f"{option}: {shard} is no readable tar file ({error}); pack it again") from None
         if not found:
             raise UserError(f"{option}: the tar files in {root} hold no image")
+        if len({row[0] for row in found}) == 1 and labels:
+            found = [(class_beside(shards[row[2]], row[1], labels, option), *row[1:]) for row in found]
         # WebDataset cuts names at their first dot, so a packed id has none: dataset.json knows how it was written.
         spelt = {row["id"].replace(".", "_"): row["id"] for row in _dataset_classes(root.parent)}
-        found = sorted((spelt.get(row[0], row[0]), *row[1:]) for row in found)
-        ids = sorted({row[0] for row in found})
+        ids = in_label_order({spelt.get(row[0], row[0]) for row in found})
         number_of = {class_id: label for label, class_id in enumerate(ids)}
-        names = np.array([os.fsencode(row[1]) for row in found])
-        super().__init__(root, ids, np.array([number_of[row[0]] for row in found]), names)
+        rows = sorted((number_of[spelt.get(row[0], row[0])], *row[1:]) for row in found)
+        names = np.array([os.fsencode(row[1]) for row in rows])
+        super().__init__(root, ids, np.array([row[0] for row in rows]), names)
         self.shards = [str(shard) for shard in shards]
-        self.places = np.array([row[2:] for row in found], dtype=np.int64)  # (N, 3): shard, offset, size
+        self.places = np.array([row[2:] for row in rows], dtype=np.int64)  # (N, 3): shard, offset, size
         self._files: dict[int, int] = {}
 
     def keep(self, rows: np.ndarray) -> None:
@@ -191,16 +203,14 @@ def as_packed(name: str) -> str:
     return f"{stem.replace('.', '_')}{dot}{suffix}"
 
 
-def _class_of(member: str) -> str:
-    folder, _, name = member.rpartition("/")
-    return folder.rpartition("/")[2] if folder not in ("", ".") else name.rpartition("_")[0]
-
-
-def open_images(path: str | Path, option: str = "--data", classes: str | None = None) -> ImageSet:
+def open_images(
+    path: str | Path, option: str = "--data", classes: str | None = None, label_map: Mapping[str, str] | None = None
+) -> ImageSet:
     """The images at PATH: a generated dataset (PATH/train/<id>/), class folders, or a folder of tar shards.
 
     A generated dataset names its classes in dataset.json: a class folder that is missing or extra is a UserError.
-    With CLASSES (a class table, list or file) the set is cut down to those, each of which must be there.
+    With CLASSES (a class table, list or file) the set is cut down to those, each of which must be there. LABEL_MAP, see
+    read_label_map, renames the classes of any other folder or shards, all of which it must know.
     """
     path = Path(path)
     if not path.is_dir():
@@ -211,8 +221,15 @@ def open_images(path: str | Path, option: str = "--data", classes: str | None = 
         images = TarImages(path, shards, option)
     elif shards := sorted((path / "shards").glob("*.tar")):
         images = TarImages(path / "shards", shards, option)
+    elif shards := sorted([*path.glob("*.tar.gz"), *path.glob("*.tgz")]):
+        remedy = f"unpack all: gunzip {path}/*gz"  # which makes a .tar of a .tgz as well
+        raise UserError(f"{option}: {shards[0]} is compressed, and images are read by their place in a tar; {remedy}")
     else:
         images = FolderImages(path, option)
+    if label_map and not _dataset_classes(images.root.parent):
+        if strange := sorted({*images.class_ids} - {*label_map, *label_map.values()}):
+            raise UserError(f"--label-map: no line for {few(strange)} of {option} {images.root}; add one for each")
+        images.rename(label_map)
     if classes:
         wanted = load_classes(classes).ids
         found = sorted({*images.class_ids} & {*wanted})
@@ -251,6 +268,7 @@ def open_sources(
     images_per_class: int | Sequence[int] | None,
     classes: str | None = None,
     manifests: Callable[[Path], Iterable[tuple[str, Mapping[str, str]]] | None] = lambda dataset: None,
+    label_map: Mapping[str, str] | None = None,
 ) -> list[ImageSet]:
     """The ImageSets of --data, which must agree on their classes; an unfinished dataset is used with a warning.
 
@@ -259,7 +277,7 @@ def open_sources(
     MANIFESTS(folder) -> (class id, {file name: sha256}) ... of a generated dataset, None of any other folder. Files
     that it does not name are left out, with a warning; the others are compared with their hashes when they are read.
     """
-    images = [open_images(path, classes=classes) for path in paths]
+    images = [open_images(path, classes=classes, label_map=label_map) for path in paths]
     for one in images:
         dataset = one.root.parent
         known = manifests(dataset) if one.root.name in ("train", "shards") else None
@@ -281,9 +299,10 @@ def open_sources(
     return images
 
 
-def open_validation(path: str | Path, class_ids: list[str]) -> ImageSet:
+def open_validation(path: str | Path, class_ids: list[str], label_map: Mapping[str, str] | None = None) -> ImageSet:
     """Validation images with the labels of the training classes, of which it may hold more or fewer, but not both."""
     images = FolderImages(Path(path), "--val")
+    images.rename(label_map or {})
     missing, extra = sorted({*class_ids} - {*images.class_ids}), sorted({*images.class_ids} - {*class_ids})
     if missing and extra:
         raise UserError(
