@@ -129,35 +129,34 @@ def command_line() -> str:
 # ===== argument types: refused at the door, with the value in the message =====
 
 
-def positive_int(text: str) -> int:
-    """A count: 1 to MOST."""
-    return _number(text, int, 1, MOST, "a whole number above 0")
+def _number(convert: Callable[[str], Any], least: float, most: float, wanted: str) -> Callable[[str], Any]:
+    """The type of an option that takes a number from LEAST to MOST, in words WANTED."""
+
+    def read(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is not None and most < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{shortened(text)!r} is more than the {most:,} that are possible")
+        if value is None or not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{shortened(text)!r} is not {wanted}")
+        return value
+
+    return read
+
+
+positive_int = _number(int, 1, MOST, "a whole number above 0")
+non_negative_int = _number(int, 0, MOST, "a whole number, 0 or more")
+seed_number = _number(int, 0, 2**63 - 1, "a whole number, 0 or more")  # as every generator of random numbers takes it
+epoch_count = _number(int, 1, 100_000, "a whole number above 0")
+positive_float = _number(float, 5e-324, sys.float_info.max, "a number above 0")
 
 
 def one_or_more(text: str) -> int | list[int]:
     """A count, or several of them with commas between."""
     counts = [positive_int(part) for part in text.split(",")]
     return counts if len(counts) > 1 else counts[0]
-
-
-def non_negative_int(text: str) -> int:
-    """A count that may be 0, to MOST."""
-    return _number(text, int, 0, MOST, "a whole number, 0 or more")
-
-
-def seed_number(text: str) -> int:
-    """A seed that every generator of random numbers takes: 0 to 2**63 - 1."""
-    return _number(text, int, 0, 2**63 - 1, "a whole number, 0 or more")
-
-
-def epoch_count(text: str) -> int:
-    """Passes over the data: 1 to 100,000."""
-    return _number(text, int, 1, 100_000, "a whole number above 0")
-
-
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    return _number(text, float, 5e-324, sys.float_info.max, "a number above 0")
 
 
 def data_and_weight(text: str) -> tuple[Path, float]:
@@ -176,18 +175,6 @@ def data_and_weight(text: str) -> tuple[Path, float]:
     if not 0 < value < math.inf:
         raise UserError(f"--data {text}: the weight must be above 0")
     return Path(path).expanduser(), value
-
-
-def _number(text, convert, least, most, wanted):
-    try:
-        value = convert(text)
-    except ValueError:
-        value = None
-    if value is not None and most < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is more than the {most:,} that are possible")
-    if value is None or not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is not {wanted}")
-    return value
 
 
 def any_path(text: str) -> Path:
