@@ -22,6 +22,7 @@ import msgspec
 from utils.cli import FULL, UserError
 
 MOST_JSON = 256 << 20  # bytes of one JSON file; iNaturalist 2018's list of 437,513 images has 140 MB
+MOST_TOML = 1 << 20  # bytes of one TOML file
 MOST_JSONL = 1 << 30  # bytes of one JSON Lines file: some two million lines of a manifest
 TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})[0-9a-f]{8}\.([0-9]+)\.tmp")  # .NAME.<where><random>.<process id>.tmp
 DAY = 24 * 3600
@@ -251,6 +252,20 @@ def _read(path: str | Path, most: int, remedy: str = RESTORE) -> bytes:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from None
+
+
+def read_toml(path: str | Path, where: str, example: str) -> dict[str, Any]:
+    """The content of a TOML file that people write; UserError that opens with WHERE and may point to an EXAMPLE."""
+    import tomllib  # here: start-up time
+
+    try:
+        return tomllib.loads(read_regular(path, MOST_TOML).decode())
+    except FileNotFoundError:
+        raise UserError(f"{where}: no such file; {example} to start from") from None
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid TOML ({error})") from None
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:

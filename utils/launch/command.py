@@ -18,7 +18,6 @@ import os
 import runpy
 import shlex
 import sys
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +27,10 @@ from utils.cli import Launch, UserError, any_path, make_parser, non_negative_int
 from utils.launch.processes import free_port, make_team, visible_gpus
 from utils.launch.watch import watch
 from utils.machine import ROOT
-from utils.storage import read_regular
+from utils.storage import read_toml
 
 THEN = "--then"
 NOT_A_SITES = {"command", "site", "watch", "wait", "dry_run", "help", "debug", "after"}  # options of one call
-MOST_SITE = 1 << 20  # bytes of a site file
 OWN_SBATCH_KEYS = {"array", "output", "error", "signal", "requeue", "open-mode", "dependency", "wrap", "job-name"}
 
 
@@ -192,14 +190,7 @@ def site_options(path: Path, tables: Sequence[str], parser: argparse.ArgumentPar
     Keys are the launcher's options with underscores; a table holds for the script of that name, whose TABLES are its
     own and its file's name. Unknown keys and tables are refused by name, also in the tables of other scripts.
     """
-    try:
-        values = tomllib.loads(read_regular(path, MOST_SITE).decode())
-    except FileNotFoundError:
-        raise UserError(f"--site {path}: no such file; docs/cluster.md has one to start from") from None
-    except OSError as error:
-        raise UserError(f"--site {path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--site {path}: not valid TOML ({error})") from None
+    values = read_toml(path, f"--site {path}", "docs/cluster.md has one")
     known_tables = sorted({*tables, *(script.stem for script in ROOT.glob("*.py"))})
     own = {key: value for key, value in values.items() if isinstance(value, dict)}
     contents = {"": {key: value for key, value in values.items() if key not in own}, **own}  # "": for every script

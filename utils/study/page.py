@@ -12,13 +12,12 @@ from pathlib import Path
 
 from utils.cli import command_line
 from utils.machine import snapshot
-from utils.storage import atomic_write, read_regular, write_page
+from utils.storage import MOST_TOML, atomic_write, read_regular, write_page
 from utils.study import answers
 from utils.study.answers import images, labels, percent
 from utils.study.figures import Series, colors_of, draw
 from utils.study.findings import Findings, read_findings, recipe_of
 from utils.study.plan import Plan
-from utils.study.spec import MOST_BYTES
 
 Text = str | tuple[str, str]  # of a cell: what it says, and small below it
 
@@ -47,7 +46,7 @@ def write_study(plan: Plan) -> list[Path]:
         sections += [scaling(one), exchange(one), addition(one)]
     sections += [prompts(first), mixing(first), diversity(first), cost(first)]
     missing = len(plan.points) - sum(len(one.errors) for one in first.measured.values())
-    file = read_regular(plan.study.path, MOST_BYTES).decode()
+    file = read_regular(plan.study.path, MOST_TOML).decode()
     here = snapshot()
     packages = here.get("packages") or {}
     page = {

@@ -7,7 +7,6 @@ import io
 import re
 import runpy
 import shlex
-import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,9 +17,8 @@ import msgspec
 from utils.cli import UserError, safe_name
 from utils.evaluation.catalog import SETS
 from utils.machine import ROOT
-from utils.storage import read_regular
+from utils.storage import read_toml
 
-MOST_BYTES = 1 << 20  # of a study file
 Count = Annotated[int, msgspec.Meta(ge=1, le=10**7)]
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
@@ -91,15 +89,7 @@ class Study(msgspec.Struct, forbid_unknown_fields=True):
 
 def read_study(path: Path) -> Study:
     """The study in a TOML file, with the defaults that its name gives. UserError for whatever is wrong with it."""
-    try:
-        text = read_regular(path, MOST_BYTES).decode()
-        values = tomllib.loads(text)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; studies/ has some to start from") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid TOML ({error})") from None
+    values = read_toml(path, str(path), "studies/ has some")
     if "path" in values:
         raise UserError(f"{path}: path: unknown key; leave it out")
     study: Study = _convert(values, Study, path, "")
