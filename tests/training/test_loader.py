@@ -133,6 +133,28 @@ def test_crops_follow_torchvisions_rule():
     assert crop_box(1000, 100, (0.9, 1.0), rng.random((10, 4)).tolist()) == (0, 433, 100, 133)
 
 
+def resized(image: np.ndarray, size: int, interpolation: str) -> np.ndarray:
+    """(size, size, 3) of (h, w, 3), written into the second of three slots: the others stay as they are."""
+    slots = torch.full((3, size, size, 3), 7, dtype=torch.uint8)
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+    loader.resize(planes, slots.permute(0, 3, 1, 2)[1:2], interpolation)
+    assert (slots[0] == 7).all() and (slots[2] == 7).all()
+    return slots[1].numpy()
+
+
+@pytest.mark.parametrize("interpolation", loader.KERNELS)
+def test_a_resize_has_the_bits_of_torch_s_public_function(interpolation):
+    """And an image of the wanted size stays as it is."""
+    image = picture(3, 70, 50) ^ np.random.default_rng(0).integers(0, 32, (50, 70, 3), dtype=np.uint8)
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+    for part in (planes, planes[:, :, 3:40, 11:65], planes[:, :, 5:29, 7:31]):
+        wanted = torch.nn.functional.interpolate(part, (24, 24), mode=interpolation, antialias=True)
+        slot = torch.empty(1, 24, 24, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        loader.resize(part, slot, interpolation)
+        assert torch.equal(slot, wanted)
+    assert torch.equal(slot, part)
+
+
 @pytest.mark.parametrize(("interpolation", "levels", "at_edges"), [("bicubic", 2, 32), ("bilinear", 1, 1)])
 def test_resize_equals_pillow_within_two_grey_levels(interpolation, levels, at_edges):
     """Of pictures with some noise; pure black and white noise, where bicubic's overshoot is clipped, differs more."""
@@ -144,7 +166,7 @@ def test_resize_equals_pillow_within_two_grey_levels(interpolation, levels, at_e
         if number % 3 == 0:
             image = (rng.integers(0, 2, (tall, wide, 3)) * 255).astype(np.uint8)
         size = int(rng.choice([24, 96, 224]))
-        ours = loader.resize(torch.from_numpy(image), size, interpolation).numpy().astype(int)
+        ours = resized(image, size, interpolation).astype(int)
         filter_ = Image.Resampling[interpolation.upper()]
         theirs = np.asarray(Image.fromarray(image).resize((size, size), filter_)).astype(int)
         assert np.abs(ours - theirs).max() <= (levels if number % 3 else at_edges), (image.shape, size)
