@@ -82,7 +82,7 @@ help: ## this text
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
 	@printf '\nvariables (default):\n'
 	@printf '  %-17s %s\n' \
-	  CLASSES '100, 1000, digits, a .tsv of your own classes, a .txt of ids, or id,id,... ($(CLASSES))' \
+	  CLASSES '100, 1000, fashion, a .tsv of your own classes, a .txt of ids, or id,id,... ($(CLASSES))' \
 	  PROMPT '"c", "c, h_c", "c, d_c", "c, h_c inside b", or "a photo of {name}" (c, d_c)' \
 	  GUIDANCE 'guidance scale: 2 for diversity, 7.5 for fidelity (2)' \
 	  IMAGES_PER_CLASS 'a number, or imagenet: as many as the real class has (imagenet)' \
@@ -126,22 +126,24 @@ DEMO_IMAGES := $(or $(IMAGES_PER_CLASS),200)
 DEMO_PROCESSES := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 5 ? cores : 5)))
 DEMO_MODELS := real synthetic_g2 synthetic_g7.5
 DEMO_RUNS := $(foreach seed,$(SEEDS),$(foreach model,$(DEMO_MODELS),$(model)-seed$(seed)))
-demo: $(STAMP) ## generate, train and judge handwritten digits in minutes, without a GPU
-	@$(PY) models/export_digits.py --out data/digits
+demo: $(STAMP) ## generate, train and judge pictures of clothes in minutes, without a GPU
+	@$(PY) models/export_fashion.py --out data
 	@for guidance in 2 7.5; do \
 	  $(PY) -m utils.launch --launcher local --processes $(DEMO_PROCESSES) \
-	    generate.py --classes digits --model models/digits-sd --prompt "c, d_c" --guidance-scale $$guidance --steps 20 \
-	    --images-per-class $(DEMO_IMAGES) $(ON_DEVICE) --out data/digits_sd_g$$guidance; \
+	    generate.py --classes fashion --model models/fashion-sd --prompt "c, d_c" --guidance-scale $$guidance --steps 20 \
+	    --images-per-class $(DEMO_IMAGES) $(ON_DEVICE) --out data/fashion_sd_g$$guidance; \
 	done
 	@printf '%s\n' $(DEMO_RUNS) | OMP_NUM_THREADS=1 xargs -P $(DEMO_PROCESSES) -I RUN bash -c 'set -o pipefail; \
 	  name=RUN; name=$${name%-seed*}; seed=RUN; seed=$${seed##*-seed}; \
-	  case $$name in real) data=data/digits/train;; *) data=data/digits_sd_$${name#synthetic_};; esac; \
-	  $(PY) train.py --recipe demo --data $$data --name $$name --seed $$seed $(ON_DEVICE) --out $(DEMO)/RUN 2>&1 \
+	  case $$name in real) data=data/fashion/real;; *) data=data/fashion_sd_$${name#synthetic_};; esac; \
+	  $(PY) train.py --recipe demo --data $$data --images-per-class $(DEMO_IMAGES) --name $$name --seed $$seed --workers 0 \
+	    $(ON_DEVICE) --out $(DEMO)/RUN 2>&1 \
 	  | awk "{ print \"[RUN] \" \$$0; fflush() }"'
-	@$(PY) evaluate.py --checkpoint $(DEMO_RUNS:%=$(DEMO)/%) --test digits=data/digits/test $(ON_DEVICE)
+	@$(PY) evaluate.py --checkpoint $(DEMO_RUNS:%=$(DEMO)/%) --test fashion=data/fashion/test \
+	  --test fashion_noise=data/fashion/test_noise --transfer digits=data/digits --batch-size 250 $(ON_DEVICE)
 	@$(PY) evaluate.py --report $(DEMO_RUNS:%=$(DEMO)/%/results.jsonl) --out $(DEMO) \
-	  --title "Can synthetic digits replace real ones?" --show-data real=data/digits/train \
-	  --show-data synthetic_g2=data/digits_sd_g2 --show-data synthetic_g7.5=data/digits_sd_g7.5
+	  --title "Can synthetic pictures of clothes replace photographs?" --show-data real=data/fashion/real \
+	  --show-data synthetic_g2=data/fashion_sd_g2 --show-data synthetic_g7.5=data/fashion_sd_g7.5
 	@echo "demo: open $(DEMO)/report.html"
 
 # ===== the paper's three steps =====

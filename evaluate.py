@@ -7,7 +7,7 @@ is given. Pairs of checkpoint and dataset that are in results.jsonl already are 
 to continue.
 
     # without a GPU, in seconds, after `make demo`: two models side by side on one folder of real images
-    python evaluate.py --checkpoint runs/demo/real-seed0 runs/demo/synthetic_g2-seed0 --test digits=data/digits/test
+    python evaluate.py --checkpoint runs/demo/real-seed0 runs/demo/synthetic_g2-seed0 --test fashion=data/fashion/test
 
     # one GPU: everything found below data/, then the report with tables and the radar plot
     python evaluate.py --checkpoint runs/imagenet_100_sd --data-root data

@@ -3,7 +3,7 @@
 Reads  a diffusers pipeline (--model, a folder or a hub id) and a class table (--classes)
 Writes OUT/train/<id>/<id>_<index>.jpg, OUT/manifest/<id>.jsonl (one line an image) and OUT/dataset.json
 
-    python generate.py --classes digits --model models/digits-sd --images-per-class 200         # a CPU, two minutes
+    python generate.py --classes fashion --model models/fashion-sd --images-per-class 200       # a CPU, two minutes
     python generate.py --classes imagenet_100                                                    # the paper, one GPU
     python generate.py --reproduce data/imagenet_100_sd/dataset.json --sample 50                 # is it what it says?
     python -m utils.launch --launcher slurm --chunks 100 generate.py --classes imagenet_1k       # the paper, a cluster
@@ -50,7 +50,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The options; their defaults are the paper's."""
     parser = cli.make_parser(__doc__)
     # What to draw
-    parser.add_argument("--classes", default="imagenet_100", help="imagenet_100, imagenet_1k, digits, .tsv, .txt, list")
+    parser.add_argument(
+        "--classes", default="imagenet_100", help="imagenet_100, imagenet_1k, fashion, .tsv, .txt, list"
+    )
     parser.add_argument("--prompt", help='"c", "c, h_c", "c, d_c" (default), "c, h_c inside b" or {name} text')
     parser.add_argument("--prompts", type=cli.any_path, metavar="FILE", help="texts of each class: .tsv, .jsonl, ...")
     parser.add_argument("--supervision", choices=list(SUPERVISION), help="what the prompts or the model were made from")

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.bounds import bound, profile_if_asked  # noqa: E402
-from models.digits import real_digits  # noqa: E402
+from models.fashion import read_part  # noqa: E402
 from utils.evaluation import features  # noqa: E402
 from utils.model import count_flops  # noqa: E402
 
@@ -26,14 +26,14 @@ IMAGES = 224  # a round: different test images in each
 HEAD_IMAGES = 300  # training images behind the classifier
 
 
-def write_digits(folder: Path, part: str, count: int, side: tuple[int, int] = (500, 375)) -> list[tuple[str, int]]:
-    """Real handwritten digits as JPEGs of ImageNet's usual size, grey background, the digit in the middle."""
-    _, labels, pixels = real_digits(part)
+def write_clothes(folder: Path, part: str, count: int, side: tuple[int, int] = (500, 375)) -> list[tuple[str, int]]:
+    """Photographs of clothes as JPEGs of ImageNet's usual size, grey background, the garment in the middle."""
+    _, labels, pixels = read_part(part)
     samples = []
     for index in range(count):
         image = Image.new("RGB", side, (96, 96, 96))
-        digit = Image.fromarray(pixels[index]).resize((300, 300), Image.Resampling.BICUBIC)
-        image.paste(digit, ((side[0] - 300) // 2, (side[1] - 300) // 2))
+        garment = Image.fromarray(pixels[index]).resize((300, 300), Image.Resampling.BICUBIC)
+        image.paste(garment, ((side[0] - 300) // 2, (side[1] - 300) // 2))
         path = folder / str(labels[index]) / f"{index:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=90)
@@ -91,8 +91,8 @@ def features_vs_plain() -> dict:
     from sklearn.preprocessing import StandardScaler
 
     with tempfile.TemporaryDirectory() as folder:
-        train = write_digits(Path(folder) / "train", "train", HEAD_IMAGES)
-        test = write_digits(Path(folder) / "test", "test", ROUNDS * IMAGES)
+        train = write_clothes(Path(folder) / "train", "real", HEAD_IMAGES)
+        test = write_clothes(Path(folder) / "test", "test", ROUNDS * IMAGES)
         backbone = make_backbone(train)
         workers = torch.get_num_threads()
         ours = features.Extractor(backbone, "0" * 64, torch.device("cpu"), torch.float32, 64, workers)
@@ -137,7 +137,7 @@ def features_vs_plain() -> dict:
         ),
         "notes": [
             f"largest difference of a feature: {distance:.1e} of the largest feature (tolerance 1e-4)",
-            f"top-1 of a linear classifier on {len(test)} real handwritten digits: ours {top1['ours']:.2f} %, "
+            f"top-1 of a linear classifier on {len(test)} photographs of clothes: ours {top1['ours']:.2f} %, "
             f"peer {top1['peer']:.2f} %, {int((predicted['ours'] != predicted['peer']).sum())} predictions differ",
             f"the ratio of each round: {', '.join(f'{a / b:.2f}' for a, b in zip(*rates.values(), strict=True))}",
             f"not counted: {start_up:.0f} s for {len(train)} images with fusing the network first, once a process",

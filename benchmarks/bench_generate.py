@@ -97,9 +97,9 @@ def generate_vs_bound() -> dict:
 
 
 def demo_vs_plain() -> dict:
-    model = ROOT / "models" / "digits-sd"
+    model = ROOT / "models" / "fashion-sd"
     device, dtype = choose_number_format()
-    one = Ours(model, "digits", 50, device, dtype)
+    one = Ours(model, "fashion", 50, device, dtype)
     profile_if_asked(lambda: one.images_per_s(DEMO_PEER_IMAGES))
     plain_one = Plain(model, 50, device, dtype)
     plain = [plain_one.images_per_s(DEMO_PEER_IMAGES)]
@@ -113,7 +113,7 @@ def demo_vs_plain() -> dict:
         "ratio": ours / statistics.median(plain),
         "target": 5,
         **one.bound(),
-        "what": f"models/digits-sd, recipe paper ({PAPER_FORWARDS} UNet forwards an image): {DEMO_IMAGES} images by "
+        "what": f"models/fashion-sd, recipe paper ({PAPER_FORWARDS} UNet forwards an image): {DEMO_IMAGES} images by "
         "generate.py against one prompt a call, same format.",
         "notes": [
             f"{name_of(dtype)} on {device}, batch {one.sampler.denoising.size}; "
@@ -131,7 +131,7 @@ def generate_scaling() -> dict:
     with tempfile.TemporaryDirectory() as work:
         tiny = build_tiny_sd(Path(work) / "tiny")
         for images in (100, 1000, 10_000):
-            options = ["--classes", "digits", "--model", str(tiny), "--images-per-class", str(images // 10)]
+            options = ["--classes", "fashion", "--model", str(tiny), "--images-per-class", str(images // 10)]
             options += ["--prompt", "c, h_c inside b", "--steps", "1", "--out", f"{work}/{images}"]
             seconds, peaks[images] = measure([*options, "--batch-size", "10"])
             session = read_jsonl(Path(work) / str(images) / "sessions.jsonl")[0]
@@ -256,7 +256,7 @@ class Plain:
         self.pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, safety_checker=None).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.steps = steps
-        rows, template = load_classes("digits").rows, parse_template(TEMPLATE)
+        rows, template = load_classes("fashion").rows, parse_template(TEMPLATE)
         self.prompts = [prompt for row in rows for prompt in class_prompts(row, template, [0])]
 
     def images_per_s(self, images: int) -> float:

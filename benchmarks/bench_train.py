@@ -22,6 +22,7 @@ from torch.nn import functional
 from torchvision import models, transforms
 
 from benchmarks.bounds import bound, peak_bytes, profile_if_asked
+from models.export_fashion import digits, write_set
 from utils.model import count_flops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,11 +213,7 @@ def stepper(images: int, layout: torch.memory_format, dtype: torch.dtype = torch
 def loss_curves() -> tuple[float, tuple[float, float]]:
     """(mean |bf16 - fp32| loss over CURVE_STEPS steps of train.py on real digits, (last bf16, last fp32))."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [sys.executable, ROOT / "models/export_digits.py", "--out", f"{folder}/digits"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        write_set(Path(folder) / "digits", digits("train"))
         losses = {}
         for dtype in ("bf16", "fp32"):
             run_train(

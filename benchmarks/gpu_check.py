@@ -29,13 +29,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from models.export_fashion import digits, write_set  # noqa: E402
 from utils.cli import UserError, make_parser, run  # noqa: E402
 from utils.generation.recipe import SCHEDULERS, Recipe  # noqa: E402
 from utils.machine import OUT_OF_MEMORY, resolve_device, snapshot  # noqa: E402
 from utils.storage import atomic_write, read_jsonl, write_json  # noqa: E402
 
-MODEL = ROOT / "models" / "digits-sd"
-TEXTS = ("zero", "three, 3", "seven", "nine")
+MODEL = ROOT / "models" / "fashion-sd"
+TEXTS = ("boot", "coat, overgarment", "sandal", "dress")
 # sha256 of the float32 latents of seeds 0 to 7, (8, 4, 8, 8): they are drawn on the CPU, the same everywhere.
 LATENTS = "6fde3692fd6a6e4d0b66709a7a36d8575d608e40eff9b4ca3a679a6dba56d10c"
 
@@ -78,7 +79,7 @@ def sha256(values) -> str:
 
 
 def sampler_on(device, dtype: str = "fp32", scheduler: str = "pndm", batch_size: int = 4):
-    """The embedded digits model, ready to draw TEXTS in ten steps."""
+    """The embedded model, ready to draw TEXTS in ten steps."""
     from utils.generation.loading import load_sampler
     from utils.generation.pipeline import find_pipeline
 
@@ -161,7 +162,7 @@ def killed(device) -> list[Figure]:
         hashes = {}
         for name in ("peace", "killed"):
             out = Path(folder) / name
-            command = [sys.executable, "generate.py", "--classes", "digits", "--model", str(MODEL), "--out", str(out)]
+            command = [sys.executable, "generate.py", "--classes", "fashion", "--model", str(MODEL), "--out", str(out)]
             command += ["--images-per-class", "4", "--steps", "4", "--batch-size", "2", "--device", str(device)]
             process = quiet(command)
             while name == "killed" and process.poll() is None and len(list(out.glob("train/*/*.jpg"))) < 8:
@@ -247,21 +248,11 @@ def resumed(device) -> list[Figure]:
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
-        export = [sys.executable, "models/export_digits.py", "--out", f"{folder}/digits"]
-        subprocess.run(export, cwd=ROOT, check=True, capture_output=True)
+        write_set(Path(folder) / "digits", digits("train"))
         ends, weights = {}, {}
         for name in ("peace", "stopped"):
             out = Path(folder) / name
-            command = [
-                sys.executable,
-                "train.py",
-                "--recipe",
-                "demo",
-                "--epochs",
-                "3",
-                "--data",
-                f"{folder}/digits/train",
-            ]
+            command = [sys.executable, "train.py", "--recipe", "demo", "--epochs", "3", "--data", f"{folder}/digits"]
             command += ["--out", str(out), "--name", "x", "--device", str(device), "--log-every", "1"]
             process = quiet(command)
             log = out / "log.jsonl"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,22 +46,28 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Write every set that is missing or damaged; exit code."""
-    from PIL import Image
-
     out = require_writable(args.out, "--out")
     for name, images in all_sets():
-        count = written = 0
-        for class_id, number, pixels in images:
-            path = out / name / class_id / f"{class_id}_{number}.png"
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)  # a third of the default's time, as small
-            count += 1
-            if not path.exists() or path.read_bytes() != buffer.getvalue():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(path, buffer.getvalue())
-                written += 1
+        count, written = write_set(out / name, images)
         print(f"{out / name}: {count} images, {written} of them written now")
     return 0
+
+
+def write_set(folder: Path, images: Iterable[Named]) -> tuple[int, int]:
+    """(images, those written now) of FOLDER/<class>/<class>_<number>.png."""
+    from PIL import Image
+
+    count = written = 0
+    for class_id, number, pixels in images:
+        path = folder / class_id / f"{class_id}_{number}.png"
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)  # a third of the default's time, as small
+        count += 1
+        if not path.exists() or path.read_bytes() != buffer.getvalue():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, buffer.getvalue())
+            written += 1
+    return count, written
 
 
 def all_sets() -> Iterator[tuple[str, Iterator[Named]]]:

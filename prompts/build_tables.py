@@ -1,7 +1,7 @@
 """Rebuild the class tables from WordNet 3.0 and timm's list of ImageNet's synsets.
 
 Reads WordNet's `data.noun` (Debian: apt-get install wordnet-base) and `imagenet_synsets.txt` of the installed timm
-(requirements-dev.in); writes imagenet_1k.tsv, digits.tsv and fashion.tsv. See prompts/README.md for the columns.
+(requirements-dev.in); writes imagenet_1k.tsv and fashion.tsv. See prompts/README.md for the columns.
 
     python prompts/build_tables.py                    # write the tables beside this file
     python prompts/build_tables.py --check            # compare byte for byte, write nothing
@@ -26,18 +26,6 @@ from utils.cli import UserError, make_parser, run  # noqa: E402
 from utils.storage import atomic_write  # noqa: E402
 
 WORDNET = "/usr/share/wordnet/data.noun"  # where Debian's wordnet-base puts it
-DIGITS = (  # the ten digits as WordNet 3.0 has them, zero to nine
-    "n13742358",
-    "n13742573",
-    "n13743269",
-    "n13744044",
-    "n13744304",
-    "n13744521",
-    "n13744722",
-    "n13744916",
-    "n13745086",
-    "n13745270",
-)
 FASHION = (  # what Fashion-MNIST's ten labels mean, as WordNet 3.0 has it
     "n02774152",  # bag
     "n02872752",  # boot
@@ -73,7 +61,6 @@ def main(args: argparse.Namespace) -> int:
     with args.wordnet.open("rb") as wordnet:
         tables = {
             "imagenet_1k.tsv": format_tsv(class_rows(wordnet, wnids)),
-            "digits.tsv": format_tsv(class_rows(wordnet, DIGITS)),
             "fashion.tsv": format_tsv(class_rows(wordnet, FASHION)),
         }
 

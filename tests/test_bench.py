@@ -88,7 +88,7 @@ def test_a_profile_names_what_takes_the_time_and_takes_the_rows_place(monkeypatc
 def test_the_rows_of_generation_draw_with_todays_records(tmp_path):
     """Without measuring: a batch of the embedded model, and the dataset whose status is timed."""
     one = bench_generate.Ours(
-        bench_generate.ROOT / "models" / "digits-sd", "zero", 1, torch.device("cpu"), torch.float32
+        bench_generate.ROOT / "models" / "fashion-sd", "coat", 1, torch.device("cpu"), torch.float32
     )
     assert one.images_per_s(2) > 0 and "GFLOP an image" in one.bound()["bound_is"]
     bench_generate.fake_dataset(tmp_path / "fake", 2, 3)

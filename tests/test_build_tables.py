@@ -49,7 +49,6 @@ def small_wordnet(tmp_path, monkeypatch):
     wordnet.write_bytes(b"".join(lines))
     synsets = tmp_path / "synsets.txt"
     synsets.write_text(f"{wnids['top']}\n{wnids['saw']}\n")
-    monkeypatch.setattr(build_tables, "DIGITS", (wnids["saw"],))
     monkeypatch.setattr(build_tables, "FASHION", (wnids["saw"],))
     out = tmp_path / "tables"
     out.mkdir()
@@ -113,7 +112,7 @@ def test_missing_or_wrong_sources(small_wordnet, tmp_path, capsys):
 def test_shipped_tables_are_as_their_sources_say(tmp_path, capsys):
     assert build("--check") == 0
     assert build("--out", tmp_path) == 0
-    for file in ("imagenet_1k.tsv", "digits.tsv", "fashion.tsv"):
+    for file in ("imagenet_1k.tsv", "fashion.tsv"):
         assert (tmp_path / file).read_bytes() == (PROMPTS_DIR / file).read_bytes()
 
 

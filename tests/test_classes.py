@@ -112,13 +112,6 @@ def test_imagenet_100_is_the_subset_of_tian_et_al():
         assert len(set(table.ids) & set(others)) == shared
 
 
-def test_digits_are_zero_to_nine_in_label_order():
-    table = load_classes("digits")
-    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    assert [row.first_name for row in table.rows] == names
-    assert all(row.hypernym == "digit, figure" for row in table.rows)
-
-
 def test_fashion_is_what_fashion_mnists_labels_mean():
     """The labels 0 to 9 as their authors name them (https://github.com/zalandoresearch/fashion-mnist#labels)."""
     theirs = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
@@ -141,7 +134,7 @@ def test_backgrounds_are_the_365_scenes():
     assert all(re.fullmatch(r"[a-z' -]+", scene) for scene in scenes)
 
 
-@pytest.mark.parametrize("name", ["imagenet_1k", "digits", "fashion"])
+@pytest.mark.parametrize("name", ["imagenet_1k", "fashion"])
 def test_a_shipped_file_is_canonical(name):
     assert load_classes(name).sha256 == sha256_file(PROMPTS_DIR / f"{name}.tsv")
 
@@ -155,7 +148,6 @@ def test_a_shipped_file_is_canonical(name):
         ("1000", "imagenet_1k", 1000),
         ("1k", "imagenet_1k", 1000),
         ("imagenet_1k", "imagenet_1k", 1000),
-        ("digits", "digits", 10),
         ("fashion", "fashion", 10),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 import evaluate
 import generate
 import train
+from models import export_fashion
 from utils.launch import command as launch
 from utils.launch.command import site_options
 
@@ -149,7 +150,7 @@ def test_your_own_dataset_in_four_commands(tmp_path):
             [sys.executable, str(ROOT / script), *arguments], cwd=tmp_path, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
-    real = sum(len(list((tmp_path / "data/digits/test" / line.split("\t")[0]).iterdir())) for line in table[1:])
+    real = sum(len(list((tmp_path / "data/fashion/test" / line.split("\t")[0]).iterdir())) for line in table[1:])
     assert re.search(rf"my_classes_sd +real .* {real} +3$", done.stdout, re.M), done.stdout
     assert (tmp_path / "runs/my_classes_sd/results.jsonl").is_file()
 
@@ -257,7 +258,8 @@ def clone(tmp_path_factory) -> Path:
     for path in ROOT.iterdir():
         if path.name not in ("data", "runs") and not path.name.startswith("."):
             (folder / path.name).symlink_to(path)
-    subprocess.run([sys.executable, "models/export_digits.py"], cwd=folder, capture_output=True, check=True)
+    for part in ("real", "test"):
+        export_fashion.write_set(folder / "data/fashion" / part, export_fashion.clothes(part))
     return folder
 
 

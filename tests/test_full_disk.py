@@ -84,7 +84,7 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def drawing(inputs: Path, disk: Path) -> tuple:
-    argv = ["--classes", "digits", "--images-per-class", "4", "--steps", "2", "--batch-size", "2", "--seed", "1"]
+    argv = ["--classes", "fashion", "--images-per-class", "4", "--steps", "2", "--batch-size", "2", "--seed", "1"]
     return "generate", [*argv, "--model", str(inputs / "tiny"), "--out", str(disk / "sd")], {}
 
 

@@ -26,7 +26,7 @@ from utils.storage import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = int(os.environ.get("KILLS", "1"))  # as many kills
-DRAW = ["--classes", "digits", "--images-per-class", "5", "--steps", "2", "--batch-size", "3"]
+DRAW = ["--classes", "fashion", "--images-per-class", "5", "--steps", "2", "--batch-size", "3"]
 FORKER = """
 import json, os, signal, sys, time
 import torch, torchvision, diffusers, transformers

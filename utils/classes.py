@@ -25,7 +25,6 @@ SHIPPED = {
     "1k": "imagenet_1k",
     "imagenet_100": "imagenet_100",
     "100": "imagenet_100",
-    "digits": "digits",
     "fashion": "fashion",
 }  # what --classes understands without a file -> the table's name
 

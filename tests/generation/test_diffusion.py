@@ -542,7 +542,7 @@ def test_hub_id_without_network_says_how_to_get_it_and_what_to_try(monkeypatch, 
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError) as error:
         find_pipeline("CompVis/no-such-weights-here")
-    for part in ("weights are not on this machine", "hf download CompVis/no-such-weights-here", "models/digits-sd"):
+    for part in ("weights are not on this machine", "hf download CompVis/no-such-weights-here", "models/fashion-sd"):
         assert part in str(error.value)
 
 

@@ -422,7 +422,7 @@ def test_no_figure_of_an_a100_for_other_cards_and_models(tmp_path, tiny, monkeyp
 
 @pytest.mark.parametrize("recipe", ["paper", "fast"])
 def test_dry_run_reckons_the_forwards_that_are_run(tmp_path, tiny, recipe):
-    args = generate.get_args_parser().parse_args(["--recipe", recipe, "--model", str(tiny), "--classes", "digits"])
+    args = generate.get_args_parser().parse_args(["--recipe", recipe, "--model", str(tiny), "--classes", "fashion"])
     folder = find_pipeline(str(tiny))
     wanted = generate.asked_recipe(args, "", "c").with_model(folder)
     sampler = loading.load_sampler(folder, wanted, torch.device("cpu"))

@@ -56,7 +56,7 @@ class Forker:
 
     def run(self, out: Path, *chunks: str, kill_after_s: float | None = None) -> dict:
         """One process for each of CHUNKS, at the same time; {"codes", "seconds"}."""
-        argv = ["--classes", "digits", "--model", str(self.model), "--out", str(out), "--images-per-class", "7"]
+        argv = ["--classes", "fashion", "--model", str(self.model), "--out", str(out), "--images-per-class", "7"]
         argv += ["--steps", "3", "--batch-size", "3"]
         runs = [[*argv, "--chunk", chunk] for chunk in chunks or ("0/1",)]
         self.process.stdin.write(json.dumps({"runs": runs, "kill_after_s": kill_after_s}) + "\n")

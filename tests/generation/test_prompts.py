@@ -376,14 +376,14 @@ def test_a_tokenizer_saved_by_transformers_counts_alike(tmp_path):
 
 
 def test_a_tokenizer_that_cuts_and_pads_counts_what_is_there(tmp_path):
-    """models/digits-sd, as many others, has both saved in its tokenizer.json: 279 tokens would count as 77."""
-    settings = json.loads((ROOT / "models/digits-sd/tokenizer/tokenizer.json").read_text())
+    """models/fashion-sd, as many others, has both saved in its tokenizer.json: 279 tokens would count as 77."""
+    settings = json.loads((ROOT / "models/fashion-sd/tokenizer/tokenizer.json").read_text())
     assert settings["truncation"] and settings["padding"]
-    count, _ = token_counter(str(ROOT / "models/digits-sd"))
-    assert count("zero") < 10 and count("zero, " * 100) > 200
-    table = ClassTable("birds", (ClassRow("jay", "jay", "", "zero " * 100),))
+    count, _ = token_counter(str(ROOT / "models/fashion-sd"))
+    assert count("coat") < 10 and count("coat, " * 100) > 200
+    table = ClassTable("birds", (ClassRow("jay", "jay", "", "coat " * 100),))
     (warning,) = prompt_warnings(table, parse_template("c, d_c"), count_tokens=count)
-    assert "CLIP reads 77; cut off: 'zero zero" in warning
+    assert "CLIP reads 77; cut off: 'coat coat" in warning
 
 
 def test_half_a_tokenizer_is_none(tmp_path):

@@ -18,7 +18,7 @@ from utils.launch import checks, command, processes, slurm
 from utils.launch.command import site_options
 
 ROOT = Path(__file__).resolve().parents[2]
-DIGITS = ("generate.py", "--classes", "digits", "--model", str(ROOT / "models/digits-sd"), "--out")
+DRAWING = ("generate.py", "--classes", "fashion", "--model", str(ROOT / "models/fashion-sd"), "--out")
 
 
 def call(*arguments: object) -> int:
@@ -61,14 +61,14 @@ def refusal(capsys, *arguments: object) -> str:
 
 
 def test_without_sbatch_the_remedy_is_named_and_nothing_is_written(programs, tmp_path, capsys):
-    said = refusal(capsys, "--log-dir", tmp_path / "logs", *DIGITS, tmp_path / "out")
+    said = refusal(capsys, "--log-dir", tmp_path / "logs", *DRAWING, tmp_path / "out")
     assert "no `sbatch` on PATH; run on a login node, or use --launcher local" in said
     assert not (tmp_path / "logs").exists() and not (tmp_path / "out").exists()
 
 
 def test_a_cluster_that_does_not_answer_is_named(cluster, programs, tmp_path, capsys):
     programs("sinfo", "slurm_load_partitions: Unable to contact slurm controller", code=1)
-    said = refusal(capsys, *DIGITS, tmp_path / "out")
+    said = refusal(capsys, *DRAWING, tmp_path / "out")
     assert "Unable to contact slurm controller; is the cluster up, seen from here?" in said
 
 
@@ -76,7 +76,7 @@ def test_a_cluster_that_does_not_answer_is_named(cluster, programs, tmp_path, ca
 def test_a_folder_that_each_node_has_for_itself_is_refused(cluster, tmp_path, capsys, option):
     folders = {"--log-dir": tmp_path / "logs", "--out": tmp_path / "out"} | {option: Path("/dev/shm/x")}
     said = refusal(capsys, "--partition", "gpu", "--timeout-min", "60", "--log-dir", folders["--log-dir"],
-                   *DIGITS, folders["--out"])  # fmt: skip
+                   *DRAWING, folders["--out"])  # fmt: skip
     assert f"{option} /dev/shm/x: each node has its own /dev; choose a folder that all share" in said
     assert not Path("/dev/shm/x").exists()
 
@@ -96,7 +96,7 @@ def test_a_master_address_that_does_not_resolve_is_named_before_anything_is_queu
 def test_an_unknown_partition_lists_those_there_are(cluster, programs, tmp_path, capsys):
     programs("sinfo", "gpu gpu* 1:00:00\nlong long 7-00:00:00")
     assert "--partition gpuu: unknown; this cluster has gpu, long" in refusal(
-        capsys, "--partition", "gpuu", *DIGITS, tmp_path / "out"
+        capsys, "--partition", "gpuu", *DRAWING, tmp_path / "out"
     )
 
 
@@ -162,7 +162,7 @@ def test_the_partitions_limit_is_the_time_limit_unless_one_is_given(monkeypatch,
 )
 def test_chunks_fit_into_the_largest_array_each_once(monkeypatch, chunks, processes, array_size, elements, longest):
     monkeypatch.chdir(ROOT)
-    stage = stage_of("slurm", "--chunks", str(chunks), "--processes", str(processes), *DIGITS, "out")
+    stage = stage_of("slurm", "--chunks", str(chunks), "--processes", str(processes), *DRAWING, "out")
     tasks = slurm.tasks_of(stage, array_size)
     assert len(tasks) == elements <= array_size and max(len(task.chunks) for task in tasks) == longest
     assert [chunk for task in tasks for chunk in task.chunks] == list(range(chunks))
@@ -171,20 +171,20 @@ def test_chunks_fit_into_the_largest_array_each_once(monkeypatch, chunks, proces
 
 def test_a_limit_of_submitted_jobs_is_named_with_its_remedy(cluster, programs, tmp_path, capsys):
     programs("sbatch", "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", code=1)
-    said = refusal(capsys, "--partition", "gpu", "--log-dir", tmp_path / "logs", *DIGITS, tmp_path / "out")
+    said = refusal(capsys, "--partition", "gpu", "--log-dir", tmp_path / "logs", *DRAWING, tmp_path / "out")
     assert "time limits); give fewer --chunks, or more --processes a node" in said and not (tmp_path / "logs").exists()
 
 
 @pytest.mark.parametrize("folder", ["logs%j", "back\\slash"])
 def test_a_log_folder_that_slurm_would_read_as_a_pattern_is_refused(cluster, tmp_path, capsys, folder):
-    assert "--log-dir" in refusal(capsys, "--log-dir", tmp_path / folder, *DIGITS, tmp_path / "out")
+    assert "--log-dir" in refusal(capsys, "--log-dir", tmp_path / folder, *DRAWING, tmp_path / "out")
     assert not (tmp_path / folder).exists()
 
 
 @pytest.mark.parametrize("word", ["0x1", "7,8", "7:8", "", "-1", "7_", "afterok:7"])
 def test_what_is_no_jobs_id_is_refused(cluster, tmp_path, capsys, word):
     assert f"--after {word}: SLURM knows no such job" in refusal(
-        *(capsys, "--partition", "gpu", f"--after={word}", "--log-dir", tmp_path / "logs", *DIGITS, tmp_path / "out")
+        *(capsys, "--partition", "gpu", f"--after={word}", "--log-dir", tmp_path / "logs", *DRAWING, tmp_path / "out")
     )
 
 
@@ -202,19 +202,19 @@ def test_no_option_can_add_a_line_to_the_batch_script(monkeypatch, tmp_path, key
     site.write_text(f"{key} = {json.dumps([value] if key in LIST_OPTIONS else value)}")
     for options in ([f"{option}={value}"], ["--site", str(site)]):
         with pytest.raises(UserError, match=f"^{option} .*: holds a line break or control character") as refused:
-            stage_of("slurm", *options, *DIGITS, "out")
+            stage_of("slurm", *options, *DRAWING, "out")
         assert len(str(refused.value).splitlines()) == 1
 
 
 def test_a_log_folder_is_one_line_too_and_knows_the_home_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert stage_of("slurm", "--log-dir=~/logs", *DIGITS, "out").args.log_dir == tmp_path / "logs"
+    assert stage_of("slurm", "--log-dir=~/logs", *DRAWING, "out").args.log_dir == tmp_path / "logs"
     site = tmp_path / "site.toml"
     site.write_text(json.dumps("logs\ntouch stolen").join(["log_dir = ", ""]))
     for options in (["--log-dir=logs\ntouch stolen"], ["--site", str(site)]):
         with pytest.raises(SystemExit) as end:
-            stage_of("slurm", *options, *DIGITS, "out")
+            stage_of("slurm", *options, *DRAWING, "out")
         said = capsys.readouterr().err
         assert end.value.code == 2 and "has control characters" in said and said.count("\n") == 1
 
@@ -301,7 +301,7 @@ def test_an_option_that_the_launcher_would_ignore_is_refused(tmp_path, monkeypat
     site = tmp_path / "site.toml"
     site.write_text("partition = 'gpu'")
     options = [str(site) if option == "SITE" else option for option in options]
-    assert call("--launcher", launcher, *options, *DIGITS, tmp_path / "out") == 2
+    assert call("--launcher", launcher, *options, *DRAWING, tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
 
@@ -318,7 +318,7 @@ def test_what_changes_nothing_is_accepted_by_every_launcher(tmp_path, monkeypatc
     site = tmp_path / "site.toml"
     site.write_text("partition = 'gpu'\nprocesses = 2")
     for options in (["--launcher", "inline", "--chunks", "1"], ["--launcher", "local", "--site", str(site)]):
-        (stage,) = command.read_stages(options, [*DIGITS, "out"])
+        (stage,) = command.read_stages(options, [*DRAWING, "out"])
         assert stage.mode == "chunks"
 
 
@@ -329,12 +329,12 @@ def stage_of(launcher: str, *words: str) -> command.Stage:
 
 def test_a_job_without_chunks_has_a_process_a_gpu(monkeypatch):
     monkeypatch.chdir(ROOT)
-    tasks = slurm.tasks_of(stage_of("slurm", "--gpus-per-node", "4", *DIGITS, "out"))
+    tasks = slurm.tasks_of(stage_of("slurm", "--gpus-per-node", "4", *DRAWING, "out"))
     assert [(task.processes, task.chunks, task.of) for task in tasks] == [(4, (0, 1, 2, 3), 4)]
     for alone in (["--chunk", "1/8"], ["--chunk=1/8"], ["--preview"], ["--reproduce", "x/dataset.json"]):
-        (task,) = slurm.tasks_of(stage_of("slurm", "--gpus-per-node", "4", *DIGITS, "out", *alone))
+        (task,) = slurm.tasks_of(stage_of("slurm", "--gpus-per-node", "4", *DRAWING, "out", *alone))
         assert task.chunks is None, alone
-    (task,) = slurm.tasks_of(stage_of("slurm", "--gpus-per-node", "4", "--chunks", "1", *DIGITS, "out", "--verify"))
+    (task,) = slurm.tasks_of(stage_of("slurm", "--gpus-per-node", "4", "--chunks", "1", *DRAWING, "out", "--verify"))
     assert task.chunks is None
 
 
@@ -342,7 +342,7 @@ def test_a_job_without_chunks_has_a_process_a_gpu(monkeypatch):
 def test_chunks_of_what_cannot_be_cut_are_refused(monkeypatch, own, message):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message):
-        stage_of("local", "--chunks", "4", *DIGITS, "out", own)
+        stage_of("local", "--chunks", "4", *DRAWING, "out", own)
 
 
 # ===== several processes as one =====

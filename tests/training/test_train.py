@@ -260,7 +260,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(imag
         (["--name", "checkpoint_previous"], "give another --name"),
         (["--set", "interpolation=nearest"], "--set interpolation=nearest: choose bicubic or bilinear"),
         (["--set", "head=round"], "--set head=round: choose cosine or linear"),
-        (["--classes", "digits"], "differ from --classes digits: 10 missing"),
+        (["--classes", "fashion"], "differ from --classes fashion: 10 missing"),
         (["--batch-size", "999"], "--batch-size 999: only 34 images"),
         (["--data", "nowhere"], "no folder nowhere"),
         (["--data", "nowhere:0"], "weight must be above 0"),

@@ -148,7 +148,7 @@ def _download(model: str, revision: str | None) -> Path:
     raise UserError(
         f"--model {model}: {problem}; fetch them where there is a network with `{fetch}`, "
         "or give a pipeline folder with --model; to try the whole path now, without downloads: "
-        "--model models/digits-sd --classes digits"
+        "--model models/fashion-sd --classes fashion"
     )
 
 

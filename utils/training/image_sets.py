@@ -316,8 +316,8 @@ def open_validation(path: str | Path, class_ids: list[str], label_map: Mapping[s
 
 
 def class_names(class_ids: list[str], images: list[ImageSet]) -> list[str]:
-    """Names from dataset.json beside the images, else from ImageNet's and the digits' tables, else the ids."""
-    names = {row.wnid: row.first_name for table in ("imagenet_1k", "digits") for row in load_classes(table).rows}
+    """Names from dataset.json beside the images, else from ImageNet's and the demo's tables, else the ids."""
+    names = {row.wnid: row.first_name for table in ("imagenet_1k", "fashion") for row in load_classes(table).rows}
     for one in images:
         names |= {row["id"]: row["name"].split(",")[0].strip() for row in _dataset_classes(one.root.parent)}
     return [names.get(class_id, class_id) for class_id in class_ids]

@@ -41,7 +41,7 @@ INTERRUPTIONS = {
 def drawing(tmp_path_factory) -> tuple[str, ...]:
     """generate.py and its options: seconds of drawing in each of two chunks; --out comes last."""
     model = build_tiny_sd(tmp_path_factory.mktemp("models") / "tiny")
-    options = ("--classes", "digits", "--images-per-class", "48", "--steps", "12", "--batch-size", "4")
+    options = ("--classes", "fashion", "--images-per-class", "48", "--steps", "12", "--batch-size", "4")
     return (str(ROOT / "generate.py"), "--model", str(model), *options, "--device", "cpu", "--out")
 
 

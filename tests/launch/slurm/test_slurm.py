@@ -430,7 +430,7 @@ def test_make_pipeline_chains_generation_training_and_evaluation(cluster, tmp_pa
     for entry in ROOT.iterdir():
         if entry.name not in ("data", "runs", ".git"):
             (tmp_path / entry.name).symlink_to(entry)
-    drawing = ("CLASSES=digits", "MODEL=models/digits-sd", "IMAGES_PER_CLASS=8", "DEVICE=cpu", "ARGS=--steps 4")
+    drawing = ("CLASSES=fashion", "MODEL=models/fashion-sd", "IMAGES_PER_CLASS=8", "DEVICE=cpu", "ARGS=--steps 4")
 
     def make(*arguments: str) -> subprocess.CompletedProcess[str]:
         env = {**cluster.env, "OMP_NUM_THREADS": "1"}
