@@ -1,6 +1,6 @@
 """Judge frozen models on real images: ImageNet's test sets, fifteen transfer datasets, or any folder of classes.
 
-Reads checkpoints (a run folder of train.py, a weights file, or a name of torchvision's) and the datasets it finds
+Reads checkpoints (a run folder of train.py, a weights file, a name of torchvision's or timm's) and the datasets found
 below --data-root. Writes OUT/results.jsonl (one line a metric), OUT/eval/*.json (per class, confusion) and the caches
 OUT/features/ and OUT/hashes/ (are test images among the training images?); OUT is the checkpoint's folder unless --out
 is given. Pairs of checkpoint and dataset that are in results.jsonl already are not computed again: run the same command
@@ -58,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     several: dict[str, Any] = {"action": "append", "default": []}
 
     add = parser.add_argument_group("models").add_argument
-    named = "torchvision name (resnet50, resnet50:IMAGENET1K_V1)"
+    named = "name of torchvision (resnet50, resnet50:IMAGENET1K_V1) or timm (timm:resnet50.a1_in1k)"
     model = f"run folder, weights file (.pth, .safetensors), one of several in it (FILE:PLACE) or {named}"
     add("--checkpoint", nargs="+", default=[], metavar="[LABEL=]MODEL", help=model)
     add("--classes", help="classes of the outputs, if the checkpoint has no record: 100, 1000, a .txt")
@@ -80,6 +80,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     search = "linear probes: fast, or the search of t-ReX's transfer suite"
     add("--protocol", choices=("fast", "paper"), default="fast", help=search)
     add("--seeds", nargs="+", type=non_negative_int, default=[0], help="seeds of the linear probes: one result each")
+    voting = "beside linear probes, DINO's: the 20 nearest training images vote (T = 0.07)"
+    add("--knn", action="store_true", help=voting)
     truncated = "read JPEGs that end early as far as they go, as t-ReX's suite does"
     add("--allow-truncated", action="store_true", help=truncated)
 
@@ -150,6 +152,7 @@ def main(args: argparse.Namespace) -> int:
         truncated=args.allow_truncated,
         probe_protocol=args.protocol,
         seeds=tuple(args.seeds),
+        knn=args.knn,
         classes=args.classes,
     )
     jobs = [
@@ -219,7 +222,7 @@ def judge_by_logits(job: Job, model: FrozenModel, leaks_seen: dict[tuple, Found]
 
 def judge_by_probe(job: Job, model: FrozenModel, leaks_seen: dict[tuple, Found] | None) -> None:
     """Features -> linear classifier trained on those of trainval -> metrics on those of test; seed by seed."""
-    from utils.evaluation import probes
+    from utils.evaluation import neighbours, probes
     from utils.evaluation.judge import metrics_of_probe
 
     loaded = job.test_set.loaded
@@ -233,8 +236,11 @@ def judge_by_probe(job: Job, model: FrozenModel, leaks_seen: dict[tuple, Found] 
         return
     splits = {split: (features[split], loaded.labels(split)) for split in features}
     options = {"protocol": job.settings.probe_protocol, "kind": job.test_set.probe, "device": model.device}
+    knn = {"knn": neighbours.knn_top1(splits, model.device)} if job.settings.knn and job.missing_seeds() else {}
     for seed in job.missing_seeds():
-        result = probes.run_probe(splits, seed=seed, memo=job.trials, **options)
+        result = probes.run_probe(splits, seed=seed, memo=job.trials, **options) | knn
+        found = ", ".join(f"{name} {value:.3g}" for name, value in result["chosen"].items())
+        print(f"{job.title}, seed {seed}: {found} chosen, {result['held_out']:.2f} % on held-out images", flush=True)
         measured, facts, sidecar = metrics_of_probe(result, loaded, seed, job.finished_runs())
         job.save(measured, facts | leaks[0], sidecar | leaks[1], model.cost())
 
@@ -338,7 +344,8 @@ def print_table(jobs: list[Job]) -> None:
         top5 = f"{by_metric['top5'][0].value:.2f}" if "top5" in by_metric else ""
         row = top1[0]
         leaked = row.train_overlap_exact + row.train_overlap_near
-        mark = f"  {leaked:,} of them trained on" if leaked else ""
+        mark = f"  k-NN {by_metric['knn'][0].value:.2f}" if "knn" in by_metric else ""
+        mark += f"  {leaked:,} of them trained on" if leaked else ""
         print(f"{model:{width}}  {dataset:14} {first:>22} {top5:>7} {row.n:>8,} {row.num_classes or '':>8}{mark}")
     for folder in dict.fromkeys(job.out for job in jobs):
         print(f"written: {folder / 'results.jsonl'}")

@@ -1,11 +1,13 @@
 """Checkpoints of many origins: where their weights lie, the class behind every output, how images are prepared.
 
 A checkpoint is a run folder of train.py or a file in it, a file of weights from elsewhere, or a name of torchvision's
-pretrained models. What is in the file is read by weights.py. Nothing here imports torch unless torchvision is asked.
+or timm's pretrained models. What is in the file is read by weights.py. Nothing here imports torch unless one of these
+two is asked.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,6 +72,7 @@ class Source:
     sha256: str
     args: dict[str, Any]  # args.json of the run, {} for foreign weights
     torchvision: str = ""  # "resnet50:IMAGENET1K_V2" for weights that torchvision publishes
+    timm: str = ""  # "resnet50.a1_in1k" for weights that timm publishes
     key: str = ""  # which of the file's state dicts; "": the usual one
 
     @property
@@ -85,11 +88,12 @@ class Source:
     @property
     def folder(self) -> Path:
         """Where its results go if the user does not say: the checkpoint's own folder, or runs/LABEL."""
-        return Path("runs") / self.label if self.torchvision else Path(self.path).parent
+        return Path("runs") / self.label if self.torchvision or self.timm else Path(self.path).parent
 
 
 def locate(spec: str, download: bool = True) -> Source:
-    """Find a checkpoint: `[LABEL=]` then a run folder, a weights file[:place in it] or a torchvision name[:weights].
+    """Find a checkpoint: `[LABEL=]` then a run folder, a weights file[:place in it], a torchvision name[:weights] or
+    `timm:` and a name of timm's.
 
     UserError if there is no such thing. Reads the file once for its hash. Without `download`, torchvision weights that
     are not in its cache yet have sha256 "".
@@ -97,6 +101,8 @@ def locate(spec: str, download: bool = True) -> Source:
     label, _, rest = spec.partition("=")
     if not rest or Path(spec).exists():
         label, rest = "", spec
+    if rest.startswith("timm:") and not Path(rest).exists():
+        return _locate_timm(rest.removeprefix("timm:"), label, download)
     path, key = Path(rest).expanduser(), ""
     if not path.exists() and ":" in rest and Path(rest.rpartition(":")[0]).expanduser().is_file():
         path, key = Path(rest.rpartition(":")[0]).expanduser(), rest.rpartition(":")[2]
@@ -180,6 +186,36 @@ def _locate_torchvision(spec: str, label: str, download: bool) -> Source:
     return Source(label or f"{name}.{weights.name}", str(path), sha256, {}, torchvision=f"{name}:{weights.name}")
 
 
+def _locate_timm(name: str, label: str, download: bool) -> Source:
+    """`resnet50.a1_in1k`, or `resnet50` for timm's default weights: from the hub's cache, else from the hub."""
+    spec = f"--checkpoint timm:{name}"
+    try:
+        from timm import get_pretrained_cfg
+    except ImportError:
+        raise UserError(f"{spec}: timm is not installed here; pip install timm") from None
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    try:
+        published = get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        remedy = "timm.list_pretrained() has the names, such as resnet50.a1_in1k"
+        raise UserError(f"{spec}: {str(error).rstrip('.')}; {remedy}") from None
+    if not published or not published.hf_hub_id:
+        raise UserError(f"{spec}: timm has no weights of it on the hub; give a file of weights")
+    place = published.hf_hub_id, published.hf_hub_filename or "model.safetensors"
+    path = try_to_load_from_cache(*place)
+    if not isinstance(path, str) and download:
+        try:
+            path = hf_hub_download(*place)
+        except Exception as error:  # requests, httpx, offline mode, ...: the ways to have no network are many
+            fetch = f"fetch it where there is a network: hf download {' '.join(place)}"
+            raise UserError(
+                f"{spec}: not here, and the hub cannot be reached ({type(error).__name__}); {fetch}"
+            ) from None
+    file = path if isinstance(path, str) else ""
+    return Source(label or name, file or name, sha256_file(file) if file else "", {}, timm=name)
+
+
 # ===== what the outputs mean =====
 
 
@@ -231,4 +267,10 @@ def transform_of(source: Source) -> Transform:
         name, _, version = source.torchvision.partition(":")
         published = get_model_weights(name)[version].transforms()
         return Transform(published.resize_size[0], published.crop_size[0], published.interpolation.value)
+    if source.timm:
+        from timm import get_pretrained_cfg
+
+        asked: Any = get_pretrained_cfg(source.timm)
+        crop = asked.input_size[-1]  # timm's own rule: the short side is floor(crop / crop_pct)
+        return Transform(math.floor(crop / asked.crop_pct), crop, asked.interpolation)
     return Transform(source.recorded.resize, source.recorded.image_size, INTERPOLATION)

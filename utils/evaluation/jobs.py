@@ -34,6 +34,7 @@ class Settings:
     truncated: bool  # JPEGs that end early are read as far as they go
     probe_protocol: str  # of linear probes: fast, paper
     seeds: tuple[int, ...]  # of linear probes
+    knn: bool  # whether neighbours answer beside them
     classes: str | None  # --classes
 
 
@@ -122,7 +123,8 @@ class Job:
     def missing_seeds(self) -> list[int]:
         """Seeds of linear probes that lack a row."""
         have = {(row.seed, row.metric) for row in self.rows()}
-        return [seed for seed in self.settings.seeds if any((seed, metric) not in have for metric in PROBE_METRICS)]
+        wanted = (*PROBE_METRICS, "knn") if self.settings.knn else PROBE_METRICS
+        return [seed for seed in self.settings.seeds if any((seed, metric) not in have for metric in wanted)]
 
     def finished_runs(self) -> list[dict]:
         """What the sidecar already holds of probes: {"seed", "top1", "chosen", "held_out"} each."""

@@ -93,15 +93,20 @@ def metrics_of_logits(logits: np.ndarray, matched: MatchedSet, model: Classifier
 def metrics_of_probe(
     result: dict[str, Any], loaded: LoadedSet, seed: int, earlier: list[dict]
 ) -> tuple[Measured, dict, dict]:
-    """(metrics, facts, sidecar) of RESULT, what probes.run_probe found with SEED; EARLIER: runs of other seeds."""
+    """(metrics, facts, sidecar) of RESULT, what probes.run_probe found with SEED; EARLIER: runs of other seeds.
+
+    RESULT may also hold "knn", the top-1 of neighbours.knn_top1, which is the same for every seed.
+    """
     n = len(loaded.samples)
-    measured = {
-        "top1": (result["top1"], metrics.wilson_interval(round(result["top1"] * n / 100), n)),
-        "mean_per_class": (result["mean_per_class"], None),
+    measured: dict[str, tuple[float, Any]] = {
+        name: (result[name], metrics.wilson_interval(round(result[name] * n / 100), n))
+        for name in ("top1", "knn")
+        if name in result
     }
+    measured["mean_per_class"] = (result["mean_per_class"], None)
     run = {"seed": seed, **{key: result[key] for key in ("top1", "chosen", "held_out")}}
     runs = [*(other for other in earlier if other["seed"] != seed), run]
-    facts = {"n": n, "num_classes": len(loaded.class_ids), "seed": seed}
+    facts = {"n": n, "num_classes": len(loaded.class_ids), "seed": seed, "chosen": result["chosen"]}
     return measured, facts, {"class_ids": [], "class_names": [], "per_class": [], "runs": runs}
 
 

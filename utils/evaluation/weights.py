@@ -21,6 +21,7 @@ import torchvision
 
 from utils.cli import UserError
 from utils.evaluation.checkpoints import NoClassifier, Source, name_outputs
+from utils.images import IMAGENET_MEAN, IMAGENET_STD
 from utils.metrics import CHUNK_ROWS
 from utils.model import CosineLinear, build_model, head_name, verify_archive
 
@@ -71,6 +72,8 @@ def load_classifier(source: Source, classes: str | None = None) -> Classifier:
     Says which of several networks in the file was taken. UserError if the file cannot be read or fits no architecture.
     Where it can give features only, which is enough for transfer datasets, head is None and `lacks` tells why.
     """
+    if source.timm:
+        return load_timm(source, classes)
     found = read_weights(source.path)
     place = source.key or min(found, key=lambda one: PLACES.index(one) if one in PLACES else len(PLACES))
     if place not in found:
@@ -101,6 +104,44 @@ def load_classifier(source: Source, classes: str | None = None) -> Classifier:
         return Classifier(source, arch, model, None, [], [], "", error)
     head = _as_trained(linear) if source.recorded.head == "cosine" else linear
     return Classifier(source, arch, model, head, ids, names, origin)
+
+
+def load_timm(source: Source, classes: str | None) -> Classifier:
+    """A model of timm with the weights that were found for it: timm's own module below, a linear layer on top."""
+    import timm
+
+    published: Any = timm.get_pretrained_cfg(source.timm)
+    model: Any = timm.create_model(source.timm, pretrained=False, num_classes=published.num_classes)
+    try:
+        model.load_state_dict(timm.models.load_state_dict(source.path))
+    except (RuntimeError, safetensors.SafetensorError, EOFError, pickle.UnpicklingError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"--checkpoint timm:{source.timm}: {source.path} is damaged ({first}); delete it") from None
+    linear = model.get_classifier()
+    model.reset_classifier(0)  # the model then returns pooled features
+    model.float().eval().requires_grad_(False)
+    backbone = torch.nn.Sequential(Renormalised(published.mean, published.std), model)
+    try:
+        if not isinstance(linear, torch.nn.Linear):
+            raise NoClassifier(f"--checkpoint timm:{source.timm}: it does not end in a linear layer")
+        ids, names, origin = name_outputs(source, linear.out_features, classes)
+    except NoClassifier as error:
+        return Classifier(source, source.timm, backbone, None, [], [], "", error)
+    return Classifier(source, source.timm, backbone, linear.float().eval().requires_grad_(False), ids, names, origin)
+
+
+class Renormalised(torch.nn.Module):
+    """From images normalised as ImageNet's, which is what every backbone here is given, to MEAN and STD of 0..1."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        theirs, ours = torch.tensor([mean, std]), torch.tensor([IMAGENET_MEAN, IMAGENET_STD])
+        self.scale = torch.nn.Buffer((ours[1] / theirs[1]).view(3, 1, 1))
+        self.shift = torch.nn.Buffer(((ours[0] - theirs[0]) / theirs[1]).view(3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) both ways."""
+        return images * self.scale + self.shift
 
 
 # ===== reading files: plain tensors only =====
