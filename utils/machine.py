@@ -309,7 +309,8 @@ def _nvml_device(device: torch.device) -> tuple | None:
 def add_costs(*costs: Mapping[str, float | None]) -> dict[str, float]:
     """The sum, of what all of them know: a run of which one session could not read a counter has no such figure."""
     columns = {key: [cost.get(key) for cost in costs] for key in (costs[0] if costs else ())}
-    return {key: sum(column) for key, column in columns.items() if None not in column}
+    known = {key: [value for value in column if value is not None] for key, column in columns.items()}
+    return {key: sum(values) for key, values in known.items() if len(values) == len(costs)}
 
 
 def rounded_cost(cost: Mapping[str, float]) -> dict[str, float]:

@@ -153,8 +153,8 @@ class Job:
         kept = self._kept()
         spent = add_costs(kept.cost, cost) if kept and kept.key == self.key and kept.runs else cost
         head = {"dataset": self.test_set.name, "model": self.source.label, "checkpoint_sha256": self.source.sha256}
-        head |= {"cost": rounded_cost(spent)}
-        made_by = {"key": self.key, "command": command_line(), "environment": snapshot()}
+        made_by = {"cost": rounded_cost(spent), "key": self.key}
+        made_by |= {"command": command_line(), "environment": snapshot()}
         write_json(self.sidecar, head | sidecar | made_by)  # first: a job counts as done when all of its rows are there
         for metric, (value, interval) in measured.items():
             low, high = [None if bound is None else round(bound, 4) for bound in interval or (None, None)]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle CPU threads sleep: a shared machine stays usable
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums on every run, also with two streams
@@ -142,14 +143,14 @@ def flops_per_image(sampler: Sampler) -> int | None:
 
     Counted on shapes alone: the number is the same whatever device, attention kernel or compiler computes.
     """
-    unet, vae = getattr(sampler.unet, "_orig_mod", sampler.unet), sampler.vae
-    if not isinstance(unet, diffusers.UNet2DConditionModel) or unet.config.addition_embed_type:
+    unet: Any = getattr(sampler.unet, "_orig_mod", sampler.unet)  # compiled or not
+    if type(unet).__name__ != "UNet2DConditionModel" or unet.config.addition_embed_type:
         return None
     with torch.device("meta"):
         text = torch.empty(sampler.embedding("").shape)
         sides = sampler.height // sampler.factor, sampler.width // sampler.factor
         latents = torch.empty(1, unet.config.in_channels, *sides)
-        shapes, decoder = (type(network).from_config(network.config) for network in (unet, vae))
+        shapes, decoder = (type(network).from_config(network.config) for network in (unet, sampler.vae))
         forward = count_flops(lambda: shapes(latents, torch.empty(()), encoder_hidden_states=text))
         return sampler.forwards_per_image * forward + count_flops(lambda: decoder.decode(latents))
 

@@ -206,7 +206,7 @@ def resize(planes: torch.Tensor, out: torch.Tensor, interpolation: str) -> None:
     overshoot is clipped, and Pillow takes the vertical pass of some tall images first.
     """
     # What functional.interpolate calls, written where it belongs: a copy and its checks are two fifths of the time.
-    KERNELS[interpolation](planes, out.shape[2:], False, None, out=out)
+    KERNELS[interpolation](planes, out.shape[2:], False, None, out=out)  # type: ignore[call-arg]
 
 
 def requests(
