@@ -16,9 +16,11 @@ from pathlib import Path
 
 from utils.cli import UserError
 from utils.launch.command import read_stage, run_here
-from utils.launch.processes import Process, Team, visible_gpus
+from utils.launch.processes import FORWARDED, Process, Team, visible_gpus
 from utils.storage import AlreadyOwned, owner_lock, read_json, require_writable
 from utils.study.plan import Dataset, Plan, Point, quality_of
+
+MOST_AT_ONCE = 8  # processes on a machine without GPUs, unless more are asked for: each takes 0.7 GB
 
 
 def show_status(plan: Plan) -> None:
@@ -72,12 +74,14 @@ def _run(plan: Plan, launcher: str, options: Sequence[str]) -> int:
         return 0
     if launcher == "slurm":
         return _queue(plan, draw, todo, options)
+    if launcher == "local" and "--processes" not in " ".join(options) and not visible_gpus():
+        options = [*options, "--processes", str(min(MOST_AT_ONCE, len(os.sched_getaffinity(0))))]
     code = 0
     for dataset in draw:
         print(f"study: drawing {dataset.name}: {dataset.folder}", flush=True)
         stage = read_stage(options, ["generate.py", *dataset.words], first=False)
         if failed := run_here(stage, launcher):
-            if failed >= 128:
+            if failed - 128 in FORWARDED:
                 return failed
             code = failed
             print(f"study: {dataset.name} was not drawn (exit code {code}); its points wait", file=sys.stderr)
@@ -86,7 +90,7 @@ def _run(plan: Plan, launcher: str, options: Sequence[str]) -> int:
     if ready:
         _await_others(ready)
         code = _side_by_side([_point_work(point) for point in ready], launcher, at_once) or code
-    if code < 128 and (works := _looks(plan)):
+    if code - 128 not in FORWARDED and (works := _looks(plan)):
         code = _side_by_side(works, launcher, at_once) or code
     if waiting := len(todo) - len(ready):
         print(f"study: {waiting} points wait for datasets that could not be drawn", file=sys.stderr)
@@ -143,10 +147,8 @@ class Logged(Process):
 def _side_by_side(works: Sequence[Work], launcher: str, at_once: int | None) -> int:
     """Do WORKS side by side, a device or core each, or one after the other if inline; the first failure's code."""
     gpus = [] if launcher == "inline" else visible_gpus()
-    cores = len(os.sched_getaffinity(0))
-    parallel = 1 if launcher == "inline" else at_once or len(gpus) or cores
-    parallel = max(1, min(parallel, len(works)))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // parallel)))
+    parallel = 1 if launcher == "inline" else min(at_once or len(gpus), len(works))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // parallel)))
     processes = [Logged(work, f"{number}/{len(works)}") for number, work in enumerate(works, 1)]
     team = Team(processes, parallel, devices=[gpus[place % len(gpus)] for place in range(parallel)] if gpus else [])
     team.run()
