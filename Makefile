@@ -170,6 +170,7 @@ pipeline: $(STAMP) ## generate, verify, train, evaluate; on slurm queued at once
 	  --then $(EVALUATE) $(EVALUATE_ARGS)
 
 study: $(STAMP) ## curves and exchange rates from a file: make study STUDY=studies/fashion.toml LAUNCHER=local
+	@$(if $(filter %fashion.toml,$(STUDY)),$(PY) models/export_fashion.py --out data)
 	@set -x; $(PY) -m utils.study "$(STUDY)" $(strip $(LAUNCH_OPTIONS)) $(if $(CHUNKS),--chunks $(CHUNKS)) $(ARGS)
 
 # ===== development =====
