@@ -267,9 +267,9 @@ def training_images_in(
         remedy = "judge it on others, or give --no-leak-check"
         raise UserError(f"{job.title}: all {len(tests):,} test images are among the images it was trained on; {remedy}")
     if found.exact or found.near:
-        same = f"{len(found.exact):,} of the {len(tests):,} test images"
-        copies = f"copies of {len(found.near):,} (cut, mirrored or encoded otherwise)"
-        print(f"{job.title}: it was trained on {same}, and on {copies}; {job.sidecar} names them", flush=True)
+        of = f"{len(found.exact):,} of the {len(tests):,} test images, and on copies of {len(found.near):,}"
+        how = f"(cut, mirrored or encoded otherwise); {job.sidecar} names them"
+        print(f"{job.title}: it was trained on {of} {how}", flush=True)
     pairs = [
         {"test": tests[mine], "train": trained[theirs], "same_pixels": same}
         for same, those in ((True, found.exact), (False, found.near))
