@@ -239,8 +239,9 @@ def cost(one: Findings) -> Section:
             if before:
                 more = drawing + training - sum(answers.minutes(one, before))
                 gain, low, high = one.difference(title, before)
-                a_point = f"; {more / gain:.2g} a point, {more / high:.2g} to {more / low:.2g}"
-                last = a_point if low > 0 else "; no gain shown"
+                last = "; no gain shown"
+                if low > 0:
+                    last = f"; {more / gain:.2g} a point, {more / high:.2g} to {more / low:.2g}"
             if drawing + training:
                 cells[one.of[title].size] = f"{drawing + training:.3g}", f"{drawing:.2g} + {training:.2g}{last}"
             before = title
