@@ -76,7 +76,8 @@ LAUNCH = $(strip $(PY) $(if $(filter-out inline,$(LAUNCHER)),-m utils.launch $(L
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock | cksum | cut -d' ' -f1)
 DEV_STAMP := $(VENV)/.installed-dev-$(shell cat requirements.lock requirements-dev.lock | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test fuzz lint bench generate train evaluate pipeline study docker clean lock check-prompts gpu-check
+.PHONY: help setup demo test fuzz lint bench generate train evaluate pipeline study docker clean lock check-prompts \
+        gpu-check bench-gpu
 help: ## this text
 	@printf 'imagenet-sd: can synthetic images replace real ones?\n\nusage: make TARGET [VARIABLE=value ...]\n\n'
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -194,8 +195,11 @@ lint: $(DEV_STAMP) ## ruff, mypy and hadolint
 bench: $(DEV_STAMP) ## speed as ratios to the named peers: make bench [ONLY=row [ARGS=--profile]]
 	$(PY) benchmarks/bench.py $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
-gpu-check: $(STAMP) ## does this GPU give the results that the CPU gives? a page in runs/gpu-check, some minutes
-	$(PY) benchmarks/gpu_check.py $(if $(DEVICE),--device "$$DEVICE") $(ARGS)
+gpu-check: $(STAMP) ## does this GPU give the results that the CPU gives? a page in runs/gpu-check, under ten minutes
+	@$(PY) benchmarks/gpu_check.py $(if $(DEVICE),--device "$$DEVICE") $(ARGS)
+
+bench-gpu: $(STAMP) ## images a second of this GPU, for --dry-run and docs/benchmarks.md: a quarter of an hour
+	@$(PY) benchmarks/bench_gpu.py $(if $(DEVICE),--device "$$DEVICE") $(ARGS)
 
 lock: $(DEV_STAMP) ## rewrite the two locks from requirements*.in
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

@@ -26,8 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bounds  # noqa: E402
+from benchmarks import bench_gpu, bounds  # noqa: E402
 from utils.cli import UserError, make_parser, run  # noqa: E402
+from utils.generation.plan import RATES  # noqa: E402
 from utils.machine import cpu_has_bf16, snapshot  # noqa: E402
 from utils.storage import atomic_write, read_json, write_json  # noqa: E402
 
@@ -94,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
         write_json(RESULTS, [*(read_json(RESULTS, list) if RESULTS.exists() else []), measured])
         print(as_line(measured), flush=True)
     if RESULTS.exists():
-        atomic_write(PAGE, as_page(read_json(RESULTS, list)).encode())
+        atomic_write(PAGE, as_page(read_json(RESULTS, list), read_json(RATES, list)).encode())
         print("\n".join(as_table(newest_of(read_json(RESULTS, list)))))
         print(f"wrote {PAGE.relative_to(ROOT)}")
     if failed:
@@ -166,8 +167,8 @@ def other_machines(result: dict, results: list[dict]) -> list[str]:
     ]
 
 
-def as_page(results: list[dict]) -> str:
-    """docs/benchmarks.md: the table, then what each row measures and where it was measured."""
+def as_page(results: list[dict], rates: list[dict]) -> str:
+    """docs/benchmarks.md: the table, what each row measures and where it was measured, and the RATES of GPUs."""
     shown = newest_of(results)
     lines = [
         "# Benchmarks",
@@ -183,6 +184,8 @@ def as_page(results: list[dict]) -> str:
             lines.append(f"- bound: {result['bound_is']}")
         lines.append(f"- {result['time'][:10]}, {result['machine']}, commit {result['git_commit'][:10]}")
         lines += [f"- elsewhere: {text}" for text in other_machines(result, results)]
+    lines += ["", "## Images a second on GPUs", "", "By `make bench-gpu`; docs/gpu.md says how to add yours."]
+    lines += ["", *(bench_gpu.as_table(rates) if rates else ["None measured yet."])]
     versions: dict[str, list[str]] = {}  # said once where rows agree
     for result in shown:
         text = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as generate.py
 
@@ -203,12 +204,14 @@ def new_dataset(root: Path, table: ClassTable, recipe: Recipe, images: int) -> d
 class Ours:
     """generate.py's engine, loaded once; every measurement draws a new dataset into a temporary folder."""
 
-    def __init__(self, model: Path, classes: str, steps: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, model: Path, classes: str, steps: int, device: torch.device, dtype: torch.dtype, **settings: Any
+    ):
         folder = find_pipeline(str(model))
-        recipe = Recipe(steps=steps, dtype=loading.DTYPE_NAMES[dtype], safety="off")
+        recipe = Recipe(steps=steps, dtype=loading.DTYPE_NAMES[dtype], safety="off", **settings)
         recipe = recipe.with_model(folder).with_device(device)
         self.sampler = loading.load_sampler(folder, recipe, device)
-        self.sampler.denoising.size = loading.choose_batch_size(self.sampler)
+        self.sampler.denoising.size = recipe.batch_size or loading.choose_batch_size(self.sampler)
         self.recipe = replace(recipe, batch_size=self.sampler.denoising.size)
         self.table, self.template = load_classes(classes), parse_template(TEMPLATE)
 
@@ -220,6 +223,14 @@ class Ours:
             for batch, entries in draw(batches, self.recipe, self.sampler, session.bar):
                 session.commit(batch, entries)
             return session.summary(self.sampler, None)["images_per_s"]
+
+    def warm_up(self) -> None:
+        """One evaluation and one decode of a batch: what is allocated, chosen or compiled at first is so."""
+        recipe, guided = self.sampler.recipe, self.sampler.guided
+        self.sampler.recipe, self.sampler.guided = replace(recipe, steps=1), guided[:1]
+        latents = self.sampler.initial_latents(range(self.recipe.batch_size))
+        self.sampler.decode(self.sampler.denoise(latents, ["a"] * len(latents)))
+        self.sampler.recipe, self.sampler.guided = recipe, guided
 
     @torch.inference_mode()
     def bare_images_per_s(self) -> float:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks import bench, bench_generate, bounds
+from benchmarks import bench, bench_generate, bench_gpu, bounds
+from tests.tiny_sd import build_tiny_sd
+from utils.cli import UserError, run
+from utils.generation import plan
+from utils.generation.recipe import Recipe
+from utils.storage import read_json
 
 RESULT = {
     "row": "loader_vs_dino",
@@ -35,18 +41,18 @@ def test_a_reached_target_is_met_and_a_missed_one_is_not():
 
 
 def test_the_page_shows_the_newest_result_of_each_row():
-    page = bench.as_page([RESULT | {"ours": 1.0}, RESULT])
+    page = bench.as_page([RESULT | {"ours": 1.0}, RESULT], [])
     assert "| `loader_vs_dino` | 300 | 60 | img/s | 5 | 5.0 | met |  |  |" in page
     assert "512 px JPEGs to crops." in page and "- one core" in page and "torch 2.10.0" in page
     assert "- 2026-01-02, a CPU, 2 cores, commit 0123456789\n" in page
     other = RESULT | {"row": "augment_share", "versions": {"torch": "2.11.0"}}
-    page = bench.as_page([RESULT, other])
+    page = bench.as_page([RESULT, other], [])
     assert "- torch 2.10.0 (loader_vs_dino)\n- torch 2.11.0 (augment_share)\n" in page
 
 
 def test_figures_of_other_machines_stand_beside_the_newest():
     older = [RESULT | {"machine": "a GPU", "ratio": ratio} for ratio in (7.0, 8.0)]
-    page = bench.as_page([*older, RESULT])
+    page = bench.as_page([*older, RESULT], [])
     assert "- elsewhere: 300 img/s, ratio 8; 2026-01-02, a GPU, commit 0123456789\n" in page
     assert page.count("elsewhere") == 1
 
@@ -55,7 +61,7 @@ def test_the_share_of_the_bound_is_reached_from_below_by_rates_and_from_above_by
     bounded = RESULT | {"bound": 400.0, "bound_is": "decoding alone"}
     assert bench.share_of(bounded) == "75 %" and bench.share_of(RESULT) == ""
     assert bench.share_of(bounded | {"unit": "s a probe", "ours": 800.0}) == "50 %"
-    page = bench.as_page([bounded])
+    page = bench.as_page([bounded], [])
     assert "| met | 400 | 75 % |" in page and "- bound: decoding alone" in page
 
 
@@ -100,3 +106,131 @@ def test_the_list_names_every_row_without_measuring():
         [sys.executable, bench.__file__, "--list"], capture_output=True, text=True, check=True
     ).stdout
     assert [line.split()[0] for line in shown.splitlines()] == list(bench.ROWS)
+
+
+# ===== images a second on GPUs =====
+
+
+def measure_gpu(tmp_path, *options: str) -> list[dict]:
+    arguments = ["--device", "cpu", "--out", str(tmp_path / "rates.json"), *options]
+    assert run(bench_gpu.main, bench_gpu.get_args_parser(), arguments) == 0
+    return json.loads((tmp_path / "rates.json").read_text())
+
+
+def test_every_setting_is_measured_written_and_read_by_the_planner(tmp_path, monkeypatch, capsys):
+    def drawing(device, model, settings):
+        if settings["attention"] == "xformers":
+            raise UserError("--attention xformers: no kernels")
+        return {"images_per_s": 4.0 if settings["compile"] else 2.0, "forwards": 102, "pixels": 512**2}
+
+    measures = {"generation": drawing, "training": lambda *_: {"images_per_s": 900.0},
+                "features": lambda *_: {"images_per_s": 5000.0}}  # fmt: skip
+    monkeypatch.setattr(bench_gpu, "MEASURES", measures)
+    rows = measure_gpu(tmp_path)
+    said = capsys.readouterr().out
+    assert "xformers, batch 16: left out (--attention xformers: no kernels)" in said
+    assert len(rows) == len(bench_gpu.ROWS) - 1 and all(row["card"] and row["time"] for row in rows)
+    for key, values in {"dtype": 3, "compile": 2, "batch_size": 4, "recipe": 2}.items():
+        assert len({row[key] for row in rows if row["what"] == "generation"}) == values
+    assert len(read_json(tmp_path / "rates.json", list[plan.Rate])) == len(rows)  # as the planner reads it
+
+    table = list(bench_gpu.as_table([{**rows[0], "images_per_s": 1.0}, *rows]))
+    assert len(table) == 2 + len(rows)  # the newest of each
+    assert table[2].startswith(f"| {rows[0]['card']} | generation, paper, fp16, sdpa, batch 16 | 2 | 20")
+    page = bench.as_page([RESULT], rows)
+    assert "| training, paper, fp16, compiled | 900 |" in page and "None measured yet" in bench.as_page([RESULT], [])
+    assert len(measure_gpu(tmp_path, "--only", "training")) == len(rows) + 2  # appended
+
+
+def test_the_page_is_that_of_the_tables():
+    assert bench.PAGE.read_text() == bench.as_page(read_json(bench.RESULTS, list), read_json(plan.RATES, list))
+
+
+@pytest.mark.timeout(600)
+def test_what_is_measured_is_really_drawn_trained_and_read(tmp_path, monkeypatch):
+    """End to end with a random pipeline; speeds are not looked at."""
+    rows = [("generation", bench_gpu.DRAWING | {"recipe": "fast", "dtype": "fp32", "batch_size": 2}),
+            ("training", bench_gpu.TRAINING | {"dtype": "fp32"}), ("features", {"dtype": "fp32"})]  # fmt: skip
+    monkeypatch.setattr(bench_gpu, "ROWS", rows)
+    measured = measure_gpu(tmp_path, "--model", str(build_tiny_sd(tmp_path / "tiny")))
+    assert [row["what"] for row in measured] == ["generation", "training", "features"]
+    assert all(row["images_per_s"] > 0 for row in measured)
+    assert (measured[0]["pixels"], measured[0]["forwards"]) == (16 * 16, 32)
+
+
+def test_a_batch_that_does_not_fit_is_no_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_generate.Ours, "warm_up", lambda self: None)
+
+    def halved(self, images):
+        self.sampler.denoising.size //= 2
+        return 1.0
+
+    monkeypatch.setattr(bench_generate.Ours, "images_per_s", halved)
+    settings = bench_gpu.DRAWING | {"dtype": "fp32", "batch_size": 4}
+    with pytest.raises(UserError, match="--batch-size 4: does not fit"):
+        bench_gpu.drawing_rate(torch.device("cpu"), str(build_tiny_sd(tmp_path / "tiny")), settings)
+
+
+def test_without_a_gpu_the_bench_says_what_it_needs():
+    done = subprocess.run(
+        [sys.executable, bench_gpu.__file__], env={"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "no GPU here that torch can use" in done.stderr
+
+
+H100 = {"card": "NVIDIA H100 80GB HBM3", "what": "generation", "time": "2026-12-24T10:00:00+00:00"}
+TABLE = [
+    H100 | {"images_per_s": 3.0},
+    H100 | {"images_per_s": 0.7, "batch_size": 1},
+    H100 | {"images_per_s": 0.9, "dtype": "fp32"},
+    H100 | {"images_per_s": 2.5, "attention": "xformers"},
+    H100 | {"images_per_s": 4.0, "compile": True},
+    H100 | {"images_per_s": 9.0, "forwards": 32, "recipe": "fast"},
+    H100 | {"images_per_s": 999.0, "what": "training"},
+]
+
+
+@pytest.mark.parametrize(
+    ("cards", "asked", "forwards", "rate"),
+    [
+        (["NVIDIA H100 80GB HBM3"] * 8, {}, 102, 3.0),
+        (["NVIDIA H100 80GB HBM3"], {"dtype": "bf16"}, 102, 3.0),
+        (["NVIDIA H100 80GB HBM3"], {"dtype": "fp32"}, 102, 0.9),
+        (["NVIDIA H100 80GB HBM3"], {"batch_size": 2}, 102, 0.7),
+        (["NVIDIA H100 80GB HBM3"], {"attention": "xformers"}, 102, 2.5),
+        (["NVIDIA H100 80GB HBM3"], {"compile": True}, 102, 4.0),
+        (["NVIDIA H100 80GB HBM3"], {}, 32, 9.0),
+        # 0.803 TFLOP a forward and 2.5 of the VAE: twice the forwards, nearly twice the time
+        (["NVIDIA H100 80GB HBM3"], {}, 204, 3.0 * (102 * 0.803 + 2.5) / (204 * 0.803 + 2.5)),
+        (["NVIDIA H100 80GB HBM3"], {"height": 256, "width": 512}, 102, 6.0),
+        (["NVIDIA H100 80GB HBM3", "NVIDIA T4"], {}, 102, None),
+        (["NVIDIA H100 PCIe"], {}, 102, None),
+        ([], {}, 102, 1.08),  # an A100's published figure, of which the table has no row
+    ],
+)
+def test_the_planner_reads_the_row_that_is_nearest(tmp_path, monkeypatch, cards, asked, forwards, rate):
+    (tmp_path / "rates.json").write_text(json.dumps(TABLE))
+    monkeypatch.setattr(plan, "RATES", tmp_path / "rates.json")
+    monkeypatch.setattr(plan, "gpus", lambda: {"gpus": cards})
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    recipe = Recipe(**{"dtype": None, **asked})
+    found, unit, how = plan.expected_rate(recipe, None, "CompVis/stable-diffusion-v1-4", "auto", forwards)
+    assert found == pytest.approx(rate or 0.0, rel=1e-3) and unit == "GPU"
+    assert how.startswith("measured on NVIDIA H100 80GB HBM3, 2026-12-24: ") is (rate is not None and bool(cards))
+
+
+def test_other_models_slices_and_the_cpu_have_no_row(tmp_path, monkeypatch):
+    (tmp_path / "rates.json").write_text(json.dumps(TABLE))
+    monkeypatch.setattr(plan, "RATES", tmp_path / "rates.json")
+    monkeypatch.setattr(plan, "gpus", lambda: {"gpus": [H100["card"]]})
+    sd1 = "CompVis/stable-diffusion-v1-4"
+    for model, device, visible in (
+        ("stabilityai/stable-diffusion-2-1", "auto", "0"), (sd1, "cpu", "0"), (sd1, "auto", "MIG-3f2a")
+    ):  # fmt: skip
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert plan.expected_rate(Recipe(), None, model, device, 102)[0] == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert plan.expected_rate(Recipe(), None, sd1, "auto", 102)[0] == pytest.approx(3.0)
+    (tmp_path / "rates.json").write_text('[{"card": 3}]')
+    with pytest.raises(UserError, match=r"rates\.json.*take it from the repository again"):
+        plan.expected_rate(Recipe(), None, sd1, "auto", 102)

@@ -1,10 +1,13 @@
 """--dry-run: what a run would draw and cost, before any weight is loaded. Imports no torch."""
 
+import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from utils.cli import UserError
@@ -12,15 +15,33 @@ from utils.dataset.folder import in_chunk
 from utils.generation.pipeline import NoiseSchedule, PipelineFolder, find_pipeline
 from utils.generation.prompts import ClassTable, Templates, class_prompts, prompt_warnings
 from utils.generation.recipe import Recipe
-from utils.machine import gpus
-from utils.storage import free_bytes
+from utils.machine import ROOT, gpus
+from utils.storage import free_bytes, read_json
 
-# Stable Diffusion 1.x at 512 px on an A100, 102 forwards an image: 3.6 iterations/s in batches of 16 and 4.68 compiled
-# (diffusers, docs/source/en/optimization/torch2.0.md), less what the VAE takes. Other cards and models have no figure.
-A100_IMAGES_PER_S = {False: 1.08, True: 1.40}  # without and with --compile
-VAE_SHARE = 2.5 / 84.5  # of the TFLOP of such an image
+RATES = ROOT / "benchmarks" / "gpu_rates.json"  # what `make bench-gpu` measured, by card; rows are sent in by users
+VAE_FORWARDS = 2.5 / 0.803  # TFLOP of the VAE in those of a UNet forward: SD 1.x at 512 px
 SD1_NAME = re.compile(r"stable-diffusion-v1-\d")
 BYTES_PER_PIXEL = {"jpg": 0.35, "png": 1.6, "webp": 0.25}  # a guess for photographs at drawing.QUALITY
+
+
+class Rate(msgspec.Struct):
+    """Images/s of Stable Diffusion 1.x on a card: a row of RATES, of which only generation is read here."""
+
+    card: str  # as nvidia-smi names it
+    what: str
+    images_per_s: float
+    dtype: str = "fp16"
+    attention: str = "sdpa"
+    compile: bool = False
+    batch_size: int = 16
+    forwards: float = 102  # of the UNet for an image
+    pixels: int = 512**2
+    time: str = ""
+
+
+# 3.6 iterations/s in batches of 16 and 4.68 compiled (diffusers, docs/source/en/optimization/torch2.0.md), less what
+# the VAE takes. No other card has a published figure of batches.
+PUBLISHED = (Rate("A100", "generation", 1.08), Rate("A100", "generation", 1.40, compile=True))
 
 
 def show_plan(
@@ -78,12 +99,19 @@ def expected_rate(
 ) -> tuple[float, str, str]:
     """(images/s or 0, "GPU" or "CPU", how it is known or for what it is not).
 
-    Measured where the model and a device to draw with are here: a step and a decode are timed. Else the published rate
-    of Stable Diffusion 1.x on an A100, where nothing here contradicts it.
+    Of Stable Diffusion 1.x what `make bench-gpu` measured on a card of this name. Else measured where the model and a
+    device to draw with are here: a step and a decode are timed. Else the published rate on an A100, where nothing here
+    contradicts it.
     """
     cards = gpus()["gpus"]
-    on_a100 = device_name in ("auto", "cuda") and all("A100" in card for card in cards)  # none here: a cluster's
-    published = on_a100 and SD1_NAME.search(model)
+    on_gpu = device_name in ("auto", "cuda") and "MIG" not in os.environ.get("CUDA_VISIBLE_DEVICES", "")  # not a slice
+    is_sd1 = on_gpu and SD1_NAME.search(model)
+    if is_sd1 and RATES.is_file():
+        row = nearest_rate(read_json(RATES, list[Rate], "take it from the repository again"), cards, recipe, forwards)
+        if row:
+            kind = f"{row.dtype}, {row.attention}, {'compiled, ' * row.compile}batch {row.batch_size}"
+            return scaled(row, recipe, forwards), "GPU", f"measured on {row.card}, {row.time[:10]}: {kind}"
+    published = nearest_rate(PUBLISHED, cards, recipe, forwards) if is_sd1 else None
     if folder and (cards or not published):
         from utils.generation import loading  # imports torch
 
@@ -92,11 +120,36 @@ def expected_rate(
         except UserError as error:
             print(f"note: {error}", file=sys.stderr)
     if published:
-        scale = (1 - VAE_SHARE) * forwards / 102 + VAE_SHARE
-        pixels = (recipe.height or 512) * (recipe.width or 512) / 512**2
         how = "published for Stable Diffusion 1.x on an A100, not measured here; give yours with --rate"
-        return A100_IMAGES_PER_S[recipe.compile] / scale / pixels, "GPU", how
+        return scaled(published, recipe, forwards), "GPU", how
     return 0.0, "GPU", f"{model} on {', '.join(sorted(set(cards))) or 'this machine'}"
+
+
+def nearest_rate(rows: Sequence[Rate], cards: Sequence[str], recipe: Recipe, forwards: int) -> Rate | None:
+    """Of ROWS measured on the CARDS of this machine (without one, on an A100: a cluster's) the nearest to RECIPE."""
+
+    def fits(row: Rate) -> bool:
+        here = all(row.card == card or (row.card == "A100" and "A100" in card) for card in cards)
+        same_format = (row.dtype == "fp32") == (recipe.dtype == "fp32")  # the 16-bit ones are equally fast
+        known = here if cards else "A100" in row.card
+        return known and row.what == "generation" and row.compile == recipe.compile and same_format
+
+    def distance(row: Rate) -> tuple:
+        return (
+            row.attention != (recipe.attention or row.attention),
+            abs(row.batch_size - (recipe.batch_size or 16)),
+            abs(row.forwards - forwards),
+            row.dtype != (recipe.dtype or "fp16"),
+            -row.images_per_s,
+        )
+
+    return min(filter(fits, rows), key=distance, default=None)
+
+
+def scaled(row: Rate, recipe: Recipe, forwards: int) -> float:
+    """Images/s of ROW reckoned for FORWARDS an image of RECIPE's size."""
+    pixels = (recipe.height or 512) * (recipe.width or 512)
+    return row.images_per_s * (row.forwards + VAE_FORWARDS) / (forwards + VAE_FORWARDS) * row.pixels / pixels
 
 
 def expected_forwards(recipe: Recipe, schedule: NoiseSchedule) -> int:
