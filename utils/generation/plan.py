@@ -135,13 +135,9 @@ def nearest_rate(rows: Sequence[Rate], cards: Sequence[str], recipe: Recipe, for
         return known and row.what == "generation" and row.compile == recipe.compile and same_format
 
     def distance(row: Rate) -> tuple:
-        return (
-            row.attention != (recipe.attention or row.attention),
-            abs(row.batch_size - (recipe.batch_size or 16)),
-            abs(row.forwards - forwards),
-            row.dtype != (recipe.dtype or "fp16"),
-            -row.images_per_s,
-        )
+        batch = abs(row.batch_size - (recipe.batch_size or 16))
+        other = row.attention != (recipe.attention or row.attention)
+        return other, batch, abs(row.forwards - forwards), row.dtype != (recipe.dtype or "fp16"), -row.images_per_s
 
     return min(filter(fits, rows), key=distance, default=None)
 
