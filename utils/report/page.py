@@ -7,13 +7,14 @@ Runs that differ by their seed alone (`NAME-seed0`, `NAME-seed1`, ...) are one m
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from utils.images import MOST_NAMED
 from utils.report import records
 from utils.report.figures import COLORS, Manifests, RadarLine, close_looks, contact_sheets, draw_radar, training_curves
-from utils.report.records import Row, Sidecar, is_file
+from utils.report.records import Row, is_file
 from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Model, as_cell, averages, make_tables
 from utils.report.verdicts import headline
 from utils.storage import read_json, require_writable, write_page
@@ -77,7 +78,7 @@ def group_models(rows: Iterable[Row]) -> list[Model]:
     """The models in order of appearance, each with what its runs recorded; blue if trained on real images, else red."""
     models: dict[str, Model] = {}
     values: dict[tuple[str, str, str], list[Row]] = {}
-    sidecars: dict[str, list[Sidecar]] = {}  # of a folder, read once
+    sidecars_in = cache(records.read_sidecars)
     for row in rows:
         name = SEED_SUFFIX.sub("", row.model)
         model = models.setdefault(name, Model(name, published=row.source == "published", kind=row.trained_on))
@@ -85,9 +86,8 @@ def group_models(rows: Iterable[Row]) -> list[Model]:
         values.setdefault((name, row.dataset, row.metric), []).append(row)
         if row.checkpoint_sha256 and row.checkpoint_sha256 not in model.checkpoints:
             model.checkpoints.add(row.checkpoint_sha256)
-            if row.folder not in sidecars:
-                sidecars[row.folder] = records.read_sidecars(Path(row.folder))
-            model.sidecars += [one for one in sidecars[row.folder] if one.checkpoint_sha256 == row.checkpoint_sha256]
+            beside = sidecars_in(Path(row.folder))
+            model.sidecars += [one for one in beside if one.checkpoint_sha256 == row.checkpoint_sha256]
         run = run_of(row)
         if run and run not in model.runs:
             model.runs.append(run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,25 +178,23 @@ def as_cell(rows: Sequence[Row], sidecars: Sequence[Sidecar] = ()) -> Cell:
 
 def make_tables(models: Sequence[Model], rows: Sequence[Row]) -> list[dict]:
     """The tables of the report, see as_table: ImageNet sets, transfer groups with averages, other folders."""
-    groups: dict[str, list[str]] = {}
-    for row in rows:
-        members = groups.setdefault(row.group, [])
-        if row.dataset not in members:
-            members.append(row.dataset)
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for group, dataset in dict.fromkeys((row.group, row.dataset) for row in rows):
+        groups[group].append(dataset)
     tables = []
-    for dataset in groups.get("folder", []):
+    for dataset in groups["folder"]:
         columns = [(dataset, "top1", "top-1"), (dataset, "top5", "top-5"), (dataset, "ece", "calibration error")]
         tables.append(metric_table(f"Real images: {dataset}", columns, models))
-    sets = sorted(groups.get("imagenet", []), key=lambda name: (*IMAGENET_SETS, name).index(name))
+    sets = sorted(groups["imagenet"], key=lambda name: (*IMAGENET_SETS, name).index(name))
     for metric, shown in (("top1", "top-1"), ("top5", "top-5")):
         if sets:
             columns = [(name, metric, name) for name in sets]
             tables.append(metric_table(f"ImageNet test sets, {shown}", columns, models))
     for group, shown in TRANSFER_GROUPS.items():
-        if names := groups.get(group):
+        if names := groups[group]:
             tables.append(group_table(f"Transfer, {shown}: linear probe, top-1", group, names, models))
     tables.append(all_transfer_table(models))
-    own = [(name, "top1", name) for name in groups.get("transfer", [])]
+    own = [(name, "top1", name) for name in groups["transfer"]]
     tables.append(metric_table("Transfer, own sets: linear probe, top-1", own, models))
     tables = [made for made in tables if made["rows"]]
     if tables:
@@ -233,10 +231,8 @@ def metric_table(title: str, columns: Sequence[tuple[str, str, str]], models: Se
 
 def group_table(title: str, group: str, names: Sequence[str], models: Sequence[Model]) -> dict:
     """A transfer group with its averages, for models that know all the sets shown."""
-    body = []
-    for model in models:
-        cells = [model.cells.get((name, "top1")) for name in names]
-        body.append((model, [*cells, *averages(cells)]))
+    known = [(model, [model.cells.get((name, "top1")) for name in names]) for model in models]
+    body = [(model, [*cells, *averages(cells)]) for model, cells in known]
     of = f" of {len(names)} of {GROUP_SIZES[group]} sets" if len(names) < GROUP_SIZES[group] else ""
     return as_table(title, [*names, f"average{of}", f"log-odds average{of}"], body)
 
