@@ -13,6 +13,7 @@ from utils.study.curves import Match
 from utils.study.findings import Findings
 from utils.study.plan import Plan, quality_of
 
+BEYOND = 0.05  # a rate that would be written as 0.0
 CERTAIN = 0.975  # of the resamples, from which on "no number suffices" is said without reserve
 
 
@@ -122,16 +123,20 @@ def same_size_sentence(one: Findings, names: dict[str, str]) -> str:
     )
 
 
+def worth_text(match: Match) -> tuple[str, str]:
+    """How many added images do the work of one of the first, and its interval."""
+    rate = "less than one" if match.rate < BEYOND else images(match.rate, 1)  # better than the first row's curve gets
+    return rate, f"{images(match.rate_low, 1)} to {images(match.rate_high, 1)}"
+
+
 def addition_sentence(one: Findings, names: dict[str, str], worth: Sequence[tuple[Match, str]]) -> str:
     """What the most added images are worth."""
     match, title = max(worth, key=lambda pair: pair[0].needed)
     point = one.of[title]
     base, other = (names[row] for row in point.rows)
     added = f"{match.needed:,.0f} images a class of “{other}” added to {point.first:,} of “{base}”"
-    if math.isinf(match.rate):
-        return f"{added} gave no gain ({100 * match.never:.0f} % of resamples)."
-    span = f"{images(match.rate_low, 1)} to {images(match.rate_high, 1)}"
-    return f"{added}: {images(match.rate, 1)} of them (95 % interval {span}) do the work of one more of the latter."
+    rate, span = worth_text(match)
+    return f"{added}: of them {rate} (95 % interval {span}) do the work of one more of the latter."
 
 
 def seeds_of(one: Findings) -> str:

@@ -5,7 +5,6 @@ No number stands without its interval. A section is a figure, a table and a note
 
 import csv
 import io
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from utils.cli import command_line
 from utils.machine import snapshot
 from utils.storage import MOST_TOML, atomic_write, read_regular, write_page
 from utils.study import answers
-from utils.study.answers import images, labels, percent
+from utils.study.answers import labels, percent
 from utils.study.figures import Series, colors_of, draw
 from utils.study.findings import Findings, read_findings, recipe_of
 from utils.study.plan import Plan
@@ -148,10 +147,8 @@ def addition(one: Findings) -> Section:
         for title in one.titles(mix):
             if match := one.worth(title):
                 point, cell = one.of[title], one.cell(title)
-                rate = "nothing" if math.isinf(match.rate) else images(match.rate, 1)
-                span = f"{images(match.rate_low, 1)} to {images(match.rate_high, 1)}"
                 kinds = f"{point.first:,} + {match.needed:,.0f}"
-                rows.append([names[mix], kinds, (str(cell), cell.interval), (rate, span)])
+                rows.append([names[mix], kinds, (str(cell), cell.interval), answers.worth_text(match)])
     columns = ["mix", "images a class", f"top-1 on {one.test}, %", "added images worth one of the first"]
     return Section(f"Images added to others: {one.test}", columns, rows)
 
