@@ -31,8 +31,8 @@ from utils.storage import atomic_write, require_writable
 if TYPE_CHECKING:
     import numpy as np
 
-# Gaussian noise of ImageNet-C (Hendrycks & Dietterich, ICLR 2019), severity 1: its standard deviation, of a range of 1.
-NOISE = 0.08
+# Gaussian noise of ImageNet-C (Hendrycks & Dietterich, ICLR 2019), severity 3: its standard deviation, of a range of 1.
+NOISE = 0.18
 NOISY_PER_CLASS = 200  # enough for an interval of two points
 Named = tuple[str, str, "np.ndarray"]  # class folder, number of the image in its original, grey pixels (32, 32) uint8
 
