@@ -17,6 +17,7 @@ from tests.dataset.test_hostile import look
 from utils.dataset import card, shards
 from utils.dataset import folder as datasets
 from utils.generation.drawing import encode_image
+from utils.training.image_sets import open_images
 
 IDS, NAMES, IMAGES = ("n01.a", "n02", "n03"), ("crane", 'crane | "bird" <b>', "naïve, cat"), 4
 
@@ -110,6 +111,14 @@ def test_mlcroissant_finds_it_valid_and_reads_it(packed, tmp_path, caplog):
         del files[match[0]]
     assert not files
     assert [row["classes/label"] for row in found.records("classes")] == [0, 1, 2]
+
+
+def test_training_knows_what_was_downloaded(packed, tmp_path):
+    """Not as real images: a report would say so. Ids with dots, which WebDataset's names lack, come back."""
+    own, theirs = open_images(packed / "shards"), open_images(published(packed, tmp_path))
+    assert theirs.class_ids == own.class_ids == list(IDS) and theirs.fingerprint() == own.fingerprint()
+    expected = {"path": str(tmp_path / "zoo"), "synthetic": True, "supervision": "class names"}
+    assert theirs.source() == expected and own.source()["synthetic"]
 
 
 def test_sha256sum_agrees(packed, tmp_path):

@@ -32,11 +32,17 @@ class ImageSet:
     @property
     def synthetic(self) -> bool:
         """Whether the images are a generated dataset's, which has a dataset.json."""
-        return self.root.name in ("train", "shards") and (self.root.parent / "dataset.json").is_file()
+        ours = self.home == self.root or self.root.name in ("train", "shards")
+        return ours and (self.home / "dataset.json").is_file()
+
+    @property
+    def home(self) -> Path:
+        """The folder whose dataset.json, if there is one, describes the images."""
+        return self.root.parent
 
     def source(self) -> dict[str, str | bool]:
         """As args.json records it: a report says what models were trained on, and by which grade of supervision."""
-        recipe = read_json(self.root.parent / "dataset.json").get("recipe") if self.synthetic else {}
+        recipe = read_json(self.home / "dataset.json").get("recipe") if self.synthetic else {}
         grade = recipe.get("supervision") if isinstance(recipe, dict) else None
         return {"path": str(self.root.resolve()), "synthetic": self.synthetic, "supervision": str(grade or "")}
 
@@ -161,10 +167,11 @@ class TarImages(ImageSet):
                 raise UserError(f"{option}: {shard} is no readable tar file ({error}); pack it again") from None
         if not found:
             raise UserError(f"{option}: the tar files in {root} hold no image")
+        self.root = root
         if len({row[0] for row in found}) == 1 and labels:
             found = [(class_beside(shards[row[2]], row[1], labels, option), *row[1:]) for row in found]
         # WebDataset cuts names at their first dot, so a packed id has none: dataset.json knows how it was written.
-        spelt = {row["id"].replace(".", "_"): row["id"] for row in _dataset_classes(root.parent)}
+        spelt = {row["id"].replace(".", "_"): row["id"] for row in _dataset_classes(self.home)}
         ids = in_label_order({spelt.get(row[0], row[0]) for row in found})
         number_of = {class_id: label for label, class_id in enumerate(ids)}
         rows = sorted((number_of[spelt.get(row[0], row[0])], *row[1:]) for row in found)
@@ -173,6 +180,12 @@ class TarImages(ImageSet):
         self.shards = [str(shard) for shard in shards]
         self.places = np.array([row[2:] for row in rows], dtype=np.int64)  # (N, 3): shard, offset, size
         self._files: dict[int, int] = {}
+
+    @property
+    def home(self) -> Path:
+        """That of the dataset around the shards; published ones have its dataset.json beside them."""
+        around = (self.root.parent / "dataset.json").is_file() or not (self.root / "dataset.json").is_file()
+        return self.root.parent if around else self.root
 
     def keep(self, rows: np.ndarray) -> None:
         super().keep(rows)
@@ -226,7 +239,7 @@ def open_images(
         raise UserError(f"{option}: {shards[0]} is compressed, and images are read by their place in a tar; {remedy}")
     else:
         images = FolderImages(path, option)
-    if label_map and not _dataset_classes(images.root.parent):
+    if label_map and not _dataset_classes(images.home):
         if strange := sorted({*images.class_ids} - {*label_map, *label_map.values()}):
             raise UserError(f"--label-map: no line for {few(strange)} of {option} {images.root}; add one for each")
         images.rename(label_map)
@@ -235,7 +248,7 @@ def open_images(
         found = sorted({*images.class_ids} & {*wanted})
         require_same_classes(found, wanted, f"{option} {images.root}", f"--classes {classes}")
         images.select(wanted)
-    elif (isinstance(images, TarImages) or images.root != path) and (rows := _dataset_classes(images.root.parent)):
+    elif (isinstance(images, TarImages) or images.root != path) and (rows := _dataset_classes(images.home)):
         expected = sorted(row["id"] for row in rows)
         require_same_classes(images.class_ids, expected, f"{option} {images.root}", "dataset.json")
     return images
@@ -250,7 +263,7 @@ def _dataset_classes(folder: Path) -> list[dict]:
 
 def missing_images(images: ImageSet) -> int:
     """Images that the dataset.json of a generated dataset wants of these classes and that are not there."""
-    rows = [row for row in _dataset_classes(images.root.parent) if row["id"] in images.class_ids]
+    rows = [row for row in _dataset_classes(images.home) if row["id"] in images.class_ids]
     return sum(max(0, row.get("images", 0) - len(images.rows_of(row["id"]))) for row in rows)
 
 
@@ -319,7 +332,7 @@ def class_names(class_ids: list[str], images: list[ImageSet]) -> list[str]:
     """Names from dataset.json beside the images, else from ImageNet's and the demo's tables, else the ids."""
     names = {row.wnid: row.first_name for table in ("imagenet_1k", "fashion") for row in load_classes(table).rows}
     for one in images:
-        names |= {row["id"]: row["name"].split(",")[0].strip() for row in _dataset_classes(one.root.parent)}
+        names |= {row["id"]: row["name"].split(",")[0].strip() for row in _dataset_classes(one.home)}
     return [names.get(class_id, class_id) for class_id in class_ids]
 
 
