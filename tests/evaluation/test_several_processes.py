@@ -102,7 +102,7 @@ def test_a_damaged_image_ends_all_processes(tmp_path, toy):
     found = together(tmp_path / "notes", ["--checkpoint", folder, "--test", f"toys={test}"])
     assert [code for code, _, _ in found] == [2, 2]
     assert "damaged image" in found[1][2] and "bee/1.png" in found[1][2]
-    assert "evaluate.py: error: rank 1 has failed: damaged image" in found[0][2] and "Traceback" not in found[0][2]
+    assert "error: rank 1 has failed: damaged image" in found[0][2] and "Traceback" not in found[0][2]
     assert not (folder / "results.jsonl").exists()
 
 

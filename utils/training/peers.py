@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import TextIO
 
 from utils.cli import UserError
 
@@ -34,6 +35,7 @@ class Peers:
         self._first: tuple[int, str] | None = None  # the rank that has failed first, and how
         self._lock, self._heard, self._left = threading.Lock(), threading.Event(), threading.Event()
         self._connections: dict[int, socket.socket] = {}  # of rank 0: to all others; of these: to rank 0
+        self._readers: dict[int, TextIO] = {}  # one each: it may hold more than the line that was asked for
         box: list = [None]
         if rank == 0:
             both = socket.has_dualstack_ipv6()
@@ -49,10 +51,10 @@ class Peers:
                 connection = socket.create_connection((address, port), CONNECT_S)
                 connection.settimeout(None)
                 connection.sendall(f"{token} {rank}\n".encode())
-                self._connections[0] = connection
+                self._connections[0], self._readers[0] = connection, connection.makefile(errors="replace")
         os.register_at_fork(after_in_child=self._let_go)
-        for other, connection in self._connections.items():
-            threading.Thread(target=self._listen, args=(other, connection), daemon=True).start()
+        for other, reader in self._readers.items():
+            threading.Thread(target=self._listen, args=(other, reader), daemon=True).start()
 
     def _welcome(self, server: socket.socket, token: str, count: int) -> None:
         """Accept COUNT connections that know the TOKEN; they come at once."""
@@ -61,10 +63,11 @@ class Peers:
             while len(self._connections) < count:
                 connection, _ = server.accept()
                 connection.settimeout(10)
-                said, _, rank = _line(connection).partition(" ")
+                reader = connection.makefile(errors="replace")
+                said, _, rank = _line(reader).partition(" ")
                 if secrets.compare_digest(said.encode(), token.encode()):
                     connection.settimeout(None)
-                    self._connections[int(rank)] = connection
+                    self._connections[int(rank)], self._readers[int(rank)] = connection, reader
 
     def failed(self, error: BaseException) -> None:
         """This rank ends with ERROR: UserError that names another rank if that broke a collective, else told to all."""
@@ -98,8 +101,8 @@ class Peers:
             with contextlib.suppress(OSError):
                 connection.sendall(f"{text[:LONGEST]}\n".encode(errors="replace"))
 
-    def _listen(self, other: int, connection: socket.socket) -> None:
-        said = _line(connection)
+    def _listen(self, other: int, reader: TextIO) -> None:
+        said = _line(reader)
         if said == "left":
             return
         rank, _, how = said.partition(" ")
@@ -118,9 +121,9 @@ class Peers:
         self._connections = {}
 
 
-def _line(connection: socket.socket) -> str:
+def _line(reader: TextIO) -> str:
     """The next line from there; "" once the other side has gone."""
     try:
-        return connection.makefile(errors="replace").readline(2 * LONGEST).strip()
+        return reader.readline(2 * LONGEST).strip()
     except OSError:
         return ""
