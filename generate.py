@@ -36,7 +36,7 @@ from utils.generation.pipeline import find_pipeline
 from utils.generation.prompt_files import PromptFile, read_prompts, recorded_template
 from utils.generation.prompts import NAMES, SUPERVISION, Templates, parse_template, supervision_of
 from utils.generation.recipe import QUALITY, RECIPES, SCHEDULERS, Recipe, refuse_difference
-from utils.machine import resolve_device, snapshot
+from utils.machine import require_memory, resolve_device, snapshot
 from utils.storage import require_writable
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def main(args: argparse.Namespace) -> int:
 
     device = resolve_device(args.device)
     recipe = recipe.with_device(device)
+    require_memory(device, plan.memory_gb(folder, about["model"]["files"], recipe))
     sampler = loading.load_sampler(folder, recipe, device)
     settled = replace(recipe, batch_size=recipe.batch_size or loading.choose_batch_size(sampler))
     about |= {"recipe": settled.record(), "unet_forwards_per_image": sampler.forwards_per_image}

@@ -62,6 +62,8 @@ NO_GPU = {"is_available": False, "device_count": 0}
         (NO_GPU | {"driver_version": None}, {}, "0 CUDA devices here; use --device cpu or check the driver"),
         (NO_GPU, {"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES='' shows no GPU; unset it, or give what"),
         (NO_GPU, {"CUDA_VISIBLE_DEVICES": "9"}, "CUDA_VISIBLE_DEVICES='9' shows no GPU"),
+        ({"device_count": 1}, {"CUDA_VISIBLE_DEVICES": "0,9"},
+         "CUDA_VISIBLE_DEVICES='0,9' shows 1, numbered from 0; give what `nvidia-smi -L` lists"),
         ({"device_count": 1}, {"LOCAL_RANK": "1"}, "LOCAL_RANK=1, but 1 visible; start one process a GPU"),
         ({"device_count": 1, "get_device_name": "A100 MIG 3g.20gb"}, {"LOCAL_RANK": "1"},
          "LOCAL_RANK=1, but 1 visible (of MIG slices CUDA shows a process the first alone)"),
@@ -92,6 +94,17 @@ def test_a_gpu_that_is_nearly_full_is_said_and_used(card, capsys):
         card(mem_get_info=(free, 24 << 30))
         assert resolve_device("cuda:0") == torch.device("cuda:0")
         assert ("cuda:0 has 5.0 of 24.0 GB free" in capsys.readouterr().err) is said
+
+
+def test_a_gpu_without_room_for_the_model_is_refused_with_the_remedies(card):
+    card(mem_get_info=(int(5.7 * 2**30), 24 << 30))
+    machine.require_memory(torch.device("cuda:0"), 5.6)
+    machine.require_memory(torch.device("cpu"), 999)
+    with pytest.raises(UserError) as refused:
+        machine.require_memory(torch.device("cuda:0"), 5.9)
+    assert str(refused.value).startswith("--device cuda:0: 5.7 GB free, and this model needs about 5.9 at this size; ")
+    for remedy in ("nvidia-smi", "another GPU", "--height", "--device cpu"):
+        assert remedy in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta"])

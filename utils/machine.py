@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST_DRIVER = [525, 60]  # that runs programs of any CUDA 12 (NVIDIA, CUDA compatibility)
+# That runs programs of any CUDA 12, "minor version compatibility": >= 525 by docs.nvidia.com/deploy/cuda-compatibility,
+# whose first driver of CUDA 12 is 525.60.13 (release notes of the toolkit).
+OLDEST_DRIVER = [525, 60]
 ENOUGH_GB = 6  # for Stable Diffusion 1.4 at 512 px in fp16, batch 1, with the safety checker
 FEW_CORES = 4  # of one GPU: its own process, and loaders that decode some hundred images a second each
 OUT_OF_MEMORY = (
@@ -166,6 +168,8 @@ def _why_hidden(index: int, count: int) -> str:
     if driver and not count and [int(part) for part in driver.split(".")[:2]] < OLDEST_DRIVER:
         oldest = ".".join(map(str, OLDEST_DRIVER))
         return f"driver {driver} is too old for CUDA {torch.version.cuda}; update it to {oldest} or newer, or use cpu"
+    if visible is not None:  # CUDA leaves out what follows a wrong entry
+        return f"CUDA_VISIBLE_DEVICES={visible!r} shows {count}, numbered from 0; give what `nvidia-smi -L` lists"
     return f"{count} CUDA devices here; use --device cpu or check the driver"
 
 
@@ -183,6 +187,17 @@ def _refuse_unfit(name: str, device: torch.device) -> None:
     if free < ENOUGH_GB:
         what = f"{name} has {free:.1f} of {total:.1f} GB free, and the paper's settings need {ENOUGH_GB}"
         print(f"warning: {what}; `nvidia-smi` shows who uses it, --device another", file=sys.stderr)
+
+
+def require_memory(device: torch.device, needed_gb: float) -> None:
+    """UserError if the GPU DEVICE has less than NEEDED_GB free."""
+    import torch
+
+    free = torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else needed_gb
+    if free < needed_gb:
+        needs = f"{free:.1f} GB free, and this model needs about {needed_gb:.1f} at this size"
+        remedy = "`nvidia-smi` shows who uses it; take another GPU, a smaller --height and --width, or --device cpu"
+        raise UserError(f"--device {device}: {needs}; {remedy}")
 
 
 def warn_of_few_cores() -> None:

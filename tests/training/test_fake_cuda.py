@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 import train
 from tests.fake_cuda import FakeCuda
 from utils import images
-from utils.model import MultiCrop, build_model, parameter_groups
+from utils.model import MultiCrop, _JoinedBatchNorm, build_model, parameter_groups, sync_batchnorm
 from utils.training import augment
 from utils.training.step import Training, make_schedule
 from utils.training.stop_signals import StopSignals
@@ -94,6 +95,23 @@ def test_validation(gpu, monkeypatch, dtype):
     with gpu.present():
         scores = validation.scores(training.model, DEVICE, dtype, StopSignals(alone=True))
     assert scores == {"val_top1": 12.5, "val_top5": 50.0, "val_n": 8}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_batch_norm_over_processes_waits_for_nothing(gpu, monkeypatch, dtype):
+    """nn.SyncBatchNorm waits for the device several times a layer."""
+    reduced = []
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda sums: reduced.append((sums.device.type, len(sums))))
+    layer = gpu.move(sync_batchnorm(torch.nn.BatchNorm2d(8)).train())
+    x = gpu.tensor(torch.zeros(4, 8, 5, 5, dtype=dtype))
+    context = SimpleNamespace(mark_non_differentiable=lambda *_: None)
+    with gpu.present(), torch.no_grad():
+        y = layer(x)
+        context.save_for_backward = lambda *saved: setattr(context, "saved_tensors", saved)
+        _JoinedBatchNorm.forward(context, x, layer.weight, layer.bias, 1e-5)
+        dx, d_weight, d_bias, _ = _JoinedBatchNorm.backward(context, y)
+    assert (y.device.type, y.dtype, dx.dtype, len(d_weight), len(d_bias)) == ("cuda", dtype, dtype, 8, 8)
+    assert gpu.waits == [] and reduced == [("cuda", 17), ("cuda", 17), ("cuda", 16)]
 
 
 def test_a_tensor_left_on_the_cpu_fails(gpu):

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from utils.storage import free_bytes, read_json
 
 RATES = ROOT / "benchmarks" / "gpu_rates.json"  # what `make bench-gpu` measured, by card; rows are sent in by users
 VAE_FORWARDS = 2.5 / 0.803  # TFLOP of the VAE in those of a UNet forward: SD 1.x at 512 px
+WORK_GB = 3.3  # with 2.6 of weights in 16 bits, the safety checker's too, the 6 that Stable Diffusion 1.4 is known for
 SD1_NAME = re.compile(r"stable-diffusion-v1-\d")
 BYTES_PER_PIXEL = {"jpg": 0.35, "png": 1.6, "webp": 0.25}  # a guess for photographs at drawing.QUALITY
 
@@ -146,6 +147,13 @@ def scaled(row: Rate, recipe: Recipe, forwards: int) -> float:
     """Images/s of ROW reckoned for FORWARDS an image of RECIPE's size."""
     pixels = (recipe.height or 512) * (recipe.width or 512)
     return row.images_per_s * (row.forwards + VAE_FORWARDS) / (forwards + VAE_FORWARDS) * row.pixels / pixels
+
+
+def memory_gb(folder: PipelineFolder, files: Iterable[str], recipe: Recipe) -> float:
+    """GB to draw one image: the FILES read of FOLDER, float32 as on the hub, and WORK_GB for 512 x 512 pixels."""
+    weights = sum((folder.path / name).stat().st_size for name in files) / 2**30
+    work = WORK_GB * (recipe.height or 512) * (recipe.width or 512) / 512**2
+    return work + weights * (1 if recipe.dtype == "fp32" else 0.5)
 
 
 def expected_forwards(recipe: Recipe, schedule: NoiseSchedule) -> int:
