@@ -90,7 +90,7 @@ REFUSED = {
     "real too small": (
         "sizes = [4, 8, 16]", "sizes = [4, 8, 17]", "[rows.real] sizes: 17 a class, but real holds at most 16",
     ),
-    "no folder": ('folder = "real"', 'folder = "reel"', "[rows.real] folder: folder: no folder reel"),
+    "no folder": ('folder = "real"', 'folder = "reel"', "[rows.real] folder: no folder reel"),
     "size of nothing": (
         "sizes = [8]\n\n[mixes.half]", "sizes = [0]\n\n[mixes.half]", "[rows.g1] sizes[0]: expected int",
     ),

@@ -246,7 +246,8 @@ def find_images(study: Study, name: str, row: Row, most: int, on_paper: bool) ->
     root = folder / "train" if (folder / "train").is_dir() else folder
     if wanted and not (folder / "train").is_dir() and [*folder.glob("*.tar"), *folder.glob("shards/*.tar")]:
         return Dataset(name, folder, dict.fromkeys(wanted, most))  # train.py counts what shards hold
-    ids, samples = asked(study, place, lambda: list_image_folder(root, "folder"))
+    with contextlib.redirect_stderr(io.StringIO()):  # on files that are no images: train.py says so too
+        ids, samples = list_image_folder(root, f"{study.path}: {place}")
     counts = dict.fromkeys(ids, 0)
     for _, label in samples:
         counts[ids[label]] += 1
