@@ -121,7 +121,10 @@ def some_of(folder: Path, per_class: int = PER_CLASS) -> np.ndarray:
     for class_id in sorted(WNIDS):
         paths = [path for path, label in samples if ids[label] == class_id]
         chosen += [paths[len(paths) * index // per_class] for index in range(per_class)]
-    return np.stack([decode_rgb(path).mean(2).round().astype(np.uint8) for path in chosen])
+    images = [decode_rgb(path).mean(2).round().astype(np.uint8) for path in chosen]
+    if others := {image.shape for image in images} - {(IMAGE_SIZE, IMAGE_SIZE)}:
+        raise UserError(f"--data {folder}: images of {others.pop()} pixels; name a dataset that models/fashion-sd drew")
+    return np.stack(images)
 
 
 def neighbours(images: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
