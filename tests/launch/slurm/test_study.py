@@ -11,14 +11,14 @@ import pytest
 from tests.launch.slurm.cluster import Cluster
 from tests.study.world import STUDY, call, make_world
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 SMALL = STUDY.partition("[rows.g1]")[0].replace("sizes = [4, 8, 16]", "sizes = [4]").replace("[0, 1]", "[0]")
 
 
 def on_cluster(cluster: Cluster, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "utils.study", "study.toml", "--launcher", "slurm", "--partition", "low"]
     command += ["--gpus-per-node", "0", *words]
-    return subprocess.run(command, cwd=folder, env=cluster.env, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, cwd=folder, env=cluster.env, capture_output=True, text=True, timeout=900)
 
 
 def test_a_study_on_slurm_has_the_numbers_of_the_inline_one(cluster, tmp_path):
