@@ -50,7 +50,7 @@ PAPER_FORWARDS = 2 * 51  # PNDM, 50 steps, with guidance
 def generate_vs_plain() -> dict:
     model = build_sd14(CACHE)
     device, dtype = choose_number_format()
-    ours_one = Ours(model, "zero", FULL_STEPS, device, dtype)
+    ours_one = Ours(model, "n02774152", FULL_STEPS, device, dtype)
     plain_one = Plain(model, FULL_STEPS, device, torch.float32)
     ours, plain = in_turns(lambda: ours_one.images_per_s(1), lambda: plain_one.images_per_s(1))
     forwards, decode = ours_one.sampler.forwards_per_image, ours_one.decode_seconds()
@@ -79,7 +79,7 @@ def generate_vs_plain() -> dict:
 def generate_vs_bound() -> dict:
     model = build_sd14(CACHE)
     device, dtype = choose_number_format()
-    one = Ours(model, "zero", FULL_STEPS, device, dtype)
+    one = Ours(model, "n02774152", FULL_STEPS, device, dtype)
     ours, bare = in_turns(lambda: one.images_per_s(1), lambda: one.bare_images_per_s())
     return {
         "row": "generate_vs_bound",

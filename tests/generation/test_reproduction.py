@@ -36,7 +36,7 @@ def reproduction_model(out):
 
 
 def replace_image(out, index: int, change) -> None:
-    """Put change(pixels) in the place of an image of class zero, as if it had been drawn so."""
+    """Put change(pixels) in the place of an image of the first class, as if it had been drawn so."""
     path = out / f"train/{ZERO}/{ZERO}_{index:06d}.jpg"
     data = encode_image(change(np.asarray(Image.open(path))), "jpg", None)
     path.write_bytes(data)
