@@ -32,7 +32,8 @@ from utils.dataset.gallery import write_gallery
 from utils.dataset.shards import write_shards
 from utils.generation import drawing, plan, reproduction
 from utils.generation.drawing import Batch, ProgressBar
-from utils.generation.pipeline import find_pipeline
+from utils.generation.families import OWN, SD, Family, find_family
+from utils.generation.pipeline import PipelineFolder, find_pipeline
 from utils.generation.prompt_files import PromptFile, read_prompts, recorded_template
 from utils.generation.prompts import NAMES, SUPERVISION, Templates, parse_template, supervision_of
 from utils.generation.recipe import QUALITY, RECIPES, SCHEDULERS, Recipe, refuse_difference
@@ -61,15 +62,22 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help="a number, as many as the real class, or 10x as many ...; may grow")  # fmt: skip
     parser.add_argument("--seed", type=cli.seed_number, default=0, help="another seed, another dataset")
     # How to draw it
-    parser.add_argument("--recipe", choices=list(RECIPES), default="paper", help="sets the next three options")
+    parser.add_argument("--recipe", choices=list(RECIPES), help="sets the next four options (default: paper; models "
+                        "other than Stable Diffusion 1.x and 2.x have their published values)")  # fmt: skip
     parser.add_argument("--guidance-scale", type=cli.positive_float, help="1 is none (paper: 2, fast: 2)")
+    parser.add_argument("--guidance-interval", type=interval, metavar="LO,HI", help="guide at noise levels above LO "
+                        "and up to HI only; 0,inf guides everywhere (paper: 0,inf, fast: 0.28,5.42)")  # fmt: skip
     parser.add_argument("--steps", type=positive_int, help="denoising steps (paper: 50, fast: 18)")
-    parser.add_argument("--scheduler", choices=list(SCHEDULERS), help="sampler (paper: pndm, fast: dpmpp_2m)")
+    parser.add_argument("--scheduler", choices=[*SCHEDULERS, OWN], help="sampler (paper: pndm, fast: dpmpp_2m); own: "
+                        "the one saved with the model")  # fmt: skip
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
     parser.add_argument("--height", type=positive_int, metavar="PIXELS", help="the model's own size if not given")
     parser.add_argument("--width", type=positive_int, metavar="PIXELS", help="the model's own size if not given")
     # With what
     parser.add_argument("--model", help=f"folder or hub id (default: {DEFAULT_MODEL}; --reproduce: as recorded)")
     parser.add_argument("--revision", help="commit or tag of a hub id")
+    parser.add_argument("--lora", action="append", metavar="FILE_OR_ID[:WEIGHT]", help="LoRA weights to merge into the "
+                        "model's, .safetensors; may be given again")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", choices=("auto", "fp16", "bf16", "fp32"), default="auto", help="number format")
     parser.add_argument("--attention", choices=("auto", "sdpa", "xformers"), default="auto", help="auto: the fastest")
@@ -123,19 +131,18 @@ def main(args: argparse.Namespace) -> int:
     if args.repair and existing:  # by the folder's own record, whatever the options say
         table, recipe = existing.table, Recipe.of(existing)
         template, counts = recorded_template(existing), {folder.id: folder.count for folder in existing.folders}
-        model = model or reproduction.recorded_model(existing)
+        folder = find_pipeline(*model or reproduction.recorded_model(existing), recipe.lora or ())
     else:
         counts = images_per_class(table, args.images_per_class)
-        recipe = asked_recipe(args, table.sha256, template).settle(existing, counts)
+        folder, recipe = asked_generator(args, table.sha256, template, existing, counts)
         if not recipe.supervision:
             print("note: say with --supervision what the prompts were made from; reports show it", file=sys.stderr)
-    model = model or (DEFAULT_MODEL, args.revision)
-    if args.dry_run:
-        plan.show_plan(recipe, *model, table, template, counts, args.chunk, out, args.device, args.rate)
+    if args.dry_run or not folder:
+        name, where = args.model or DEFAULT_MODEL, (args.chunk, out, args.device, args.rate)
+        plan.show_plan(recipe, name, folder, table, template, counts, *where)
         return 0
 
-    # ===== finding the model =====
-    folder = find_pipeline(*model)
+    # ===== what the images follow from =====
     recipe = recipe.with_model(folder)
     require_writable(out, "--out")
     about: dict[str, Any] = {
@@ -203,8 +210,8 @@ def draw(
 
     def denoise(batch: Batch):
         """(B, 4, H/8, W/8) float32 clean latents of B prompts, from noise that is each image's own."""
-        latents = sampler.initial_latents([prompt.seed for prompt in batch.prompts])  # unit variance
-        return sampler.denoise(latents, [prompt.text for prompt in batch.prompts], bar.show_step)
+        seeds, texts = [prompt.seed for prompt in batch.prompts], [prompt.text for prompt in batch.prompts]
+        return sampler.denoise(seeds, texts, bar.show_step)
 
     def decode(latents):
         """uint8 (B, H, W, 3), [what is wrong with an image, or ""], [the safety checker's flag, or None]."""
@@ -249,6 +256,17 @@ def chunk(text: str) -> tuple[int, int]:
     return part, parts
 
 
+def interval(text: str) -> tuple[float, float]:
+    """ "0.28,5.42" -> (0.28, 5.42), noise levels"""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low < high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LO,HI with 0 <= LO < HI, such as 0.28,5.42 or 0,inf")
+    return low, high
+
+
 def auto_or_positive(text: str) -> int | str:
     """Of --batch-size."""
     return text if text == "auto" else positive_int(text)
@@ -261,14 +279,35 @@ def asked_prompts(prompt: str | None, file: Path | None, table: ClassTable) -> T
     return read_prompts(file, table) if file else parse_template(prompt or "c, d_c")
 
 
-def asked_recipe(args: argparse.Namespace, classes_sha256: str, template: Templates) -> Recipe:
+def asked_generator(
+    args: argparse.Namespace, classes_sha256: str, template: Templates, existing: Dataset | None, counts: dict[str, int]
+) -> tuple[PipelineFolder | None, Recipe]:
+    """The model and the recipe of the command line; no model where --dry-run does not find it here.
+
+    What contradicts a family that is known by its name is told before anything is fetched.
+    """
+    model, loras = args.model or DEFAULT_MODEL, args.lora or ()
+
+    def settled(family: Family) -> Recipe:
+        return asked_recipe(args, classes_sha256, template, family).settle(existing, counts)
+
+    known = None if Path(model).is_dir() else find_family(None, [model, *loras])
+    recipe = settled(known) if known else None
+    find = plan.pipeline_if_here if args.dry_run else find_pipeline
+    folder = find(model, args.revision, loras)
+    if recipe and (not folder or folder.family == known):
+        return folder, recipe
+    return folder, settled(folder.family if folder else SD)
+
+
+def asked_recipe(args: argparse.Namespace, classes_sha256: str, template: Templates, family: Family = SD) -> Recipe:
     """The recipe as the command line has it; None where the folder, the model or the device decides ("auto")."""
     names = [key.name for key in fields(Recipe) if key.name in args]
     options = {name: None if getattr(args, name) == "auto" else getattr(args, name) for name in names}
     grade = SUPERVISION[args.supervision] if args.supervision else supervision_of(template)
     prompts = template.sha256 if isinstance(template, PromptFile) else None
     said = {"classes": classes_sha256, "prompt": template.text, "prompts": prompts, "supervision": grade}
-    return Recipe.asked(args.recipe, **options | said)
+    return Recipe.asked(args.recipe, family, **options | said)
 
 
 # ===== instead of drawing =====

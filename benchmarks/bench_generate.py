@@ -228,8 +228,8 @@ class Ours:
         """One evaluation and one decode of a batch: what is allocated, chosen or compiled at first is so."""
         recipe, guided = self.sampler.recipe, self.sampler.guided
         self.sampler.recipe, self.sampler.guided = replace(recipe, steps=1), guided[:1]
-        latents = self.sampler.initial_latents(range(self.recipe.batch_size))
-        self.sampler.decode(self.sampler.denoise(latents, ["a"] * len(latents)))
+        count = self.recipe.batch_size
+        self.sampler.decode(self.sampler.denoise(range(count), ["a"] * count))
         self.sampler.recipe, self.sampler.guided = recipe, guided
 
     @torch.inference_mode()

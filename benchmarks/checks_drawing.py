@@ -49,7 +49,7 @@ def sampler_on(device: torch.device, dtype: str = "fp32", scheduler: str = "pndm
 def images_of(sampler: Sampler, count: int = len(TEXTS)):
     """(COUNT, H, W, 3) uint8: of TEXTS in turn."""
     texts = [TEXTS[number % len(TEXTS)] for number in range(count)]
-    return sampler.decode(sampler.denoise(sampler.initial_latents(range(count)), texts))[0]
+    return sampler.decode(sampler.denoise(range(count), texts))[0]
 
 
 def format_of(device: torch.device) -> str:
@@ -125,9 +125,9 @@ def repeated(device: torch.device) -> list[Figure]:
     again = sha256(images_of(sampler))
     figures = [equal("again", again, first)]
     if sampler.side_stream is not None:
-        clean = sampler.denoise(sampler.initial_latents(range(len(TEXTS))), TEXTS)
+        clean = sampler.denoise(range(len(TEXTS)), TEXTS)
         ready = sampler.ready()
-        sampler.denoise(sampler.initial_latents(range(len(TEXTS))), TEXTS)  # not waited for
+        sampler.denoise(range(len(TEXTS)), TEXTS)  # not waited for
         with sampler.beside(clean, ready):
             figures.append(equal("beside the next batch", sha256(sampler.decode(clean)[0]), first))
     return figures
@@ -273,7 +273,7 @@ def waits_in_loop(sampler: Sampler) -> int:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            sampler.denoise(sampler.initial_latents([0]), ["a"], lambda *_: first.append(len(seen)))
+            sampler.denoise([0], ["a"], lambda *_: first.append(len(seen)))
             last = len(seen)
         finally:
             torch.cuda.set_sync_debug_mode("default")

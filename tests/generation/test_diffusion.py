@@ -46,7 +46,7 @@ def sampler_for(
 
 
 def denoise(sampler, seeds, texts) -> torch.Tensor:
-    return sampler.denoise(sampler.initial_latents(seeds), texts)
+    return sampler.denoise(seeds, texts)
 
 
 def draw(sampler, seeds=SEEDS, texts=TEXTS) -> np.ndarray:
@@ -493,7 +493,8 @@ def test_weights_of_another_shape_are_one_clear_error(tiny, tmp_path):
     [
         (None, "does not exist"),
         ("{", "not valid JSON .*; fetch the model again"),
-        ('{"_class_name": "StableDiffusionXLPipeline"}', "XLPipeline"),
+        ('{"_class_name": "StableDiffusionXLPipeline"}', "names no unet"),
+        ('{"_class_name": "StableDiffusionInpaintPipeline"}', "is a StableDiffusionInpaintPipeline; generate.py draws"),
     ],
 )
 def test_no_pipeline_folder(tmp_path, text, message):

@@ -19,7 +19,7 @@ from tests.tiny_sd import build_tiny_sd
 from utils.cli import run
 from utils.generation import diffusion, drawing, loading, plan
 from utils.generation.pipeline import NoiseSchedule, find_pipeline
-from utils.generation.prompts import image_seed
+from utils.generation.prompts import image_seed, parse_template
 from utils.generation.recipe import Recipe
 
 CLASSES = "n02774152, n02872752, n03057021"  # bag, boot, coat of the embedded world
@@ -92,8 +92,8 @@ def test_pixels_are_those_of_the_seed_alone(tmp_path, tiny):
     recipe = Recipe(steps=2, height=16, width=16, dtype="fp32", safety="off")
     sampler = loading.load_sampler(find_pipeline(str(tiny)), recipe, torch.device("cpu"))
     entry = entries(out, TWO)[5]
-    latents = sampler.initial_latents([entry["seed"]])
-    (pixels,), _ = sampler.decode(sampler.denoise(latents, [entry["prompt"]]))
+    seeds = [entry["seed"]]
+    (pixels,), _ = sampler.decode(sampler.denoise(seeds, [entry["prompt"]]))
     stored = np.asarray(Image.open(out / "train" / TWO / f"{TWO}_000005.png")).astype(int)
     assert np.abs(stored - pixels.numpy()).max() <= 1
 
@@ -424,7 +424,7 @@ def test_no_figure_of_an_a100_for_other_cards_and_models(tmp_path, tiny, monkeyp
 def test_dry_run_reckons_the_forwards_that_are_run(tmp_path, tiny, recipe):
     args = generate.get_args_parser().parse_args(["--recipe", recipe, "--model", str(tiny), "--classes", "fashion"])
     folder = find_pipeline(str(tiny))
-    wanted = generate.asked_recipe(args, "", "c").with_model(folder)
+    wanted = generate.asked_recipe(args, "", parse_template("c")).with_model(folder)
     sampler = loading.load_sampler(folder, wanted, torch.device("cpu"))
     schedule = folder.settings("scheduler/scheduler_config.json", NoiseSchedule)
     assert abs(plan.expected_forwards(wanted, schedule) - sampler.forwards_per_image) <= 1

@@ -49,15 +49,16 @@ for line in sys.stdin:
 
 
 class Forker:
-    def __init__(self, model: Path):
-        self.model = model
+    def __init__(self, model: Path, pipelines: str = "StableDiffusionPipeline"):
+        self.model, self.options = model, []
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, "-c", FORKER], cwd=ROOT, text=True, **pipes)
+        script = FORKER.replace("StableDiffusionPipeline", pipelines)
+        self.process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True, **pipes)
 
     def run(self, out: Path, *chunks: str, kill_after_s: float | None = None) -> dict:
         """One process for each of CHUNKS, at the same time; {"codes", "seconds"}."""
         argv = ["--classes", "fashion", "--model", str(self.model), "--out", str(out), "--images-per-class", "7"]
-        argv += ["--steps", "3", "--batch-size", "3"]
+        argv += ["--steps", "3", "--batch-size", "3", *self.options]
         runs = [[*argv, "--chunk", chunk] for chunk in chunks or ("0/1",)]
         self.process.stdin.write(json.dumps({"runs": runs, "kill_after_s": kill_after_s}) + "\n")
         self.process.stdin.flush()

@@ -1,5 +1,8 @@
 """Drawing images with a Stable Diffusion 1.x/2.x pipeline, in batches whose pixels depend on the batch alone.
 
+Sampler is also the interface of the other families (whole_pipeline.py): embedding, initial_latents, denoise, decode
+and forwards_per_image.
+
 What an image is made of, and from where:
 - its initial latents: float32, on the CPU, from its own generator; the same on every device;
 - its prompt's embedding: every distinct prompt passes the text encoder alone, so no neighbour changes its rounding;
@@ -7,9 +10,10 @@ What an image is made of, and from where:
   which is why the caller draws a batch whole or not at all;
 - after an out-of-memory error the batch is split in halves: latents and prompts stay, rounding may not (see
   docs/reproducibility.md for what was measured).
-No scheduler here draws noise of its own.
+- noise that a sampler adds on the way: from the image's own generator, which goes on after the initial latents.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,6 +23,7 @@ import diffusers
 import torch
 
 from utils.cli import UserError
+from utils.generation.families import OWN
 from utils.generation.recipe import SCHEDULERS, Recipe
 from utils.machine import is_out_of_memory, memory_format
 
@@ -57,7 +62,7 @@ class Sampler:
 
     def __init__(self, pipeline, recipe: Recipe, device: torch.device, dtype: torch.dtype):
         self.pipeline, self.recipe, self.device, self.dtype = pipeline, recipe, device, dtype
-        self.unet, self.vae = pipeline.unet, pipeline.vae
+        self.unet, self.vae = getattr(pipeline, recipe.family.denoiser), pipeline.vae
         self.layout = memory_format(device, dtype)
         self.factor = pipeline.vae_scale_factor
         self.height, self.width = recipe.height or 512, recipe.width or 512
@@ -65,8 +70,10 @@ class Sampler:
         self.denoising = Portions(recipe.batch_size or 1, device, "--height and --width", fixed=recipe.compile)
         self.decoding = Portions(max(1, DECODE_PIXELS // (self.height * self.width)), device, "--height and --width")
         self.checking = Portions(CHECKED_IMAGES, device, "--batch-size, or use --safety off")
-        self.scheduler = build_scheduler(recipe.scheduler, pipeline.scheduler.config)
-        self.scheduler.set_timesteps(recipe.steps)
+        own = recipe.scheduler == OWN
+        self.scheduler = pipeline.scheduler if own else build_scheduler(recipe.scheduler, pipeline.scheduler.config)
+        if not self.scheduler.config.get("use_dynamic_shifting"):  # which no family has that guides in an interval
+            self.scheduler.set_timesteps(recipe.steps)
         self.guided = guided_steps(self.scheduler, recipe)
         self.embedding = lru_cache(CACHED_PROMPTS)(self._embed)
         # VAE decoding runs beside the next batch's denoising on a GPU; a CPU has no idle half to give it.
@@ -74,7 +81,7 @@ class Sampler:
 
     @property
     def forwards_per_image(self) -> int:
-        """UNet forward passes an image costs: two where guidance is on, one where it is off."""
+        """Forward passes of the network an image costs: two where guidance is on, one where it is off."""
         return sum(2 if guided else 1 for guided in self.guided)
 
     @torch.inference_mode()
@@ -84,15 +91,17 @@ class Sampler:
 
     # ----- latents -----
 
-    def initial_latents(self, seeds: Sequence[int]) -> torch.Tensor:
-        """(B, 4, H/8, W/8) float32 on the CPU, unit variance; row k is what seed k alone gives."""
-        shape = (self.unet.config.in_channels, self.height // self.factor, self.width // self.factor)
-        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    def initial_latents(
+        self, seeds: Sequence[int], generators: Sequence[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        """(B, 4, H/8, W/8) float32 on the CPU, unit variance; row k is what seed k (or its fresh generator) gives."""
+        shape = (self.vae.config.latent_channels, self.height // self.factor, self.width // self.factor)
+        return torch.stack([torch.randn(shape, generator=own) for own in generators or own_generators(seeds)])
 
     def denoise(
-        self, latents: torch.Tensor, texts: Sequence[str], on_step: Callable[[int, int], None] | None = None
+        self, seeds: Sequence[int], texts: Sequence[str], on_step: Callable[[int, int], None] | None = None
     ) -> torch.Tensor:
-        """(B, 4, H/8, W/8) float32 clean latents on the device, from B initial LATENTS and their prompts.
+        """(B, 4, H/8, W/8) float32 clean latents on the device, from the initial latents of B SEEDS and their prompts.
 
         ON_STEP is called with (step, steps) after each.
         """
@@ -101,19 +110,24 @@ class Sampler:
             """A compiled UNet gets always as many: it would be compiled anew, for minutes, for the last batch of a
             class and for every number of redraws, and dynamo gives up after eight sizes."""
             surplus = self.denoising.size - (end - start) if self.denoising.fixed else 0
-            padded = torch.cat([latents[start:end], *[latents[end - 1 : end]] * surplus])
-            return self._denoise(padded, [*texts[start:end], *[texts[end - 1]] * surplus], on_step)[: end - start]
+            padded = [*range(start, end), *[end - 1] * surplus]
+            return self._denoise([seeds[i] for i in padded], [texts[i] for i in padded], on_step)[: end - start]
 
-        return torch.cat(self.denoising.map(portion, len(latents)))
+        return torch.cat(self.denoising.map(portion, len(seeds)))
 
     @torch.inference_mode()
-    def _denoise(self, latents: torch.Tensor, texts: Sequence[str], on_step) -> torch.Tensor:
+    def _denoise(self, seeds: Sequence[int], texts: Sequence[str], on_step) -> torch.Tensor:
         """The loop of diffusers' StableDiffusionPipeline, less its repeated encoding and its unneeded forwards."""
+        generators = own_generators(seeds)
+        latents = self.initial_latents(seeds, generators)
+        adds_noise = "generator" in inspect.signature(self.scheduler.step).parameters  # at least with some settings
+        noise_of = {"generator": generators} if adds_noise else {}
         self.scheduler.set_timesteps(self.recipe.steps)  # forgets the previous batch
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)  # spares a look-up that waits for the device
         cond = torch.cat([self.embedding(text) for text in texts])  # (B, 77, width)
-        both = torch.cat([self.embedding("").expand_as(cond), cond]) if any(self.guided) else cond
+        uncond = self.embedding(self.recipe.negative_prompt or "") if any(self.guided) else cond
+        both = torch.cat([uncond.expand_as(cond), cond]) if any(self.guided) else cond
         timesteps = self.scheduler.timesteps.to(self.device)
         latents = latents.to(self.device) * self.scheduler.init_noise_sigma
         # Latents, guidance and the scheduler stay in float32: they cost nothing, and bf16 has 8 bits of mantissa.
@@ -125,10 +139,18 @@ class Sampler:
             if guided:  # classifier-free guidance, Ho & Salimans 2021
                 uncond_noise, cond_noise = noise.chunk(2)
                 noise = uncond_noise + self.recipe.guidance_scale * (cond_noise - uncond_noise)
-            latents = self.scheduler.step(noise, step, latents, return_dict=False)[0]
+            latents = self.scheduler.step(noise, step, latents, return_dict=False, **noise_of)[0]
             if on_step:
                 on_step(number + 1, len(self.guided))
         return latents
+
+    def one_step(self, size: int) -> int:
+        """One guided evaluation for SIZE images, to be timed; the forwards of an image in it."""
+        latents = self.initial_latents(range(size)).to(self.device)
+        rows = torch.cat([latents, latents]).to(self.dtype, memory_format=self.layout)
+        text, at = self.embedding("").expand(2 * size, -1, -1), self.scheduler.timesteps[0].to(self.device)
+        self.unet(rows, at, encoder_hidden_states=text)
+        return 2
 
     # ----- pixels -----
 
@@ -151,7 +173,8 @@ class Sampler:
 
     @torch.inference_mode()
     def _decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
-        scaled = (latents / self.vae.config.scaling_factor).to(self.dtype, memory_format=self.layout)
+        scaled = latents.float() / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)
+        scaled = scaled.to(self.vae.dtype, memory_format=self.layout)
         image = self.vae.decode(scaled, return_dict=False)[0].float()  # (b, 3, H, W), -1..1
         finite = image.isfinite().flatten(1).all(1)
         image = (image / 2 + 0.5).nan_to_num(0).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -180,6 +203,11 @@ def spans(count: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def own_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One on the CPU for each image, so that a device's kind does not show."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def build_scheduler(name: str, model_config):
     """The scheduler NAME with the noise schedule and prediction type of the model."""
     kind, settings = SCHEDULERS[name]
@@ -187,16 +215,22 @@ def build_scheduler(name: str, model_config):
 
 
 def guided_steps(scheduler, recipe: Recipe) -> list[bool]:
-    """For each UNet evaluation whether guidance applies.
+    """For each evaluation of the network whether guidance applies.
 
     Guidance in a limited interval of noise levels, Kynkäänniemi et al., NeurIPS 2024, eq. 4: at high noise it takes
-    diversity away, at low noise it changes little; outside the interval the unconditional forward is not run.
+    diversity away, at low noise it changes little; outside the interval the unconditional forward is not run. A level
+    is the noise's deviation over the image's share: sqrt((1 - a) / a), of a flow s / (1 - s).
     """
-    if recipe.guidance_scale <= 1:
-        return [False] * len(scheduler.timesteps)
+    steps = recipe.steps if scheduler.config.get("use_dynamic_shifting") else len(scheduler.timesteps)
+    if recipe.guidance_scale <= 1 or recipe.family.guidance != "cfg":
+        return [False] * steps
     if recipe.guidance_interval is None:
-        return [True] * len(scheduler.timesteps)
+        return [True] * steps
     low, high = recipe.guidance_interval
-    alphas = scheduler.alphas_cumprod[scheduler.timesteps.round().long().cpu()]
-    levels = ((1 - alphas) / alphas).sqrt()
-    return [low < level <= high for level in levels.tolist()]
+    if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
+        share = scheduler.sigmas[: len(scheduler.timesteps)].cpu()
+        levels = share / (1 - share)
+    else:
+        alphas = scheduler.alphas_cumprod[scheduler.timesteps.round().long().cpu()]
+        levels = ((1 - alphas) / alphas).sqrt()
+    return [low < level and (high is None or level <= high) for level in levels.tolist()]

@@ -165,7 +165,7 @@ def overlapped(
         for batch in itertools.chain(batches, [None]):
             if batch is not None:
                 latents = denoise(batch)
-                if sampler.device.type == "cuda":
+                if sampler.side_stream:
                     begun.append((batch, hand.submit(decode_and_write, batch, latents, sampler.ready())))
                 else:
                     begun.append((batch, hand.submit(write, batch, *decode(latents))))

@@ -20,8 +20,10 @@ from diffusers.models.attention_processor import XFormersAttnProcessor
 
 from utils.cli import UserError
 from utils.generation.diffusion import Sampler
-from utils.generation.pipeline import PipelineFolder
+from utils.generation.lora import merge
+from utils.generation.pipeline import CHECKER, PipelineFolder
 from utils.generation.recipe import Recipe
+from utils.generation.whole_pipeline import WholePipeline
 from utils.machine import memory_format, require_compiler, resolve_device, resolve_dtype
 from utils.model import count_flops
 
@@ -33,6 +35,7 @@ IMAGES_BY_MEMORY = ((22, 16), (15, 8), (10, 4), (7, 2), (0, 1))
 MOST_IMAGES = 64  # in a batch, of whatever size
 # Size of an attention head -> its tokens at 512 px: the UNets of SD 1.x (40, 80, 160) and 2.x (64), and the VAE (512)
 HEADS = {40: 4096, 64: 4096, 80: 1024, 160: 256, 512: 4096}
+IN_MEMORY = 0.8  # weights may take this part of a GPU's free memory; the rest is for an image's own numbers
 WORTHWHILE = 1.05  # xformers must be this many times faster: a measurement is off by less
 
 
@@ -44,14 +47,22 @@ def load_sampler(folder: PipelineFolder, recipe: Recipe, device: torch.device) -
     if recipe.compile:
         require_compiler(device)
     dtype = resolve_dtype(recipe.dtype or "auto", device)
-    without_checker = {} if recipe.safety != "off" else {"safety_checker": None, "feature_extractor": None}
+    family = recipe.family
+    options: dict = {} if recipe.safety != "off" else {name: None for name in CHECKER if name in folder.components}
+    if family.has_own_loop or folder.has_safety_checker:
+        options["requires_safety_checker"] = False
+    kind = getattr(diffusers, family.pipeline)
+    if folder.loras and not hasattr(kind, "load_lora_weights"):
+        raise UserError(f"--lora: diffusers loads none for {family.name}")
     try:
-        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-            folder.path, dtype=dtype, local_files_only=True, requires_safety_checker=False, **without_checker
-        )
+        pipeline = kind.from_pretrained(folder.path, dtype=dtype, local_files_only=True, **options)
     except Exception as error:  # each library raises its own kinds for the same trouble
         reason = str(error).splitlines()[0]
         raise UserError(f"--model {folder.name} cannot be loaded: {reason}; copy or download it again") from error
+    if folder.loras:
+        merge(pipeline, folder.loras)
+    if not family.has_own_loop:
+        return load_whole(pipeline, recipe, device, dtype)
     pipeline.to(device)
     for part in (pipeline.unet, pipeline.vae):
         part.to(memory_format=memory_format(device, dtype))
@@ -60,6 +71,29 @@ def load_sampler(folder: PipelineFolder, recipe: Recipe, device: torch.device) -
     if recipe.compile:
         pipeline.unet.compile(dynamic=False)  # Sampler gives it one batch size
     return Sampler(pipeline, recipe, device, dtype)
+
+
+def load_whole(pipeline, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Sampler:
+    """A sampler that calls PIPELINE as a whole. Its text encoders, network and VAE take turns on a GPU that cannot hold
+    them together: that takes time and changes no image."""
+    if hasattr(pipeline, "upcast_vae") and pipeline.vae.config.force_upcast and dtype == torch.float16:
+        pipeline.vae.to(torch.float32)  # SDXL's overflows in half precision; the pipeline would do so at each decode
+    denoiser = getattr(pipeline, recipe.family.denoiser)
+    if recipe.compile:
+        denoiser.forward = torch.compile(denoiser.forward, dynamic=False)
+    sampler = WholePipeline(pipeline, recipe, device, dtype)
+    if device.type == "cuda" and weight_bytes(pipeline) > IN_MEMORY * torch.cuda.mem_get_info(device)[0]:
+        pipeline.enable_model_cpu_offload(device=device)
+        sampler.side_stream = None  # the VAE would push the network out
+    else:
+        pipeline.to(device)
+    return sampler
+
+
+def weight_bytes(pipeline) -> int:
+    """Of all components of PIPELINE."""
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    return sum(weight.numel() * weight.element_size() for part in modules for weight in part.parameters())
 
 
 # ===== choices by device =====
@@ -129,10 +163,8 @@ def measured_rate(folder: PipelineFolder, recipe: Recipe, device_name: str) -> t
     sampler = load_sampler(folder, recipe, device)
     size = recipe.batch_size or choose_batch_size(sampler)
     latents = sampler.initial_latents(range(size)).to(device)
-    rows = torch.cat([latents, latents]).to(sampler.dtype, memory_format=sampler.layout)
-    text, at = sampler.embedding("").expand(2 * size, -1, -1), sampler.scheduler.timesteps[0].to(device)
-    step = seconds_of(lambda: sampler.unet(rows, at, encoder_hidden_states=text), device)
-    seconds = step * sampler.forwards_per_image / 2 + seconds_of(lambda: sampler.decode(latents), device)
+    forward = seconds_of(lambda: sampler.one_step(size), device) / sampler.one_step(size)
+    seconds = forward * sampler.forwards_per_image + seconds_of(lambda: sampler.decode(latents), device)
     how = f"measured here, {recipe.dtype} in batches of {size}, from one step and one decode"
     return size / seconds, "CPU" if device.type == "cpu" else "GPU", how
 
@@ -144,10 +176,11 @@ def flops_per_image(sampler: Sampler) -> int | None:
     Counted on shapes alone: the number is the same whatever device, attention kernel or compiler computes.
     """
     unet: Any = getattr(sampler.unet, "_orig_mod", sampler.unet)  # compiled or not
-    if type(unet).__name__ != "UNet2DConditionModel" or unet.config.addition_embed_type:
+    if not sampler.recipe.family.has_own_loop:
         return None
+    shape = sampler.embedding("").shape  # computed here where nothing was guided
     with torch.device("meta"):
-        text = torch.empty(sampler.embedding("").shape)
+        text = torch.empty(shape)
         sides = sampler.height // sampler.factor, sampler.width // sampler.factor
         latents = torch.empty(1, unet.config.in_channels, *sides)
         shapes, decoder = (type(network).from_config(network.config) for network in (unet, sampler.vae))

@@ -48,7 +48,7 @@ PUBLISHED = (Rate("A100", "generation", 1.08), Rate("A100", "generation", 1.40, 
 def show_plan(
     recipe: Recipe,
     model: str,
-    revision: str | None,
+    folder: PipelineFolder | None,
     table: ClassTable,
     template: Templates,
     counts: dict[str, int],
@@ -57,15 +57,17 @@ def show_plan(
     device_name: str,
     images_per_s: float | None,
 ) -> None:
-    """Print what a run by RECIPE would draw and cost. Downloads nothing; what it does not know of the MODEL is as in
-    Stable Diffusion 1.4. The rate is IMAGES_PER_S if given, else see expected_rate()."""
-    folder, schedule = None, NoiseSchedule()
+    """Print what a run by RECIPE would draw and cost. Without the FOLDER of the MODEL what is not known of it is as
+    its family publishes it. The rate is IMAGES_PER_S if given, else see expected_rate()."""
+    schedule = NoiseSchedule()
     try:
-        folder = find_pipeline(model, revision, download=False)
-        recipe, schedule = recipe.with_model(folder), folder.settings("scheduler/scheduler_config.json", NoiseSchedule)
+        if folder:
+            recipe = recipe.with_model(folder)
+            schedule = folder.settings("scheduler/scheduler_config.json", NoiseSchedule)
     except UserError as error:
         print(f"note: {error}", file=sys.stderr)
-    height, width, save_size = recipe.height or 512, recipe.width or 512, recipe.save_size
+    native = recipe.family.size
+    height, width, save_size = recipe.height or native, recipe.width or native, recipe.save_size
     recipe = replace(recipe, height=height, width=width)
     rows = in_chunk(list(table.rows), chunk)
     images = sum(counts[row.wnid] for row in rows)
@@ -93,6 +95,15 @@ def show_plan(
         print(f"prompt: {first.wnid}_{0:06d}, seed {first.seed}: {first.text}")
     for warning in prompt_warnings(table, template, recipe.names):
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def pipeline_if_here(model: str, revision: str | None, loras: Sequence[str] = ()) -> PipelineFolder | None:
+    """The folder of MODEL if it is on this machine and can be used, else a note and None. Downloads nothing."""
+    try:
+        return find_pipeline(model, revision, loras, download=False)
+    except UserError as error:
+        print(f"note: {error}", file=sys.stderr)
+        return None
 
 
 def expected_rate(
@@ -157,14 +168,15 @@ def memory_gb(folder: PipelineFolder, files: Iterable[str], recipe: Recipe) -> f
 
 
 def expected_forwards(recipe: Recipe, schedule: NoiseSchedule) -> int:
-    """UNet forwards an image, reckoned without the scheduler's code; exact but for a guidance interval's ends."""
+    """Forwards of the network an image, reckoned without the scheduler's code; exact but for an interval's ends."""
     evaluations = recipe.steps + (recipe.scheduler == "pndm" and recipe.steps > 1)  # PNDM draws one step twice
-    if recipe.guidance_scale <= 1:
+    if recipe.guidance_scale <= 1 or recipe.family.guidance != "cfg":
         return evaluations
     if not recipe.guidance_interval:
         return 2 * evaluations
-    betas = np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, 1000) ** 2
-    signal = np.cumprod(1 - betas)
+    signal = np.cumprod(1 - np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, 1000) ** 2)
     levels = np.sqrt((1 - signal) / signal)
+    if schedule.shift:  # of a flow, whose levels are s / (1 - s)
+        levels = schedule.shift / (1 / np.linspace(0.0005, 0.9995, 1000) - 1)
     low, high = recipe.guidance_interval
-    return evaluations + round(evaluations * float(np.mean((low < levels) & (levels <= high))))
+    return evaluations + round(evaluations * float(np.mean((low < levels) & (levels <= (high or np.inf)))))

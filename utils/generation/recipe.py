@@ -7,6 +7,7 @@ A recipe starts as the command line asks for it. What was left open (None) is fi
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,6 +17,8 @@ import msgspec
 
 from utils.cli import UserError
 from utils.dataset.folder import Dataset
+from utils.generation.families import FAMILIES, SD, Family
+from utils.generation.lora import parse_lora
 from utils.generation.pipeline import PipelineFolder
 
 if TYPE_CHECKING:
@@ -30,6 +33,9 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),  # Lu et al. 2022
     "euler": ("EulerDiscreteScheduler", {}),  # Karras et al., NeurIPS 2022, Algorithm 2 without churn
     "unipc": ("UniPCMultistepScheduler", {}),  # Zhao et al., NeurIPS 2023
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),  # the same with noise added on the way: of each image's own
+    "euler_trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),  # as for SDXL-Lightning
+    "lcm": ("LCMScheduler", {}),  # Luo et al. 2023 (arXiv 2310.04378), of models and LoRA distilled for it
 }
 # What an image costs and how it looks. Command-line options replace single values.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -40,7 +46,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast": {"scheduler": "dpmpp_2m", "steps": 18, "guidance_scale": 2.0, "guidance_interval": (0.28, 5.42)},
 }
 QUALITY = 95  # of JPEG and WebP; not in paper: our choice
-LATER = ("prompts", "supervision")  # keys that records of earlier versions lack, left out where there is nothing to say
+# Keys that records of earlier versions lack, left out where there is nothing to say
+LATER = ("prompts", "supervision", "negative_prompt", "lora")
 CHROMA = "420"  # colour at half resolution, as in most of ImageNet's own files: a quarter fewer bytes, faster to decode
 
 
@@ -53,7 +60,7 @@ def _key(kind: str, default: Any = None, auto: bool = False) -> Any:
 class Recipe:
     """The keys in the order in which dataset.json has them; None where the model or the device decides."""
 
-    name: str = _key("sampler", "paper")  # in RECIPES
+    name: str = _key("sampler", "paper")  # in RECIPES, or a family's
     classes: str = _key("prompt", "")  # sha256 of the class table
     prompt: str = _key("prompt", "c, d_c")  # template
     names: str = _key("prompt", "first")
@@ -61,10 +68,11 @@ class Recipe:
     supervision: str | None = _key("prompt", auto=True)  # one of prompts.SUPERVISION; None where nobody said
     images_per_class: int | str = _key("prompt", "imagenet")  # a number, "imagenet" or a factor of it: "10x"
     seed: int = _key("prompt", 0)
-    scheduler: str = _key("sampler", "pndm")  # in SCHEDULERS
+    scheduler: str = _key("sampler", "pndm")  # in SCHEDULERS, or the model's "own"
     steps: int = _key("sampler", 50)
     guidance_scale: float = _key("sampler", 2.0)
-    guidance_interval: tuple[float, float] | None = _key("sampler")  # noise levels (low, high]; None guides everywhere
+    # Noise levels (low, high], None for infinity; None guides everywhere
+    guidance_interval: tuple[float, float | None] | None = _key("sampler")
     height: int | None = _key("sampler", auto=True)  # pixels, as drawn
     width: int | None = _key("sampler", auto=True)
     dtype: str | None = _key("machine", auto=True)  # fp16, bf16 or fp32
@@ -76,6 +84,8 @@ class Recipe:
     quality: int | None = _key("storage", QUALITY)
     chroma: str | None = _key("storage", CHROMA)
     save_size: int | None = _key("storage")  # pixels of the shorter side as stored; None: as drawn
+    negative_prompt: str | None = _key("prompt")  # what guidance leads away from, in place of the empty prompt
+    lora: tuple[str, ...] | None = _key("sampler")  # FILE_OR_ID:WEIGHT of weights merged into the model's
 
     def __post_init__(self) -> None:
         """UserError if a value has no meaning; JSON's list becomes the interval's tuple."""
@@ -87,18 +97,40 @@ class Recipe:
             if (getattr(self, key) or 0) > most:
                 raise UserError(f"--{key.replace('_', '-')} {getattr(self, key):g}: take at most {most}")
         if self.guidance_interval is not None:
-            object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
+            low, high = self.guidance_interval
+            high = None if high == math.inf else high  # which JSON has no word for
+            object.__setattr__(self, "guidance_interval", (low, high) if low or high else None)
+        if self.lora is not None:
+            named = (parse_lora(text) for text in self.lora)
+            object.__setattr__(self, "lora", tuple(f"{name}:{weight:g}" for name, weight in named))
 
     @classmethod
-    def asked(cls, name: str, **options: Any) -> Recipe:
-        """The recipe NAME with OPTIONS in place of its values; None leaves a sampler's value as the recipe has it."""
-        values = RECIPES[name]
+    def asked(cls, name: str | None, family: Family = SD, **options: Any) -> Recipe:
+        """The recipe NAME, or the values of FAMILY, with OPTIONS in place of its values; None leaves them as they are.
+
+        UserError if the options contradict the family.
+        """
+        if family is not SD and name:
+            raise UserError(
+                f"--recipe {name}: of Stable Diffusion 1.x and 2.x; {family.name} has values of its own, which "
+                "--steps, --guidance-scale and --guidance-interval replace"
+            )
+        name = name or ("paper" if family is SD else family.name)
+        published = {"scheduler": family.schedulers[0], "steps": family.steps, "guidance_scale": family.guidance_scale}
+        values = RECIPES[name] if family is SD else published | {"guidance_interval": None}
         if unknown := values.keys() - {key.name for key in fields(cls) if key.metadata["kind"] == "sampler"}:
             raise UserError(f"--recipe {name}: unknown keys {', '.join(sorted(unknown))} in RECIPES")
         kind = options["format"]
         stored = {"quality": None if kind == "png" else QUALITY, "chroma": CHROMA if kind == "jpg" else None}
         given = {key: value for key, value in options.items() if value is not None or key not in values}
-        return cls(**{"name": name, **values, **stored, **given})
+        recipe = cls(**{"name": name, **values, **stored, **given})
+        family.check(recipe)
+        return recipe
+
+    @property
+    def family(self) -> Family:
+        """What it is drawn with, by its name."""
+        return FAMILIES.get(self.name, SD)
 
     @classmethod
     def of(cls, dataset: Dataset) -> Recipe:
@@ -110,8 +142,7 @@ class Recipe:
 
     def record(self) -> dict[str, Any]:
         """As dataset.json has it."""
-        interval = self.guidance_interval
-        record = asdict(self) | {"guidance_interval": list(interval) if interval else None}
+        record = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {key: value for key, value in record.items() if value is not None or key not in LATER}
 
     def settle(self, existing: Dataset | None, counts: Mapping[str, int]) -> Recipe:
@@ -141,8 +172,9 @@ class Recipe:
         """With size and safety policy settled by what the model is; UserError if they do not go together."""
         height, width = self.height or folder.native_size, self.width or folder.native_size
         for side, pixels in (("height", height), ("width", width)):
-            if pixels % folder.pixels_per_latent:
-                raise UserError(f"--{side} {pixels}: this model draws multiples of {folder.pixels_per_latent} pixels")
+            multiple = folder.pixels_per_latent * folder.family.patch
+            if pixels % multiple:
+                raise UserError(f"--{side} {pixels}: this model draws multiples of {multiple} pixels")
         if self.save_size and self.save_size > min(height, width):
             raise UserError(f"--save-size {self.save_size} is larger than the images; it only makes them smaller")
         if self.safety in ("redraw", "keep") and not folder.has_safety_checker:
@@ -154,8 +186,10 @@ class Recipe:
         """With number format and attention kernels settled by what DEVICE can do; UserError if it cannot."""
         from utils.generation import loading  # imports torch
 
-        dtype = loading.resolve_dtype(self.dtype or "auto", device)
-        attention = loading.resolve_attention(self.attention or "auto", device, dtype)
+        own = self.family.dtype if device.type == "cuda" else None
+        dtype = loading.resolve_dtype(self.dtype or own or "auto", device)
+        attention = self.attention or ("auto" if self.family.has_own_loop else "sdpa")
+        attention = loading.resolve_attention(attention, device, dtype)
         return replace(self, dtype=loading.DTYPE_NAMES[dtype], attention=attention)
 
 

@@ -46,7 +46,7 @@ def reproduce(
 
     dataset = open_record(record)
     recorded, chosen = Recipe.of(dataset), choose_batches(dataset, sample, seed)
-    folder = find_pipeline(*model or recorded_model(dataset))
+    folder = find_pipeline(*model or recorded_model(dataset), recorded.lora or ())
     for name, _, _ in differences(dataset.info["model"]["files"], folder.hashes(recorded.safety != "off")):
         raise UserError(f"--model {folder.name} is not the model {dataset.root} was drawn with: {name} differs")
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 import subprocess
 import sys
-import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -92,29 +89,3 @@ def test_a_preempted_training_on_two_nodes_ends_with_the_weights_of_one_left_in_
     assert log_without_clock(tmp_path / "disturbed") == log_without_clock(tmp_path / "peace")
     logs = [path.read_text() for path in (tmp_path / "logs").glob("*_log.out")]
     assert any("cpu x 2" in text for text in logs)  # one rank on each of the two nodes
-
-
-def test_four_ranks_of_a_job_have_cores_of_their_own_and_do_not_wait_for_data(cluster, tmp_path):
-    """Two nodes of two ranks; both nodes are this machine, so its cores serve two ranks each where it has but two."""
-    images = make_images(tmp_path / "shapes", {"n01": 40, "n02": 40})
-    options = ["--data", str(images), *TINY, "--arch", "resnet18", "--batch-size", "16", "--epochs", "2"]
-    options += ["--set", "global_size=96", "--set", "local_size=48"]
-    where = ("--partition", "low", "--nodes", "2", "--processes", "2", "--cpus-per-task", "1")
-    bound = """
-        import json, os, sys, pathlib
-        sys.path.insert(0, {root!r})
-        from train import LAUNCH, get_args_parser, main  # noqa: F401
-        from utils.cli import run
-        if __name__ == "__main__":
-            code = run(main, get_args_parser())
-            pathlib.Path(os.environ["RANK"]).write_text(json.dumps(sorted(os.sched_getaffinity(0))))
-            sys.exit(code)
-    """
-    (tmp_path / "own.py").write_text(textwrap.dedent(bound.format(root=str(ROOT))))
-    submit(cluster, tmp_path, *where, "own.py", *options, "--out", "run")
-    wait_for(lambda: not cluster.jobs(), 240)
-    cores = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(4)]
-    assert all(len(own) == 1 for own in cores) and cores[0] != cores[1] and cores[2] != cores[3]
-    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    waits = [line["data_wait"] for line in lines if line["kind"] == "train"]
-    assert len(waits) == 10 and statistics.median(waits) < 0.1, waits
