@@ -11,6 +11,7 @@ import pytest
 
 import generate
 from utils.classes import load_classes
+from utils.generation.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -46,7 +47,8 @@ def test_defaults_are_the_scripts_own():
 def test_the_help_tells_the_scripts_defaults():
     shown = make().stdout
     defaults = vars(generate.get_args_parser().parse_args([]))
-    assert f"({defaults['prompt']})" in shown and f"({defaults['images_per_class']})" in shown
+    assert f"({Recipe().prompt})" in shown
+    assert f"({defaults['images_per_class']})" in shown
     assert f"fidelity ({generate.RECIPES['paper']['guidance_scale']:g})" in shown
     assert f"({generate.DEFAULT_MODEL})" in shown
 

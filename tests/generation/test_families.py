@@ -102,7 +102,7 @@ def test_an_image_and_its_noise_on_the_way_are_its_own_whatever_the_batch(models
     assert np.abs(draw(sampler) - together).max() <= 1
 
 
-@pytest.mark.parametrize("name", ADD_NOISE)
+@pytest.mark.parametrize("name", sorted(ADD_NOISE))
 def test_noise_is_added_on_the_way_so_the_test_above_can_fail(models, name, monkeypatch):
     sampler = sampler_for(models[name])
     mine, kinds = draw(sampler), []
@@ -115,7 +115,7 @@ def test_noise_is_added_on_the_way_so_the_test_above_can_fail(models, name, monk
 # ===== guidance, negative prompts =====
 
 
-@pytest.mark.parametrize("name", ["sd", *GUIDED])
+@pytest.mark.parametrize("name", ["sd", *sorted(GUIDED)])
 def test_a_negative_prompt_is_that_of_the_plain_call(models, name):
     sampler = sampler_for(models[name], guidance_scale=5.0, negative_prompt="a dog", scheduler="ddim" if name == "sd"
                           else None)  # fmt: skip
@@ -134,7 +134,7 @@ def test_a_negative_prompt_is_that_of_the_plain_call(models, name):
     assert np.abs(drawn - draw(sampler_for(models[name], guidance_scale=5.0))).max() > 1
 
 
-@pytest.mark.parametrize("name", ["sd", *GUIDED])
+@pytest.mark.parametrize("name", ["sd", *sorted(GUIDED)])
 def test_an_interval_without_ends_gives_the_bytes_of_plain_guidance(models, name):
     everywhere = sampler_for(models[name], guidance_scale=5.0, guidance_interval=(0.0, float("inf")))
     without = sampler_for(models[name], guidance_scale=5.0)
@@ -142,7 +142,7 @@ def test_an_interval_without_ends_gives_the_bytes_of_plain_guidance(models, name
     assert np.array_equal(draw(everywhere), draw(without))
 
 
-@pytest.mark.parametrize("name", GUIDED)
+@pytest.mark.parametrize("name", sorted(GUIDED))
 @pytest.mark.parametrize("interval", [(0.5, 5.0), (0.0, 2.0), (1.0, float("inf")), (900.0, 1000.0)])
 def test_outside_the_interval_the_conditional_forward_alone_counts(models, name, interval):
     """Against a plain call whose network runs whole and whose unconditional half is then overwritten."""
@@ -481,7 +481,7 @@ def test_a_tokenizer_for_sentencepiece_asks_for_it(models, tmp_path, monkeypatch
         find_pipeline(str(broken))
 
 
-@pytest.mark.parametrize("name", GUIDED)
+@pytest.mark.parametrize("name", sorted(GUIDED))
 def test_a_plan_reckons_the_forwards_that_are_run(models, name):
     for interval in (None, (0.5, 3.0)):
         sampler = sampler_for(models[name], steps=20, guidance_scale=5.0, guidance_interval=interval)

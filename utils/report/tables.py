@@ -207,6 +207,7 @@ def add_facts(made: dict) -> None:
     shown = [row["model"] for row in made["rows"]]
     reference = next((model for model in shown if model.kind == "real"), shown[0])
     graded = any(model.supervision for model in shown if model.kind != "real")  # else it says nothing new
+    costs = cost_columns(shown)
     facts = {
         "trained on": [model.trained_on for model in shown],
         "supervision": [model.supervision if graded else "" for model in shown],
@@ -215,11 +216,15 @@ def add_facts(made: dict) -> None:
             f"the budget of {reference.name}" if model is not reference and model.has_budget_of(reference) else ""
             for model in shown
         ],
-        **cost_columns(shown),
+        **costs,
     }
     made["facts"] = [head for head, column in facts.items() if any(column)]
     for number, row in enumerate(made["rows"]):
         row["facts"] = [facts[head][number] for head in made["facts"]]
+        named = [head for head in made["facts"] if facts[head][number]]  # a cost alone would not say what it is of
+        row["told"] = ", ".join(
+            f"{head} {facts[head][number]}" if head in costs else facts[head][number] for head in named
+        )
 
 
 def metric_table(title: str, columns: Sequence[tuple[str, str, str]], models: Sequence[Model]) -> dict:
