@@ -280,6 +280,7 @@ def as_table(title: str, heads: list[str], body: Sequence[tuple[Model, list[Cell
             {
                 "model": model,
                 "facts": [],
+                "told": "",  # the facts in a line
                 "cells": cells,
                 "differences": [
                     a.less(b) if a and b and cells is not reference else ""
