@@ -137,9 +137,10 @@ def test_your_own_dataset_in_four_commands(tmp_path):
     assert len(table) == 4
     (tmp_path / "my_classes.tsv").write_text("\n".join(table) + "\n", encoding="utf-8")
     (tmp_path / "models").symlink_to(ROOT / "models")
-    preparation, *four = commands(page, "python")
-    assert preparation.startswith("python models/") and len(four) == 4
-    for command in [preparation, *four]:
+    preparation, *four, packing = commands(page, "python")
+    assert preparation.startswith("python models/") and len(four) == 4 and packing.endswith(" --pack")
+    printed = {}
+    for command in [preparation, *four, packing]:
         script, *arguments = command.split()[1:]
         arguments = ["24" if argument == "200" else argument for argument in arguments]  # images a class
         if script == "generate.py":
@@ -150,9 +151,11 @@ def test_your_own_dataset_in_four_commands(tmp_path):
             [sys.executable, str(ROOT / script), *arguments], cwd=tmp_path, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
+        printed[script] = done.stdout
     real = sum(len(list((tmp_path / "data/fashion/test" / line.split("\t")[0]).iterdir())) for line in table[1:])
-    assert re.search(rf"my_classes_sd +real .* {real} +3$", done.stdout, re.M), done.stdout
+    assert re.search(rf"my_classes_sd +real .* {real:,} +3$", printed["evaluate.py"], re.M)
     assert (tmp_path / "runs/my_classes_sd/results.jsonl").is_file()
+    assert (tmp_path / "data/my_classes_sd/shards/README.md").is_file()
 
 
 # ===== figures, messages, settings =====
