@@ -94,9 +94,10 @@ def quality(data: str, totals: dict[str, dict], learned: int, closest: np.ndarra
     recipe = read_json(Path(data) / "dataset.json", Described).recipe
     drawn, photographs = totals["drawn"], totals["test part"]
     how = (
-        f"Images drawn with `{recipe['prompt']}`, guidance {recipe['guidance_scale']:g}, {recipe['steps']} steps, are "
-        "set beside the photographs of the real part; in the last column photographs of the test part take their "
-        "place. The features are those of a classifier of the real part: this FID is not comparable with Inception's."
+        f"Images drawn with `{recipe['prompt']}`, guidance {recipe['guidance_scale']:g}, {recipe['steps']} steps of "
+        f"`{recipe['scheduler']}`, are set beside the photographs of the real part; in the last column photographs "
+        "of the test part take their place. The features are those of a classifier of the real part: this FID is not "
+        "comparable with Inception's."
     )
     rows = [f"| | drawn ({drawn['images']:,}) | photographs ({photographs['images']:,}) |", "|---|---|---|"]
     for name in MEASURES:

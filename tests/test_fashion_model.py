@@ -283,6 +283,7 @@ def test_the_folder_is_complete_small_and_safe():
     assert files == weights | {
         "README.md",
         "model_index.json",
+        "nearest.png",
         "scheduler/scheduler_config.json",
         "text_encoder/config.json",
         "tokenizer/tokenizer.json",
@@ -301,6 +302,7 @@ def test_the_card_says_what_a_user_must_know():
     card = (MODEL / "README.md").read_text(encoding="utf-8")
     for word in ("MIT", "minutes", "loss", "Known flaws", "generator's part", "train_fashion_sd.py"):
         assert word in card
+    assert "| coverage, % |" in card and "Not measured yet" not in card and (MODEL / "nearest.png").is_file()
     assert "{" not in card.replace('{"c', "").split("## Training")[1]  # every placeholder was filled
 
 

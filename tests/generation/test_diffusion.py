@@ -63,9 +63,9 @@ def test_the_arithmetic_of_stable_diffusion_is_what_is_known_of_it():
         blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
         vae = diffusers.AutoencoderKL(block_out_channels=wide, layers_per_block=2, **blocks)
     known = {"unet": unet, "vae": vae, "factor": 8, "height": 512, "width": 512, "forwards_per_image": 102}
-    sampler = SimpleNamespace(**known, embedding=lambda text: torch.empty(1, 77, 768))
+    sampler = SimpleNamespace(**known, embedding=lambda text: torch.empty(1, 77, 768), recipe=Recipe())
     assert loading.flops_per_image(sampler) == pytest.approx(84.5e12, rel=0.001)
-    sampler.unet = torch.nn.Linear(2, 2)  # a network that is called in another way
+    sampler.recipe = Recipe(name="sdxl")  # drawn by diffusers
     assert loading.flops_per_image(sampler) is None
 
 

@@ -123,7 +123,7 @@ def test_captions_a_class_are_drawn_as_their_paper_draws_them(tmp_path):
         (tmp_path / wnid).write_text("a {1} on paper\na chalk line\n")
     found = read_prompts(tmp_path, TABLE)
     texts = {prompt.text for prompt in class_prompts(TABLE.rows[1], found, range(40))}
-    assert texts == {"a photo of one, a {1} on paper", "a photo of one, a chalk line"}
+    assert texts == {"a photo of boot, a {1} on paper", "a photo of boot, a chalk line"}
 
 
 # ===== what is recorded =====

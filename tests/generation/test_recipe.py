@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.generation.test_generate import ZERO, call, entries, files_of, tiny  # noqa: F401
+from tests.generation.test_generate import call, entries, files_of, tiny  # noqa: F401
 from utils.cli import UserError
 from utils.dataset.folder import Dataset, open_dataset
 from utils.generation.pipeline import find_pipeline
@@ -18,7 +18,8 @@ from utils.generation.recipe import RECIPES, Recipe
 
 # A dataset that the version before this class drew: 3 classes of 3 images, a random pipeline (tests/tiny_sd.py).
 RECORDED = Path(__file__).parent / "recorded"
-OPTIONS = ("--recipe", "fast")
+ZERO = "n13742358"
+OPTIONS = ("--recipe", "fast", "--classes", str(RECORDED / "digits.tsv"))
 
 
 def existing(recipe: Recipe) -> Dataset:

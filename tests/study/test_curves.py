@@ -108,7 +108,8 @@ def test_a_planted_exchange_rate_is_found():
 
 def test_a_floor_above_the_real_accuracy_has_no_number():
     rng = np.random.default_rng(6)
-    real, drawn = planted(rng, Curve(0.05, 1.1, 0.5)), planted(rng, Curve(0.2, 1.3, 0.6), "drawn")
+    # At 60 real images the error is 0.26, at 1,000 it is 0.12; the drawn ones end at 0.2.
+    real, drawn = planted(rng, Curve(0.05, 1.1, 0.4)), planted(rng, Curve(0.2, 1.3, 0.6), "drawn")
     match = matched(real, drawn, 1000)
     assert match.needed == math.inf and match.rate == math.inf and match.never >= 0.95
     low = matched(real, drawn, 60)  # where real images do not yet reach that floor

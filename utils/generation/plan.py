@@ -162,7 +162,8 @@ def scaled(row: Rate, recipe: Recipe, forwards: int) -> float:
 
 def memory_gb(folder: PipelineFolder, files: Iterable[str], recipe: Recipe) -> float:
     """GB to draw one image: the FILES read of FOLDER, float32 as on the hub, and WORK_GB for 512 x 512 pixels."""
-    weights = sum((folder.path / name).stat().st_size for name in files) / 2**30
+    own = [name for name in files if not name.startswith("lora ")]  # those are merged into the model's weights
+    weights = sum((folder.path / name).stat().st_size for name in own) / 2**30
     work = WORK_GB * (recipe.height or 512) * (recipe.width or 512) / 512**2
     return work + weights * (1 if recipe.dtype == "fp32" else 0.5)
 
