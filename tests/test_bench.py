@@ -242,11 +242,11 @@ def test_a_model_needs_what_its_weights_and_images_take(tmp_path):
     for name, size in sizes.items():
         with open(tmp_path / name, "wb") as file:
             file.truncate(size)
-    folder = plan.PipelineFolder("sd", None, tmp_path)
+    files = [tmp_path / name for name in sizes]
     fp16 = Recipe(dtype="fp16", height=512, width=512)
-    assert 5.5 < plan.memory_gb(folder, sizes, fp16) < 6
-    assert plan.memory_gb(folder, sizes, Recipe(dtype="fp32", height=512, width=512)) > 8
-    assert plan.memory_gb(folder, sizes, Recipe(dtype="fp16", height=256, width=256)) < 3.6
+    assert 5.5 < plan.memory_gb(files, fp16) < 6
+    assert plan.memory_gb(files, Recipe(dtype="fp32", height=512, width=512)) > 8
+    assert plan.memory_gb(files, Recipe(dtype="fp16", height=256, width=256)) < 3.6
     small = build_tiny_sd(tmp_path / "tiny")
-    files = [file.relative_to(small).as_posix() for file in small.rglob("*") if file.is_file()]
-    assert plan.memory_gb(plan.PipelineFolder("t", None, small), files, Recipe(dtype="fp16", height=16, width=16)) < 0.1
+    files = [file for file in small.rglob("*") if file.is_file()]
+    assert plan.memory_gb(files, Recipe(dtype="fp16", height=16, width=16)) < 0.1

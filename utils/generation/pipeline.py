@@ -101,10 +101,14 @@ class PipelineFolder:
         size = self.settings(config, UNetSettings).sample_size
         return (size[0] if isinstance(size, list) else size) * self.pixels_per_latent
 
+    def files_read(self, with_safety_checker: bool) -> list[Path]:
+        """The folder's files that can change a pixel; LoRA files lie elsewhere."""
+        parts = [name for name in self.components if with_safety_checker or name not in CHECKER]
+        return [file for name in parts for file in self.files(name)]
+
     def hashes(self, with_safety_checker: bool) -> dict[str, str]:
         """{relative path: sha256} of every file that can change a pixel; weights hash at the speed of the disk."""
-        parts = [name for name in self.components if with_safety_checker or name not in CHECKER]
-        files = [file for name in parts for file in self.files(name)]
+        files = self.files_read(with_safety_checker)
         names = [file.relative_to(self.path).as_posix() for file in files]
         names += [f"lora {number}" for number in range(len(self.loras))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:

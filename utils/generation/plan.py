@@ -160,10 +160,9 @@ def scaled(row: Rate, recipe: Recipe, forwards: int) -> float:
     return row.images_per_s * (row.forwards + VAE_FORWARDS) / (forwards + VAE_FORWARDS) * row.pixels / pixels
 
 
-def memory_gb(folder: PipelineFolder, files: Iterable[str], recipe: Recipe) -> float:
-    """GB to draw one image: the FILES read of FOLDER, float32 as on the hub, and WORK_GB for 512 x 512 pixels."""
-    own = [name for name in files if not name.startswith("lora ")]  # those are merged into the model's weights
-    weights = sum((folder.path / name).stat().st_size for name in own) / 2**30
+def memory_gb(files: Iterable[Path], recipe: Recipe) -> float:
+    """GB to draw one image: the FILES that are read, float32 as on the hub, and WORK_GB for 512 x 512 pixels."""
+    weights = sum(file.stat().st_size for file in files) / 2**30
     work = WORK_GB * (recipe.height or 512) * (recipe.width or 512) / 512**2
     return work + weights * (1 if recipe.dtype == "fp32" else 0.5)
 
