@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils import cli
 from utils.classes import FACTOR, ClassTable, images_per_class, load_classes
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 LAUNCH = cli.Launch("generate", "chunks", whole=("preview", "pack", "reproduce"))
+Number = TypeVar("Number", int, float)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -172,7 +173,7 @@ def main(args: argparse.Namespace) -> int:
 
     device = resolve_device(args.device)
     recipe = recipe.with_device(device)
-    require_memory(device, plan.memory_gb(folder, about["model"]["files"], recipe))
+    require_memory(device, plan.memory_gb(folder.files_read(recipe.safety != "off"), recipe))
     sampler = loading.load_sampler(folder, recipe, device)
     settled = replace(recipe, batch_size=recipe.batch_size or loading.choose_batch_size(sampler))
     about |= {"recipe": settled.record(), "unet_forwards_per_image": sampler.forwards_per_image}
@@ -247,23 +248,22 @@ def image_count(text: str) -> int | str:
 
 def chunk(text: str) -> tuple[int, int]:
     """ "3/8" -> (3, 8)"""
-    try:
-        part, parts = map(int, text.split("/"))
-    except ValueError:
-        part, parts = 0, 0
-    if not 0 <= part < parts:
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N, such as 0/8 ... 7/8")
-    return part, parts
+    return rising(text, "/", int, "I/N with 0 <= I < N, such as 0/8 ... 7/8")
 
 
 def interval(text: str) -> tuple[float, float]:
     """ "0.28,5.42" -> (0.28, 5.42), noise levels"""
+    return rising(text, ",", float, "LO,HI with 0 <= LO < HI, such as 0.28,5.42 or 0,inf")
+
+
+def rising(text: str, mark: str, kind: type[Number], wanted: str) -> tuple[Number, Number]:
+    """Two numbers of a KIND, MARK between them, the first not below 0 and below the second: as WANTED says."""
     try:
-        low, high = map(float, text.split(","))
+        low, high = map(kind, text.split(mark))
     except ValueError:
-        low, high = 1.0, 0.0
+        low, high = kind(1), kind(0)
     if not 0 <= low < high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LO,HI with 0 <= LO < HI, such as 0.28,5.42 or 0,inf")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return low, high
 
 
