@@ -74,8 +74,10 @@ def _run(plan: Plan, launcher: str, options: Sequence[str]) -> int:
         return 0
     if launcher == "slurm":
         return _queue(plan, draw, todo, options)
-    if launcher == "local" and "--processes" not in " ".join(options) and not visible_gpus():
-        options = [*options, "--processes", str(min(MOST_AT_ONCE, len(os.sched_getaffinity(0))))]
+    at_once = read_stage(options, ["train.py", "--data=x"], first=False).args.processes
+    if launcher == "local" and at_once is None and not visible_gpus():
+        at_once = min(MOST_AT_ONCE, len(os.sched_getaffinity(0)))
+        options = [*options, "--processes", str(at_once)]
     code = 0
     for dataset in draw:
         print(f"study: drawing {dataset.name}: {dataset.folder}", flush=True)
@@ -86,7 +88,6 @@ def _run(plan: Plan, launcher: str, options: Sequence[str]) -> int:
             code = failed
             print(f"study: {dataset.name} was not drawn (exit code {code}); its points wait", file=sys.stderr)
     ready = [point for point in todo if all(plan.datasets[row].drawn for row in point.rows)]
-    at_once = read_stage(options, ["train.py", "--data=x"], first=False).args.processes
     if ready:
         _await_others(ready)
         code = _side_by_side([_point_work(point) for point in ready], launcher, at_once) or code
