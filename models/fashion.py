@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 FOLDER = ROOT / "models" / "fashion"
 DEBIAN = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts it
-PARTS = ("generator", "real", "test")
 RESTORE = "restore it from the repository: git checkout -- models/fashion"
 IMAGE_SIZE = 32  # pixels: the original's 28, framed by two of the background on each side
 REAL_PER_CLASS = 1000

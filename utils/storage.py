@@ -237,10 +237,16 @@ def _decode(data: bytes, decoder: msgspec.json.Decoder) -> Any:
         return msgspec.convert(json.loads(data), decoder.type)
 
 
+def what_and_where(error: msgspec.ValidationError) -> tuple[str, str]:
+    """Of a value that is of another type: ("expected int, got str", "$.rows[0]"), the place "" if it is the whole."""
+    what, _, at = str(error).replace("`", "").partition(" - at ")
+    return what[:1].lower() + what[1:], at
+
+
 def _damaged(where: str | Path, error: Exception, remedy: str) -> UserError:
     if isinstance(error, msgspec.ValidationError):
-        what, _, at = str(error).replace("`", "").partition(" - at ")
-        return UserError(f"{where}: {what[:1].lower()}{what[1:]}{f' at {at}' if at else ''}; {remedy}")
+        what, at = what_and_where(error)
+        return UserError(f"{where}: {what}{f' at {at}' if at else ''}; {remedy}")
     reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
     return UserError(f"{where} is not valid JSON ({reason}); {remedy}")
 

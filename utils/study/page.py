@@ -229,19 +229,19 @@ def cost(one: Findings) -> Section:
     names, rows = labels(one), list[list[Text]]()
     sizes = sorted({point.size for point in one.of.values() if point.group in one.plan.study.rows})
     for name in one.plan.study.rows:
-        cells, before = dict[int, Text](), ""
+        cells, before, spent = dict[int, Text](), "", 0.0
         for title in one.titles(name):
             drawing, training = answers.minutes(one, title)
             last = ""
             if before:
-                more = drawing + training - sum(answers.minutes(one, before))
+                more = drawing + training - spent
                 gain, low, high = one.difference(title, before)
                 last = "; no gain shown"
                 if low > 0:
                     last = f"; {more / gain:.2g} a point, {more / high:.2g} to {more / low:.2g}"
             if drawing + training:
                 cells[one.of[title].size] = f"{drawing + training:.3g}", f"{drawing:.2g} + {training:.2g}{last}"
-            before = title
+            before, spent = title, drawing + training
         rows += [[names[name], *(cells.get(size, "") for size in sizes)]] * bool(cells)
     note = (
         "Device minutes as measured, below them drawing + one training; of real images only training is counted. Then "

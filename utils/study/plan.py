@@ -26,6 +26,8 @@ from utils.study.spec import Mix, Row, Study, asked, checked, script, sizes_of, 
 # Options that say where and how fast, not what: a point that was trained with others still holds.
 MACHINE = {"device", "workers", "batch_per_device", "log_every", "checkpoint_minutes", "max_bad_images", "val",
            "val_every", "no_leak_check"}  # fmt: skip
+# Words of generate.py that may change without the images of a point changing: a set grows, image k stays image k.
+DRAWN_WHERE = {"--images-per-class", "--out", "--device", "--rate"}
 MOST_UNEVEN = 0.1  # of the steps asked for: epochs are whole
 
 
@@ -136,12 +138,10 @@ def make_plan(study: Study, on_paper: bool = False) -> Plan:
 
     ON_PAPER: folders that are not here count as holding what is asked, so that a laptop can reckon what a cluster does.
     """
-    most = {name: 0 for name in study.rows}
-    for name, row in study.rows.items():
-        most[name] = max(most[name], *sizes_of(study, row))
+    most = {name: max(sizes_of(study, row)) for name, row in study.rows.items()}
     for mix in study.mixes.values():
         for place, name in enumerate(mix.rows):
-            most[name] = max(most[name], (mix.first or 0) if place == 0 and mix.first else max(sizes_of(study, mix)))
+            most[name] = max(most[name], mix.first if mix.first and place == 0 else max(sizes_of(study, mix)))
     datasets = {name: find_images(study, name, row, most[name], on_paper) for name, row in study.rows.items()}
     plan = Plan(study, datasets)
     evaluate = words_of(study, "evaluate", study.evaluate, "[evaluate]")
@@ -219,10 +219,6 @@ def make_point(
         images=images,
         seen=epochs * images,
     )
-
-
-# Words of generate.py that may change without the images of a point changing: a set grows, image k stays image k.
-DRAWN_WHERE = {"--images-per-class", "--out", "--device", "--rate"}
 
 
 def _digest(value: Any) -> str:

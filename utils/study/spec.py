@@ -17,7 +17,7 @@ import msgspec
 from utils.cli import UserError, safe_name
 from utils.evaluation.catalog import SETS
 from utils.machine import ROOT
-from utils.storage import read_toml
+from utils.storage import read_toml, what_and_where
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=10**7)]
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -109,12 +109,12 @@ def _convert(value: Any, kind: Any, path: Path, table: str) -> Any:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        what, _, at = str(error).replace("`", "").partition(" - at ")
+        what, at = what_and_where(error)
         if unknown := re.search("unknown field (.+)", what):
             raise _unknown(f"{path}: {table}", unknown[1], kind.__struct_fields__) from None
         if missing := re.search("missing required field (.+)", what):
             raise UserError(f"{path}: {table}{missing[1]} is missing; docs/studies.md shows a whole file") from None
-        raise UserError(f"{path}: {table}{at.removeprefix('$.') or 'it'}: {what[:1].lower()}{what[1:]}") from None
+        raise UserError(f"{path}: {table}{at.removeprefix('$.') or 'it'}: {what}") from None
 
 
 def _unknown(where: str, key: str, known: Collection[str]) -> UserError:
