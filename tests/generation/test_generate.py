@@ -23,7 +23,7 @@ from utils.generation.prompts import image_seed, parse_template
 from utils.generation.recipe import Recipe
 
 CLASSES = "n02774152, n02872752, n03057021"  # bag, boot, coat of the embedded world
-ZERO, ONE, TWO = "n02774152", "n02872752", "n03057021"
+BAG, BOOT, COAT = "n02774152", "n02872752", "n03057021"
 
 
 @pytest.fixture(scope="session")
@@ -73,15 +73,15 @@ def test_output_is_an_image_folder_with_its_manifests(tmp_path, tiny, capsys):
     assert call(out, tiny) == 0
     assert "21 of 21 images; this run drew 21" in capsys.readouterr().out
     folder = ImageFolder(out / "train")
-    assert folder.classes == [ZERO, ONE, TWO] and Counter(folder.targets) == {0: 7, 1: 7, 2: 7}
+    assert folder.classes == [BAG, BOOT, COAT] and Counter(folder.targets) == {0: 7, 1: 7, 2: 7}
     assert folder[0][0].size == (16, 16)
     info = json.loads((out / "dataset.json").read_text())
     assert info["recipe"]["scheduler"] == "pndm" and info["unet_forwards_per_image"] == 6
     assert info["counts"] == {"wanted": 21, "images": 21, "redrawn": {}, "safety_flagged": 0}
     assert {"packages", "git_commit", "cpu"} <= info["environment"].keys()
     assert all(len(digest) == 64 for digest in info["model"]["files"].values())
-    for index, entry in enumerate(entries(out, ONE)):
-        assert entry["index"] == index and entry["seed"] == image_seed(0, ONE, index)
+    for index, entry in enumerate(entries(out, BOOT)):
+        assert entry["index"] == index and entry["seed"] == image_seed(0, BOOT, index)
         assert entry["prompt"].startswith("boot, footwear that covers the whole foot")
 
 
@@ -91,10 +91,10 @@ def test_pixels_are_those_of_the_seed_alone(tmp_path, tiny):
     assert call(out, tiny, "--format", "png", "--dtype", "fp32") == 0
     recipe = Recipe(steps=2, height=16, width=16, dtype="fp32", safety="off")
     sampler = loading.load_sampler(find_pipeline(str(tiny)), recipe, torch.device("cpu"))
-    entry = entries(out, TWO)[5]
+    entry = entries(out, COAT)[5]
     seeds = [entry["seed"]]
     (pixels,), _ = sampler.decode(sampler.denoise(seeds, [entry["prompt"]]))
-    stored = np.asarray(Image.open(out / "train" / TWO / f"{TWO}_000005.png")).astype(int)
+    stored = np.asarray(Image.open(out / "train" / COAT / f"{COAT}_000005.png")).astype(int)
     assert np.abs(stored - pixels.numpy()).max() <= 1
 
 
@@ -102,7 +102,7 @@ def test_pixels_are_those_of_the_seed_alone(tmp_path, tiny):
 def test_formats_and_smaller_sizes(tmp_path, tiny, kind):
     out = tmp_path / "out"
     assert call(out, tiny, "--format", kind, "--save-size", 8, "--height", 32, images=2) == 0
-    with Image.open(out / "train" / ZERO / f"{ZERO}_000001.{kind}") as image:
+    with Image.open(out / "train" / BAG / f"{BAG}_000001.{kind}") as image:
         assert image.size == (8, 16) and image.mode == "RGB"
         assert image.format == {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[kind]
 
@@ -142,7 +142,7 @@ def test_nothing_to_do_is_said_at_once_and_loads_no_pipeline(tmp_path, tiny, mon
 def test_what_is_lost_is_drawn_again_to_the_byte(tmp_path, tiny, reference, damage):
     out = tmp_path / "out"
     assert call(out, tiny) == 0
-    image, manifest = out / "train" / ONE / f"{ONE}_000004.jpg", out / "manifest" / f"{ONE}.jsonl"
+    image, manifest = out / "train" / BOOT / f"{BOOT}_000004.jpg", out / "manifest" / f"{BOOT}.jsonl"
     if damage == "missing":
         image.unlink()
     elif damage in ("empty", "cut"):
@@ -152,9 +152,9 @@ def test_what_is_lost_is_drawn_again_to_the_byte(tmp_path, tiny, reference, dama
     elif damage == "half a manifest":
         manifest.write_bytes(manifest.read_bytes()[:700])
     else:
-        for path in (out / "train" / ONE).iterdir():
+        for path in (out / "train" / BOOT).iterdir():
             path.unlink()
-        (out / "train" / ONE).rmdir()
+        (out / "train" / BOOT).rmdir()
     assert call(out, tiny, batch=None) == 0
     assert files_of(out) == reference
 
@@ -162,14 +162,14 @@ def test_what_is_lost_is_drawn_again_to_the_byte(tmp_path, tiny, reference, dama
 def test_verify_finds_a_flipped_byte_and_repair_mends_it(tmp_path, tiny, reference, capsys):
     out = tmp_path / "out"
     assert call(out, tiny) == 0
-    image = out / "train" / TWO / f"{TWO}_000006.jpg"
+    image = out / "train" / COAT / f"{COAT}_000006.jpg"
     data = bytearray(image.read_bytes())
     data[len(data) // 2] ^= 1
     image.write_bytes(data)
     assert call(out, tiny) == 0 and files_of(out) != reference  # same size: not seen without reading
     assert call(out, tiny, "--verify") == 2
     output = capsys.readouterr()
-    assert f"{TWO}: 1 damaged: 6" in output.out and "--repair" in output.err
+    assert f"{COAT}: 1 damaged: 6" in output.out and "--repair" in output.err
     assert run(generate.main, generate.get_args_parser(), ["--out", str(out), "--repair"]) == 0  # by its own record
     assert files_of(out) == reference
     assert call(out, tiny, "--verify") == 0
@@ -178,24 +178,24 @@ def test_verify_finds_a_flipped_byte_and_repair_mends_it(tmp_path, tiny, referen
 def test_foreign_files_are_kept_and_named(tmp_path, tiny, capsys):
     out = tmp_path / "out"
     assert call(out, tiny) == 0
-    (out / "train" / ONE / "holiday.jpg").write_bytes(b"mine")
+    (out / "train" / BOOT / "holiday.jpg").write_bytes(b"mine")
     (out / "train" / "stranger").mkdir()
     assert call(out, tiny, "--status") == 0
     err = capsys.readouterr().err
     assert "holiday.jpg" in err and "stranger" in err
-    assert call(out, tiny) == 0 and (out / "train" / ONE / "holiday.jpg").read_bytes() == b"mine"
+    assert call(out, tiny) == 0 and (out / "train" / BOOT / "holiday.jpg").read_bytes() == b"mine"
 
 
 def test_status_counts_and_estimates(tmp_path, tiny, capsys):
     out = tmp_path / "out"
     assert call(out, tiny) == 0
     for index in (0, 1):
-        (out / "train" / ONE / f"{ONE}_{index:06d}.jpg").unlink()
-    (out / "train" / TWO / f"{TWO}_000000.jpg").write_bytes(b"")
+        (out / "train" / BOOT / f"{BOOT}_{index:06d}.jpg").unlink()
+    (out / "train" / COAT / f"{COAT}_000000.jpg").write_bytes(b"")
     capsys.readouterr()
     assert call(out, tiny, "--status") == 0
     text = capsys.readouterr().out
-    assert f"{ONE}: 5 of 7 done, 2 missing, 0 damaged" in text and f"{TWO}: 6 of 7 done, 0 missing, 1 damaged" in text
+    assert f"{BOOT}: 5 of 7 done, 2 missing, 0 damaged" in text and f"{COAT}: 6 of 7 done, 0 missing, 1 damaged" in text
     assert (
         "18 of 21 images done, 2 missing, 1 damaged" in text
         and "1 of 3 complete" in text
@@ -216,7 +216,7 @@ def test_a_larger_set_continues_a_smaller_one_with_the_bytes_of_an_uninterrupted
         assert [row["images"] for row in info["classes"]] == [images] * 3 and "completed" in info
     assert call(whole, tiny_safe, images=11, batch=3) == 0
     assert files_of(out) == files_of(whole)
-    cut = [entry for wnid in (ZERO, ONE, TWO) for entry in entries(out, wnid)[6:9]]
+    cut = [entry for wnid in (BAG, BOOT, COAT) for entry in entries(out, wnid)[6:9]]
     assert any(entry["attempt"] for entry in cut), "no redraw at a cut: the test shows less"
     assert call(out, tiny_safe, "--verify") == 0
 
@@ -285,7 +285,7 @@ def test_a_dataset_whose_recipe_does_not_tell_the_chroma_is_continued(tmp_path, 
     info = json.loads((out / "dataset.json").read_text())
     assert info["recipe"].pop("chroma") == "420"
     (out / "dataset.json").write_text(json.dumps(info))
-    (out / "train" / ONE / f"{ONE}_000000.jpg").unlink()
+    (out / "train" / BOOT / f"{BOOT}_000000.jpg").unlink()
     assert call(out, tiny) == 0, capsys.readouterr().err
 
 
@@ -452,10 +452,10 @@ def test_black_and_broken_images_are_drawn_again_and_counted(tmp_path, tiny, mon
     assert call(out, tiny, images=9) == 0
     info = json.loads((out / "dataset.json").read_text())
     assert info["counts"]["redrawn"] == {"black": 1, "non-finite": 2}
-    first = entries(out, ZERO)[1]
+    first = entries(out, BAG)[1]
     assert first["attempt"] == 1 and first["rejected"] == ["black"]
-    assert first["seed"] == image_seed(0, ZERO, 1, attempt=1)
-    assert [entry["attempt"] for entry in entries(out, ZERO)] == [0, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert first["seed"] == image_seed(0, BAG, 1, attempt=1)
+    assert [entry["attempt"] for entry in entries(out, BAG)] == [0, 1, 0, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(("dtype", "remedy"), [("fp32", "the widest format"), ("bf16", "(try --dtype fp32)")])
@@ -482,7 +482,7 @@ def test_flagged_images_are_redrawn_and_resume_draws_the_same(tmp_path, tiny_saf
     monkeypatch.setattr(diffusion.Sampler, "flagged", flag_dark)
     out = tmp_path / "out"
     assert call(out, tiny_safe) == 0
-    drawn = [entry for class_id in (ZERO, ONE, TWO) for entry in entries(out, class_id)]
+    drawn = [entry for class_id in (BAG, BOOT, COAT) for entry in entries(out, class_id)]
     redrawn = [entry for entry in drawn if entry["attempt"]]
     assert 3 < len(redrawn) < 21, [entry["attempt"] for entry in drawn]
     for entry in redrawn:
@@ -503,21 +503,21 @@ def test_attempts_are_bounded_and_the_last_image_is_kept_with_its_flag(tmp_path,
     monkeypatch.setattr(drawing, "MAX_ATTEMPTS", 4)
     out = tmp_path / "out"
     assert call(out, tiny_safe, images=2) == 0
-    for entry in entries(out, ONE):
+    for entry in entries(out, BOOT):
         assert entry["attempt"] == 3 and entry["safety"] is True and entry["rejected"] == ["safety"] * 3
     assert json.loads((out / "dataset.json").read_text())["counts"]["safety_flagged"] == 6
-    assert np.asarray(Image.open(out / "train" / ONE / f"{ONE}_000000.jpg")).max() > 50  # not blackened
+    assert np.asarray(Image.open(out / "train" / BOOT / f"{BOOT}_000000.jpg")).max() > 50  # not blackened
 
 
 def test_keep_records_flags_and_off_asks_nobody(tmp_path, tiny_safe, monkeypatch):
     monkeypatch.setattr(diffusion.Sampler, "flagged", flag_dark)
     assert call(tmp_path / "keep", tiny_safe, "--safety", "keep") == 0
-    flags = [entry["safety"] for entry in entries(tmp_path / "keep", ZERO) + entries(tmp_path / "keep", ONE)]
+    flags = [entry["safety"] for entry in entries(tmp_path / "keep", BAG) + entries(tmp_path / "keep", BOOT)]
     assert set(flags) == {True, False}
-    assert {entry["attempt"] for entry in entries(tmp_path / "keep", ZERO)} == {0}
+    assert {entry["attempt"] for entry in entries(tmp_path / "keep", BAG)} == {0}
     monkeypatch.setattr(diffusion.Sampler, "flagged", None)
     assert call(tmp_path / "off", tiny_safe, "--safety", "off") == 0
-    assert {entry["safety"] for entry in entries(tmp_path / "off", ZERO)} == {None}
+    assert {entry["safety"] for entry in entries(tmp_path / "off", BAG)} == {None}
 
 
 def test_out_of_memory_changes_no_seed_and_no_composition(tmp_path, tiny, monkeypatch, reference):
@@ -533,7 +533,7 @@ def test_out_of_memory_changes_no_seed_and_no_composition(tmp_path, tiny, monkey
     assert call(out, tiny) == 0
     ours = files_of(out)
     assert ours.keys() == reference.keys()
-    for class_id in (ZERO, ONE, TWO):
+    for class_id in (BAG, BOOT, COAT):
         kept = ("index", "prompt", "seed", "attempt")
         theirs = [json.loads(line) for line in reference[f"manifest/{class_id}.jsonl"].splitlines()]
         assert [[e[k] for k in kept] for e in entries(out, class_id)] == [[e[k] for k in kept] for e in theirs]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.generation.test_generate import CLASSES, ONE, TWO, ZERO, call, entries, files_of, tiny  # noqa: F401
+from tests.generation.test_generate import BAG, BOOT, CLASSES, COAT, call, entries, files_of, tiny  # noqa: F401
 from utils.classes import ClassRow, ClassTable, load_classes
 from utils.cli import UserError
 from utils.dataset.folder import open_dataset
@@ -53,7 +53,7 @@ def test_the_seed_picks_in_proportion_to_the_weights(tmp_path):
     found = read_prompts(written(tmp_path / "p.jsonl", *lines), TABLE)
     listed = list(class_prompts(TABLE.rows[0], found, range(8000), seed=3))
     for prompt in listed:  # the same in exact arithmetic
-        position, below = Fraction(image_seed(3, ZERO, prompt.index), 2**63) * 8, Fraction(0)
+        position, below = Fraction(image_seed(3, BAG, prompt.index), 2**63) * 8, Fraction(0)
         for text, weight in weights.items():
             if below <= position < below + Fraction(weight):
                 assert prompt.text == text
@@ -67,7 +67,7 @@ def test_the_seed_picks_in_proportion_to_the_weights(tmp_path):
 def test_the_last_text_gets_the_largest_seed(tmp_path):
     lines = [{"id": wnid, "prompt": text} for wnid in TABLE.ids for text in ("first", "last")]
     found = read_prompts(written(tmp_path / "p.jsonl", *lines), TABLE)
-    assert found.pick(ZERO, 0).text == "first" and found.pick(ZERO, 2**63 - 1).text == "last"
+    assert found.pick(BAG, 0).text == "first" and found.pick(BAG, 2**63 - 1).text == "last"
 
 
 def test_warnings_cover_every_text(tmp_path):
@@ -140,8 +140,8 @@ def test_the_folder_keeps_its_prompts(tmp_path, tiny, capsys):  # noqa: F811
     assert recipe["supervision"] == "captions of real images" and set(texts_of(out)) == {"ink", "chalk", "neon"}
     before = files_of(out)
     file.unlink()
-    (out / "train" / ONE / f"{ONE}_000004.jpg").unlink()
-    (out / "manifest" / f"{TWO}.jsonl").unlink()
+    (out / "train" / BOOT / f"{BOOT}_000004.jpg").unlink()
+    (out / "manifest" / f"{COAT}.jsonl").unlink()
     assert call(out, tiny, "--repair") == 0 and files_of(out) == before
     capsys.readouterr()
     assert call("unused", tiny, "--reproduce", out, "--sample", 21) == 0
@@ -200,19 +200,19 @@ ALL = [f"{wnid}\tx" for wnid in TABLE.ids]
     ("name", "lines", "message"),
     [
         ("p.tsv", ["id\tprompt", *ALL, "n999\tx"], "line 5: class 'n999' is none of --classes"),
-        ("p.tsv", ["id\tprompt", *ALL[:2]], f"1 of 3 classes have no prompt ({TWO})"),
-        ("p.tsv", ["id\tprompt\tweight", f"{ZERO}\tx\theavy"], "line 2: expected float, got str - at $.weight"),
-        ("p.tsv", ["id\tprompt\tweight", f"{ZERO}\tx\tnan"], "line 2: expected float > 0.0 - at $.weight"),
-        ("p.tsv", ["id\tprompt\tweight", f"{ZERO}\tx\tinf"], "line 2: expected float <= 1"),
-        ("p.tsv", ["id\tprompt\tweight", f"{ZERO}\tx\t-1"], "line 2: expected float > 0.0"),
-        ("p.tsv", ["id\tprompt", f"{ZERO}\t"], "line 2: a prompt is one line of 1 to 4000 characters"),
-        ("p.tsv", ["id\tprompt", f"{ZERO}\ta {{nmae}}"], "line 2: 'a {nmae}': unknown placeholder {nmae}"),
-        ("p.tsv", ["id\tcaption", f"{ZERO}\tx"], "column prompt: missing"),
-        ("p.jsonl", [{"id": ZERO, "prompt": "x", "weight": "2"}], "line 1: expected float, got str - at $.weight"),
-        ("p.jsonl", [{"id": ZERO}], "line 1: object missing required field prompt"),
-        ("p.jsonl", [{"id": ZERO, "prompt": "x", "wieght": 2}], "line 1: object contains unknown field wieght"),
+        ("p.tsv", ["id\tprompt", *ALL[:2]], f"1 of 3 classes have no prompt ({COAT})"),
+        ("p.tsv", ["id\tprompt\tweight", f"{BAG}\tx\theavy"], "line 2: expected float, got str - at $.weight"),
+        ("p.tsv", ["id\tprompt\tweight", f"{BAG}\tx\tnan"], "line 2: expected float > 0.0 - at $.weight"),
+        ("p.tsv", ["id\tprompt\tweight", f"{BAG}\tx\tinf"], "line 2: expected float <= 1"),
+        ("p.tsv", ["id\tprompt\tweight", f"{BAG}\tx\t-1"], "line 2: expected float > 0.0"),
+        ("p.tsv", ["id\tprompt", f"{BAG}\t"], "line 2: a prompt is one line of 1 to 4000 characters"),
+        ("p.tsv", ["id\tprompt", f"{BAG}\ta {{nmae}}"], "line 2: 'a {nmae}': unknown placeholder {nmae}"),
+        ("p.tsv", ["id\tcaption", f"{BAG}\tx"], "column prompt: missing"),
+        ("p.jsonl", [{"id": BAG, "prompt": "x", "weight": "2"}], "line 1: expected float, got str - at $.weight"),
+        ("p.jsonl", [{"id": BAG}], "line 1: object missing required field prompt"),
+        ("p.jsonl", [{"id": BAG, "prompt": "x", "wieght": 2}], "line 1: object contains unknown field wieght"),
         ("p.jsonl", ['{"id": "n1'], "line 1 is not valid JSON"),
-        ("p.jsonl", [{"id": ZERO, "prompt": "two\nlines"}], "line 1: a prompt is one line"),
+        ("p.jsonl", [{"id": BAG, "prompt": "two\nlines"}], "line 1: a prompt is one line"),
         ("p.json", ['{"a": 1}'], "expected array, got object; give a list of captions"),
         ("p.txt", ["a caption of nothing"], "3 of 3 classes have no prompt"),
         ("p.csv", ["id,prompt"], "its name must end in .tsv, .jsonl, .txt, .json"),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import generate
-from tests.generation.test_generate import ZERO, call, entries, files_of, tiny, tiny_safe  # noqa: F401
+from tests.generation.test_generate import BAG, call, entries, files_of, tiny, tiny_safe  # noqa: F401
 from utils.cli import run
 from utils.generation import diffusion, reproduction
 from utils.generation.drawing import encode_image
@@ -37,12 +37,12 @@ def reproduction_model(out):
 
 def replace_image(out, index: int, change) -> None:
     """Put change(pixels) in the place of an image of the first class, as if it had been drawn so."""
-    path = out / f"train/{ZERO}/{ZERO}_{index:06d}.jpg"
+    path = out / f"train/{BAG}/{BAG}_{index:06d}.jpg"
     data = encode_image(change(np.asarray(Image.open(path))), "jpg", None)
     path.write_bytes(data)
-    lines = entries(out, ZERO)
+    lines = entries(out, BAG)
     lines[index] |= {"bytes": len(data), "sha256": sha256_bytes(data)}
-    (out / f"manifest/{ZERO}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (out / f"manifest/{BAG}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_the_same_machine_draws_the_same_bytes_and_touches_nothing(drawn, capsys):
@@ -68,7 +68,7 @@ def test_redrawn_images_are_redrawn_again(tmp_path, tiny_safe, monkeypatch, caps
     monkeypatch.setattr(diffusion.Sampler, "flagged", flag_some)
     out = tmp_path / "out"
     assert call(out, tiny_safe) == 0
-    assert any(line["attempt"] for line in entries(out, ZERO)), "no image was redrawn: the test shows nothing"
+    assert any(line["attempt"] for line in entries(out, BAG)), "no image was redrawn: the test shows nothing"
     assert reproduce(out, "--sample", "21") == 0
     assert "byte-equal: 21\n" in capsys.readouterr().out
 
@@ -76,13 +76,13 @@ def test_redrawn_images_are_redrawn_again(tmp_path, tiny_safe, monkeypatch, caps
 def test_near_equal_different_and_damaged_images_are_told_apart(drawn, capsys):
     replace_image(drawn, 1, lambda pixels: np.clip(pixels.astype(int) + 1, 0, 255).astype(np.uint8))
     replace_image(drawn, 4, lambda pixels: 255 - pixels)
-    (drawn / f"train/{ZERO}/{ZERO}_000005.jpg").write_bytes(b"half a fi")
+    (drawn / f"train/{BAG}/{BAG}_000005.jpg").write_bytes(b"half a fi")
     assert reproduce(drawn, "--sample", "21") == 1
     said = capsys.readouterr().out
     assert "byte-equal: 18\n" in said
-    assert f"({ZERO}_000001)" in said.split("near-equal: 1")[1].splitlines()[0]
-    assert f"({ZERO}_000004)" in said.split("different: 1")[1].splitlines()[0]
-    assert f"damaged or missing in the dataset: 1 ({ZERO}_000005)" in said
+    assert f"({BAG}_000001)" in said.split("near-equal: 1")[1].splitlines()[0]
+    assert f"({BAG}_000004)" in said.split("different: 1")[1].splitlines()[0]
+    assert f"damaged or missing in the dataset: 1 ({BAG}_000005)" in said
 
 
 def test_what_differs_from_the_record_is_listed(drawn, capsys):
