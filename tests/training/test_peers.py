@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,11 @@ FAULTS = {
 WAITS = {"gloo": "d.barrier()", "nccl": "time.sleep(60)"}
 
 
+def said_by_us(error: str) -> list[str]:
+    """The lines of ERROR but torch's own warnings, such as that a machine without a name server has no host name."""
+    return [line for line in error.strip().splitlines() if not re.match(r"\[[WI]\d.*\[c10d\]", line)]
+
+
 @pytest.mark.parametrize(
     ("failing", "wait", "fault"),
     [
@@ -59,7 +65,7 @@ def test_the_other_rank_ends_soon_and_names_the_one_that_failed(failing, wait, f
     failed, other = ranks[failing], ranks[1 - failing]
     assert failed.wait(timeout=120) == code
     ended = time.monotonic()
-    error = other.stderr.read().strip().splitlines()  # its end
+    error = said_by_us(other.stderr.read())  # at its end
     assert other.wait(timeout=10) == 2 and time.monotonic() - ended < 15
     assert len(error) == 1 and error[0].startswith(f"job.py: error: rank {failing} {said}"), error
     assert error[0].isprintable()
@@ -70,7 +76,7 @@ def test_a_rank_that_leaves_in_order_is_no_news():
     port = free_port()
     ranks = [start(rank, port, program) for rank in range(2)]
     texts = [process.communicate(timeout=120) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0] and not any(error for _, error in texts)
+    assert [process.returncode for process in ranks] == [0, 0] and not any(said_by_us(error) for _, error in texts)
 
 
 def test_the_launcher_tells_of_the_rank_that_failed_alone(tmp_path):
