@@ -137,7 +137,8 @@ def main(args: argparse.Namespace) -> int:
         counts = images_per_class(table, args.images_per_class)
         folder, recipe = asked_generator(args, table.sha256, template, existing, counts)
         if not recipe.supervision:
-            print("note: say with --supervision what the prompts were made from; reports show it", file=sys.stderr)
+            made = f"what the {'LoRA was tuned on' if recipe.lora else 'prompts were made from'}"
+            print(f"note: say with --supervision {made}; reports show it", file=sys.stderr)
     if args.dry_run or not folder:
         name, where = args.model or DEFAULT_MODEL, (args.chunk, out, args.device, args.rate)
         plan.show_plan(recipe, name, folder, table, template, counts, *where)
@@ -304,7 +305,8 @@ def asked_recipe(args: argparse.Namespace, classes_sha256: str, template: Templa
     """The recipe as the command line has it; None where the folder, the model or the device decides ("auto")."""
     names = [key.name for key in fields(Recipe) if key.name in args]
     options = {name: None if getattr(args, name) == "auto" else getattr(args, name) for name in names}
-    grade = SUPERVISION[args.supervision] if args.supervision else supervision_of(template)
+    told = None if args.lora else supervision_of(template)  # nobody knows what a LoRA was tuned on
+    grade = SUPERVISION[args.supervision] if args.supervision else told
     prompts = template.sha256 if isinstance(template, PromptFile) else None
     said = {"classes": classes_sha256, "prompt": template.text, "prompts": prompts, "supervision": grade}
     return Recipe.asked(args.recipe, family, **options | said)

@@ -144,11 +144,23 @@ def test_the_card_says_what_it_is(packed):
     assert '| 1 | n02 | crane \\| "bird" &lt;b> | 4 |' in body and "\n    x\n" in body  # the command
 
 
-def test_a_generator_of_unknown_licence_is_said(packed, tmp_path):
+@pytest.mark.parametrize(
+    ("models", "header", "said"),
+    [
+        (["models/mine"], 'license: "other"\nlicense_name: "unknown"', "not known here: look it up"),
+        (["black-forest-labs/FLUX.1-schnell"], 'license: "apache-2.0"', "`apache-2.0`"),
+        (["stabilityai/sdxl-turbo"], 'license: "other"\nlicense_name: "sai-nc-community"', "`sai-nc-community`"),
+        (["stabilityai/stable-diffusion-xl-base-1.0", "ByteDance/SDXL-Lightning/x.safetensors:1"],
+         'license: "openrail++"', "`openrail++`"),
+        (["stabilityai/stable-diffusion-xl-base-1.0", "mine.safetensors:1"], 'license: "other"', "not known here"),
+        (["CompVis/stable-diffusion-v1-4", "latent-consistency/lcm-lora-sdv1-5:1"], 'license: "other"', "not known"),
+    ],
+)  # fmt: skip
+def test_the_licence_is_that_of_model_and_lora_or_is_said_to_be_unknown(packed, models, header, said):
     info = json.loads((packed / "dataset.json").read_text())
-    info["model"]["id"] = "models/mine"
+    info["model"]["id"], info["recipe"]["lora"] = models[0], models[1:]
     text = card.card(datasets.Dataset(packed, info), [{"images": 1, "file": "x", "sha256": ""}])
-    assert text.startswith('---\nlicense: "other"\n') and "not known here: look it up" in text
+    assert text.startswith(f"---\n{header}\n") and f"Licence of the generator: {said}" in text
 
 
 # ===== kills =====

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -21,6 +23,7 @@ from tests.generation.test_generate_kill import Forker
 from tests.tiny_families import BUILDERS, build_tiny, build_tiny_lora
 from tests.tiny_sd import build_tiny_sd
 from utils.cli import UserError, run
+from utils.dataset.card import LICENCES
 from utils.generation import families, loading, pipeline, plan
 from utils.generation.families import FAMILIES, SD, Family, find_family
 from utils.generation.pipeline import find_pipeline
@@ -297,7 +300,9 @@ def test_a_dataset_with_a_lora_is_repaired_and_reproduced_by_its_record(models, 
     out = tmp_path / "out"
     options = ("--lora", f"{lora}:0.5", "--negative-prompt", "a dog", "--guidance-interval", "0.3,5", "--steps", "3")
     assert call(out, models["sdxl-base"], *options) == 0, capsys.readouterr().err
+    assert "say with --supervision what the LoRA was tuned on" in capsys.readouterr().err
     recipe = json.loads((out / "dataset.json").read_text())["recipe"]
+    assert "supervision" not in recipe  # that of the prompts is not all that the images owe to real ones
     assert recipe["lora"] == [f"{lora}:0.5"] and recipe["negative_prompt"] == "a dog"
     assert recipe["guidance_interval"] == [0.3, 5.0]
     reference = files_of(out)
@@ -391,6 +396,23 @@ def test_a_model_is_known_by_its_name_before_it_is_here(model, name, steps, guid
         assert (recipe.name, recipe.steps, recipe.guidance_scale) == (name, steps, guidance)
 
 
+def test_the_page_of_generators_has_each_row_with_a_source():
+    page = (Path(__file__).resolve().parents[2] / "docs/generators.md").read_text()
+    listed = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\| .+ \|$", page, re.M)]
+    shown = {}
+    for name, model, steps, guidance, pixels, licence, source in listed[1:]:
+        steps, _, most = steps.partition(", at most ")
+        value = 1.0 if guidance == "none" else float(guidance.removesuffix(", an input"))
+        shown[name] = (int(steps), int(most or 1000), value, int(pixels))
+        assert "http" in source or "not read" in source
+        if name != "sd":
+            assert find_family(None, [model.removesuffix(", a LoRA")]).name == name
+            found = next((known for part, known in LICENCES.items() if part in model), "not read")
+            assert licence == found
+    rows = FAMILIES.values()
+    assert shown == {row.name: (row.steps, row.most_steps, row.guidance_scale, row.size) for row in rows}
+
+
 def test_a_model_of_unknown_name_is_known_by_its_class_and_every_row_can_be_loaded(models):
     for row in FAMILIES.values():
         assert hasattr(diffusers, row.pipeline) and find_family(row.pipeline, ["my-own"]).pipeline == row.pipeline
@@ -448,6 +470,20 @@ def test_another_kind_of_pipeline_in_the_hub_is_refused_before_its_weights_are_f
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "model_index.json"))
     with pytest.raises(UserError, match=f"--model some/thing is a {kind}; generate.py draws images from text"):
         find_pipeline("some/thing")
+
+
+def test_a_download_names_its_size_where_the_hub_tells_it(models, tmp_path, monkeypatch, capsys):
+    read, left_out = "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"
+    sizes = {read: 5_100_000_000, "vae/config.json": 600, left_out: 2_500_000_000, "all_in_one.safetensors": 7 * 10**9}
+    files = [mock.Mock(rfilename=name, size=size) for name, size in sizes.items()]
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: mock.Mock(siblings=files))
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *_, **__: str(models["sdxl-base"] / "model_index.json")
+    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(models["sdxl-base"]))
+    assert pipeline._download("some/thing", None) == models["sdxl-base"]
+    assert "fetching some/thing (5.1 GB)" in capsys.readouterr().out
 
 
 def test_a_gated_model_and_a_lora_that_is_not_here_name_the_command_that_fetches_them(tmp_path, monkeypatch):

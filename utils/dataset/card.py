@@ -18,15 +18,23 @@ from utils.dataset.folder import PROMPTS, Dataset
 from utils.storage import atomic_write, readable, sha256_file, write_json
 
 CARD, CROISSANT, SUMS = "README.md", "croissant.json", "SHA256SUMS"
-# Part of a model's hub id -> the licence that its page states, by the hub's names of licences. It binds who draws with
-# the model and, for those of the OpenRAIL family, restricts uses of what was drawn.
+# Part of the hub id of a model or LoRA -> the licence that its page states (docs/generators.md says where it was read).
+# It binds who draws with the model and, for those of the OpenRAIL family, restricts uses of what was drawn.
 LICENCES = {
     "CompVis/stable-diffusion-v1": "creativeml-openrail-m",
     "stable-diffusion-v1-5/": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-2": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "stabilityai/sdxl-turbo": "sai-nc-community",
+    "stabilityai/stable-diffusion-3": "stabilityai-ai-community",
+    "ByteDance/SDXL-Lightning": "openrail++",
+    "SimianLuo/LCM_Dreamshaper_v7": "mit",
+    "latent-consistency/lcm-lora-sd": "openrail++",
+    "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
     "black-forest-labs/FLUX.1-schnell": "apache-2.0",
+    "PixArt-alpha/PixArt-Sigma": "openrail++",
 }
+OF_THE_HUB = ("creativeml-openrail-m", "openrail++", "mit", "apache-2.0")  # others it calls "other", by license_name
 SIZES = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
 # Croissant 1.0's own @context, without which its terms mean nothing.
 CONTEXT: dict[str, Any] = {
@@ -69,9 +77,10 @@ def write_card(dataset: Dataset, shards: list[dict[str, Any]], stems: list[str])
 
 
 def licence_of(dataset: Dataset) -> str:
-    """The licence of the generator by the hub's name; "other" where it is not in LICENCES."""
-    model = dataset.info["model"]["id"]
-    return next((licence for part, licence in LICENCES.items() if part in model), "other")
+    """That of the generator and of its LoRA; "unknown" where one is not in LICENCES or they have different ones."""
+    models = [dataset.info["model"]["id"], *(dataset.recipe.get("lora") or [])]
+    found = {next((licence for part, licence in LICENCES.items() if part in model), "unknown") for model in models}
+    return found.pop() if len(found) == 1 else "unknown"
 
 
 def suffix_of(dataset: Dataset) -> str:
@@ -84,8 +93,9 @@ def card(dataset: Dataset, shards: list[dict[str, Any]]) -> str:
     info, recipe = dataset.info, dataset.recipe
     images, model, size = sum(shard["images"] for shard in shards), info["model"], suffix_of(dataset)
     files = [shard["file"] for shard in shards]  # by name: other tar files in the folder are none of it
+    known = licence_of(dataset)
     header: dict[str, Any] = {
-        "license": licence_of(dataset),
+        **({"license": known} if known in OF_THE_HUB else {"license": "other", "license_name": known}),
         "pretty_name": info["name"],
         "task_categories": ["image-classification"],
         "tags": ["synthetic", "imagenet-sd", "webdataset"],
@@ -94,9 +104,7 @@ def card(dataset: Dataset, shards: list[dict[str, Any]]) -> str:
         "dataset_info": {"features": features(dataset)},
     }
     asked = {key: value for key, value in recipe.items() if value is not None and key not in ("classes", "prompts")}
-    licence = (
-        f"`{header['license']}`" if header["license"] != "other" else "not known here: look it up and name it above"
-    )
+    licence = f"`{known}`" if known != "unknown" else "not known here: look it up and name it above"
     prompts = f"the texts of `{PROMPTS}`" if recipe.get("prompts") else f"the template `{cell(recipe['prompt'])}`"
     lines = [
         "---",

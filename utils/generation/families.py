@@ -1,7 +1,8 @@
 """Generators that can be driven, a row each: how diffusers' pipeline is called, and the values its authors publish.
 
 Stable Diffusion 1.x and 2.x have their own loop (diffusion.py), tuned to give the same pixels faster; of every other
-row diffusers' pipeline object is called as a whole (whole_pipeline.py). A new family is a new row. Imports no torch.
+row diffusers' pipeline object is called as a whole (whole_pipeline.py). A new family is a new row. Where each value
+was read is listed in docs/generators.md. Imports no torch.
 """
 
 import re
@@ -75,19 +76,15 @@ SD = Family(
     schedulers=("pndm", *VARIANCE_PRESERVING),
 )  # fmt: skip
 SDXL = Family(
-    # https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0 leaves both to diffusers' defaults, 50 and 5:
-    # https://github.com/huggingface/diffusers/blob/main/src/diffusers/pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py
     "sdxl", "StableDiffusionXLPipeline", r"xl-base|sdxl", steps=50, guidance_scale=5.0, size=1024,
     schedulers=(OWN, *VARIANCE_PRESERVING),
     embeddings=("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
 )  # fmt: skip
 SD3 = Family(
-    # https://huggingface.co/stabilityai/stable-diffusion-3-medium-diffusers: 28 steps, guidance 7
     "sd3", "StableDiffusion3Pipeline", r"stable-diffusion-3-", steps=28, guidance_scale=7.0, size=1024,
     denoiser="transformer", patch=2, embeddings=SDXL.embeddings, encode={"prompt_2": None, "prompt_3": None},
 )  # fmt: skip
 FLUX = Family(
-    # https://huggingface.co/black-forest-labs/FLUX.1-dev: 50 steps, guidance 3.5, bfloat16; 512 tokens
     "flux-dev", "FluxPipeline", r"flux\.1-dev", steps=50, guidance_scale=3.5, size=1024, guidance="input",
     dtype="bf16", denoiser="transformer", patch=2,
     embeddings=("prompt_embeds", "pooled_prompt_embeds"), encode={"max_sequence_length": 512},
@@ -100,41 +97,30 @@ DISTILLED: dict[str, Any] = {"guidance": "none", "guidance_scale": 1.0}
 # The first row of a pipeline class stands for models of unknown name; of several rows that match the last is taken.
 ROWS = (
     SD,
-    # https://huggingface.co/stabilityai/sd-turbo: 1 step (up to 4), no guidance, 512 px
     replace(SD, name="sd-turbo", models=r"sd-turbo", steps=1, most_steps=4, schedulers=(OWN,), **DISTILLED),
-    # https://huggingface.co/latent-consistency/lcm-lora-sdv1-5: LCM's scheduler, 4 steps (2 to 8), no guidance
     replace(SD, name="lcm-lora", models=r"lcm-lora-sdv1", steps=4, most_steps=8, schedulers=("lcm",), **DISTILLED),
     Family(
-        # https://huggingface.co/SimianLuo/LCM_Dreamshaper_v7: 4 steps (best 1 to 8), guidance 8 as an input, 768 px
         "lcm", "LatentConsistencyModelPipeline", r"lcm_", steps=4, guidance_scale=8.0, size=768, guidance="input",
         most_steps=50, embeddings=("prompt_embeds",),
     ),
     SDXL,
-    # https://huggingface.co/stabilityai/sdxl-turbo: 1 step (up to 4), no guidance, 512 px
     replace(SDXL, name="sdxl-turbo", models=r"xl-turbo", steps=1, most_steps=4, size=512, schedulers=(OWN,),
             **DISTILLED),
-    # https://huggingface.co/ByteDance/SDXL-Lightning, a LoRA for SDXL: as many steps as its name says (4 if it does
-    # not), Euler from the last timestep, no guidance
+    # a LoRA for SDXL: as many steps as its name says, 4 if it does not
     replace(SDXL, name="sdxl-lightning", models=r"sdxl.?lightning(.*?(?P<steps>\d)-?step)?", steps=4, most_steps=8,
             schedulers=("euler_trailing",), **DISTILLED),
-    # https://huggingface.co/latent-consistency/lcm-lora-sdxl: LCM's scheduler, 4 steps (2 to 8), no guidance
     replace(SDXL, name="lcm-lora-sdxl", models=r"lcm-lora-sdxl", steps=4, most_steps=8, schedulers=("lcm",),
             **DISTILLED),
     SD3,
-    # https://huggingface.co/stabilityai/stable-diffusion-3.5-medium: 40 steps, guidance 4.5, bfloat16
     replace(SD3, name="sd3.5-medium", models=r"stable-diffusion-3\.5-medium", steps=40, guidance_scale=4.5,
             dtype="bf16"),
-    # https://huggingface.co/stabilityai/stable-diffusion-3.5-large: 28 steps, guidance 3.5, bfloat16
     replace(SD3, name="sd3.5-large", models=r"stable-diffusion-3\.5-large", steps=28, guidance_scale=3.5, dtype="bf16"),
-    # https://huggingface.co/stabilityai/stable-diffusion-3.5-large-turbo: 4 steps, no guidance, bfloat16
     replace(SD3, name="sd3.5-turbo", models=r"3\.5-large-turbo", steps=4, most_steps=8, dtype="bf16", **DISTILLED),
     FLUX,
-    # https://huggingface.co/black-forest-labs/FLUX.1-schnell: 4 steps, no guidance, at most 256 tokens
-    replace(FLUX, name="flux-schnell", models=r"flux\.1-schnell", steps=4, most_steps=8,
+    replace(FLUX, name="flux-schnell", models=r"flux\.1-schnell", steps=4, most_steps=4,
             encode={"max_sequence_length": 256}, **DISTILLED),
     Family(
-        # https://huggingface.co/PixArt-alpha/PixArt-Sigma-XL-2-1024-MS leaves all to diffusers' defaults: 20 steps,
-        # guidance 4.5. Its binning would draw another size than asked; its cleaning of captions is for crawled ones.
+        # Its binning would draw another size than asked; its cleaning of captions is for crawled ones.
         "pixart-sigma", "PixArtSigmaPipeline", r"pixart-sigma", steps=20, guidance_scale=4.5, size=1024,
         schedulers=(OWN, "ddim", "dpmpp_2m", "unipc"), denoiser="transformer", patch=2,
         embeddings=("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds",

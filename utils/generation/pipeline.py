@@ -163,13 +163,17 @@ def find_pipeline(model: str, revision: str | None = None, loras: Sequence[str] 
 
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+    from huggingface_hub.utils import filter_repo_objects
 
     fetch = f"hf download {model}" + (f" --revision {revision}" if revision else "")
     try:
-        HfApi().model_info(model, revision=revision, timeout=5)  # fails in seconds where there is no network
+        # fails in seconds where there is no network
+        found = HfApi().model_info(model, revision=revision, timeout=5, files_metadata=True)
         index = Path(hf_hub_download(model, "model_index.json", revision=revision))
         _ = PipelineFolder(model, None, index.parent).family  # told before the weights are fetched
-        print(f"fetching {model} (about 5 GB for Stable Diffusion 1.4); an interrupted download continues", flush=True)
+        wanted = filter_repo_objects(found.siblings or [], allow_patterns=HUB_FILES, key=lambda file: file.rfilename)
+        size = sum(file.size or 0 for file in wanted) / 1e9
+        print(f"fetching {model} ({size:.1f} GB); an interrupted download continues", flush=True)
         return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
     except UserError:
         raise
