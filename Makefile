@@ -76,7 +76,7 @@ LAUNCH = $(strip $(PY) $(if $(filter-out inline,$(LAUNCHER)),-m utils.launch $(L
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock | cksum | cut -d' ' -f1)
 DEV_STAMP := $(VENV)/.installed-dev-$(shell cat requirements.lock requirements-dev.lock | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test fuzz lint bench generate train evaluate pipeline study docker clean lock check-prompts \
+.PHONY: help setup demo test coverage fuzz lint bench generate train evaluate pipeline study docker clean lock check-prompts \
         gpu-check bench-gpu
 help: ## this text
 	@printf 'imagenet-sd: can synthetic images replace real ones?\n\nusage: make TARGET [VARIABLE=value ...]\n\n'
@@ -176,7 +176,10 @@ study: $(STAMP) ## curves and exchange rates from a file: make study STUDY=studi
 
 # ===== development =====
 # check-prompts needs Debian's wordnet-base; tests/test_build_tables.py says so where it is absent.
-test: $(DEV_STAMP) $(if $(wildcard /usr/share/wordnet/data.noun),check-prompts) ## every test, with coverage
+test: $(DEV_STAMP) $(if $(wildcard /usr/share/wordnet/data.noun),check-prompts) ## every test
+	$(PY) -m pytest -n 2 --dist worksteal -q
+
+coverage: $(DEV_STAMP) ## the lines that the tests run, those of started processes too; counting takes as long again as half the tests
 	$(PY) -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered -q
 
 fuzz: $(DEV_STAMP) ## ten minutes of damaged files at every reader, and three times as many random kills

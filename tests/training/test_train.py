@@ -173,6 +173,7 @@ def test_a_dry_run_can_be_interrupted(images, tmp_path):
     patch = """
         import os, signal
         from utils.training.step import Training
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
         Training.end_step = lambda self: os.kill(os.getpid(), signal.SIGINT)
     """
     _, err = finish(start("--data", images, "--out", tmp_path / "run", *TINY, "--dry-run", patch=patch), 130)
