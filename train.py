@@ -27,11 +27,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import cli
-from utils.machine import add_costs, rounded_cost, snapshot
+from utils import cli, machine
 from utils.storage import atomic_path, read_json, sha256_file, write_json
-from utils.training.distributed import take_own_cores
+from utils.training import distributed
+from utils.training.distributed import any_rank
 from utils.training.recipe import CHOICES, changed
+from utils.training.stop_signals import StopRequested, StopSignals
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +176,7 @@ def main(args: argparse.Namespace) -> int:
     """Train as ARGS say; the exit code: 0 done, 128 + N stopped by signal N. UserError for what the user can mend."""
     # Idle threads sleep instead of spinning: on a busy machine a step is then ten times faster. Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    take_own_cores()
+    distributed.take_own_cores()
     with ExitStack() as closing:  # the process group, the run folder's lock, the loaders: given back whatever happens
         return train_from_scratch(args, closing)
 
@@ -204,14 +205,11 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
         refuse_contained([place for one in images for place in one.locations()], val_images.locations(), "--val")
 
     # ===== preparing the device, the model and the optimizer =====
-    from utils.machine import resolve_device
-    from utils.training import distributed
     from utils.training.loader import CropBatches, crop_specs, worker_count
     from utils.training.run_log import describe_plan
-    from utils.training.stop_signals import StopRequested, StopSignals
     from utils.training.validation import validation_on
 
-    device = resolve_device(distributed.device_name(args.device))
+    device = machine.resolve_device(distributed.device_name(args.device))
     processes = closing.enter_context(distributed.process_group(device))
     training = make_training(args, recipe, device, len(images[0].class_ids), sum(map(len, images)))
 
@@ -263,15 +261,13 @@ def make_training(args: argparse.Namespace, recipe: dict, device: torch.device, 
     """The network for CLASSES, its optimizer and the schedule of an epoch of IMAGES, on DEVICE, over all processes."""
     import torch
 
-    from utils.machine import memory_format, require_compiler, resolve_dtype
     from utils.model import MultiCrop, build_model, forward_flops, parameter_groups, sync_batchnorm
-    from utils.training import distributed
     from utils.training.loader import crop_specs
     from utils.training.step import Training, make_schedule
 
-    dtype, world = resolve_dtype(args.dtype, device), distributed.ranks().world_size
+    dtype, world = machine.resolve_dtype(args.dtype, device), distributed.ranks().world_size
     # ResNet50's step on a CPU is 1.13 times as fast with channels_last in fp32 too (row train_step_vs_fp32).
-    automatic = torch.channels_last if device.type == "cpu" else memory_format(device, dtype)
+    automatic = torch.channels_last if device.type == "cpu" else machine.memory_format(device, dtype)
     layout = {None: automatic, True: torch.channels_last, False: torch.contiguous_format}[args.channels_last]
     schedule = make_schedule(recipe, images, world)
     torch.manual_seed(args.seed)
@@ -284,7 +280,7 @@ def make_training(args: argparse.Namespace, recipe: dict, device: torch.device, 
         model = sync_batchnorm(model)
     forward: torch.nn.Module = MultiCrop(model)
     if args.compile:
-        require_compiler(device)
+        machine.require_compiler(device)
         forward = torch.compile(forward, dynamic=False)  # each crop size on its own: kernels for any size are slower
     if world > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, [device] if device.type == "cuda" else None)
@@ -296,12 +292,11 @@ def make_training(args: argparse.Namespace, recipe: dict, device: torch.device, 
 
 def train(training, loader, validation, stop, out: Path, identity: dict, args: argparse.Namespace) -> None:
     """The loop: from training.step to the end, with log lines, checkpoints and validation on the way."""
-    from utils.training.distributed import any_rank, is_main
     from utils.training.run_log import RunLog, draw_run
 
     schedule = training.schedule
-    log = RunLog(out, training.step) if is_main() else None
-    if training.epoch_line_due():
+    log = RunLog(out, training.step) if distributed.is_main() else None
+    if training.step % schedule.steps_per_epoch == 0 and training.epoch["seen"]:  # its line follows its checkpoint
         if any_rank(log is not None and not log.has_epoch(training.step), training.device):  # stopped while validating
             finish_epoch(training, validation, log, stop, args.val_every)
         training.epoch.clear()
@@ -315,13 +310,13 @@ def train(training, loader, validation, stop, out: Path, identity: dict, args: a
                 log.interval(training, totals)
         stop.check(training.device)
         training.writer.check()
-        if is_main() and (epoch_ended or time.monotonic() - saved_at > 60 * args.checkpoint_minutes):
+        if log and (epoch_ended or time.monotonic() - saved_at > 60 * args.checkpoint_minutes):
             training.save(out, identity)  # before validation, which takes long and may stop at a damaged image
             saved_at = time.monotonic()
         if epoch_ended:
             finish_epoch(training, validation, log, stop, args.val_every)
             training.epoch.clear()
-        if is_main() and epoch_ended and time.monotonic() - drawn_at > CURVES_SECONDS:
+        if log and epoch_ended and time.monotonic() - drawn_at > CURVES_SECONDS:
             draw_run(out)
             drawn_at = time.monotonic()
 
@@ -380,9 +375,8 @@ def export(training, out: Path, name: str) -> None:
     draw_run(out)
     with atomic_path(out / f"{name}.pth", fsync=True) as temporary, open(temporary, "wb") as file:
         torch.save(export_state_dict(training.model), file)
-    cost = add_costs(training.cost, training.meter.read())
-    flops = training.flops(0, training.step)
-    described = {"weights_sha256": sha256_file(out / f"{name}.pth"), "cost": rounded_cost(cost | {"flops": flops})}
+    cost = machine.add_costs(training.cost, training.meter.read()) | {"flops": training.flops(0, training.step)}
+    described = {"weights_sha256": sha256_file(out / f"{name}.pth"), "cost": machine.rounded_cost(cost)}
     write_json(out / "args.json", read_json(out / "args.json") | described)
 
 
@@ -390,7 +384,6 @@ def time_steps(training, loader, max_bad_images: int) -> str:
     """Time some real steps and extrapolate. The weights they change are thrown away with the process."""
     import torch
 
-    from utils.training.distributed import any_rank
     from utils.training.run_log import duration
 
     schedule, device = training.schedule, training.device
@@ -441,7 +434,7 @@ def describe_run(args: argparse.Namespace, name: str, images: Sequence, identity
         "dtype": str(training.dtype).removeprefix("torch."),
         "sources": [one.source() for one in images],
         "identity": identity,
-        "environment": snapshot(),
+        "environment": machine.snapshot(),
     }
 
 

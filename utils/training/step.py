@@ -224,10 +224,6 @@ class Training:
         self.interval.clear()
         return sums
 
-    def epoch_line_due(self) -> bool:
-        """Whether an epoch has ended whose line is not written yet: its checkpoint comes before validation."""
-        return self.step % self.schedule.steps_per_epoch == 0 and self.epoch["seen"] > 0
-
     # ===== saving and resuming =====
 
     def save(self, run: Path, identity: dict) -> None:
