@@ -5,8 +5,8 @@ finished run is recognised without it.
 """
 
 import copy
-import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,8 @@ class Writer:
     """Writes checkpoints in a thread: a step waits for a copy of the state in memory, not for the disk."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._hand = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None  # until somebody has asked how it ended
 
     def start(self, run: Path, state: dict) -> None:
         """Write STATE as it is now; waits until the one before is written, and raises what has stopped that one."""
@@ -148,20 +148,13 @@ class Writer:
         import torch.utils.serialization.config  # noqa: F401
 
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(run, on_host(state)))
-        self._thread.start()
-
-    def _write(self, run: Path, state: dict) -> None:
-        try:
-            save_checkpoint(run, state)
-        except Exception as error:
-            self._error = error
+        self._writing = self._hand.submit(save_checkpoint, run, on_host(state))
 
     def check(self) -> None:
         """Raise the error that has stopped the last checkpoint, once; does not wait for one that is being written."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        if self._writing and self._writing.done():
+            written, self._writing = self._writing, None
+            written.result()
 
     def wait(self) -> None:
         """Until the last checkpoint is on the disk; raises the error that has stopped it."""
@@ -170,8 +163,8 @@ class Writer:
 
     def close(self) -> None:
         """Until nothing is being written any more."""
-        if self._thread is not None:
-            self._thread.join()
+        if self._writing:
+            wait([self._writing])
 
 
 def on_host(value: Any) -> Any:
