@@ -64,34 +64,25 @@ def global_size(recipe: Mapping[str, Any], epoch: int) -> int:
     return round(first + (last - first) * round(2 * progress) / 2)
 
 
-class Order(NamedTuple):
-    """The samples of one epoch in order: (N,) indices into the mixture and (N,) how often each was drawn before."""
-
-    samples: np.ndarray
-    passes: np.ndarray
-
-
-def epoch_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> Order:
+def epoch_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
     """Order of epoch EPOCH over several image sets of SIZES images, numbered one after the other.
+
+    (2, N) int64: the samples, and how often each was drawn before.
 
     An epoch is as long as the sets together. Each set fills its weight's share of it by walking through its own
     endless series of shuffles, so its images are used equally often. With one set: a plain shuffle, passes == epoch.
     """
     total, counts = sum(sizes), share_out(sum(sizes), weights)
-    samples, passes = [], []
-    offset = 0
+    parts, offset = [], 0
     for stream, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         start, stop = epoch * count, (epoch + 1) * count  # places in the series of shuffles
         for round_ in range(start // size, -(-stop // size)):
             shuffle = permutation(size, seed, round_, stream)
             part = shuffle[max(0, start - round_ * size) : max(0, stop - round_ * size)]
-            samples.append(part + offset)
-            passes.append(np.full(len(part), round_))
+            parts.append(np.stack([part + offset, np.full(len(part), round_)]))
         offset += size
-    if len(sizes) == 1:
-        return Order(samples[0], passes[0])
-    mixed = permutation(total, seed, epoch, stream=len(sizes))
-    return Order(np.concatenate(samples)[mixed], np.concatenate(passes)[mixed])
+    order = np.concatenate(parts, axis=1)
+    return order if len(sizes) == 1 else order[:, permutation(total, seed, epoch, stream=len(sizes))]
 
 
 def share_out(total: int, weights: Sequence[float]) -> list[int]:
@@ -123,20 +114,19 @@ class CropBatches:
     ):
         self.sets, self.weights, self.crops, self.seed = list(sets), list(weights), crops, seed
         self.starts = np.cumsum([0] + [len(images) for images in sets])
-        self._order: tuple[int, Order] | None = None  # of the current epoch
+        self._order: tuple[int, np.ndarray] | None = None  # of the current epoch
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def order(self, epoch: int) -> Order:
+    def order(self, epoch: int) -> np.ndarray:
         """Of epoch EPOCH, kept until another is asked for."""
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, epoch_order([len(s) for s in self.sets], self.weights, self.seed, epoch))
         return self._order[1]
 
     def __getitem__(self, request: Request) -> dict:
-        order = self.order(request.epoch)
-        samples, passes = (part[request.start : request.stop] for part in (order.samples, order.passes))
+        samples, passes = self.order(request.epoch)[:, request.start : request.stop]
         specs = self.crops(request.epoch)
         draws = uniforms(DRAWS_PER_CROP * sum(c.count for c in specs), "crops", self.seed, passes, samples)
         crops = [torch.empty(len(samples), c.count, c.size, c.size, 3, dtype=torch.uint8) for c in specs]
