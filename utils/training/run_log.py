@@ -1,25 +1,20 @@
 """What a training run says: its plan, a line for people, log.jsonl for machines, curves.png."""
 
-from __future__ import annotations
-
 import json
 import resource
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from utils.images import Curve, draw_curves
 from utils.machine import snapshot
 from utils.storage import append_jsonl, atomic_write, read_jsonl
+from utils.training.image_sets import ImageSet
 from utils.training.recipe import as_text
-
-if TYPE_CHECKING:
-    from utils.training.image_sets import ImageSet
-    from utils.training.step import Training
+from utils.training.step import Training
 
 LOG, CURVES = "log.jsonl", "curves.png"
 
