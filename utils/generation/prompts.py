@@ -23,10 +23,13 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 from utils.classes import CONTROL, PROMPTS_DIR, ClassRow, ClassTable, load_classes, read_list
 from utils.cli import UserError, make_parser, positive_int, run
+
+if TYPE_CHECKING:
+    from utils.generation.prompt_files import PromptFile
 
 # The paper's prompts under the paper's names: c is the class name, h_c its hypernym, d_c its definition, b a scene.
 # The authors' project page states "name and description" for the released models; the others are recalled from the
@@ -89,22 +92,7 @@ class Template:
         return self
 
 
-class Templates(Protocol):
-    """One template for all classes, or those of a file of prompts."""
-
-    @property
-    def text(self) -> str:
-        """As the recipe records it."""
-
-    @property
-    def fields(self) -> set[str]:
-        """The placeholders; of a file of prompts none if some of its texts have none."""
-
-    def templates(self, wnid: str) -> list[Template]:
-        """Those of a class."""
-
-    def pick(self, wnid: str, image_seed: int) -> Template:
-        """That of one image."""
+Templates: TypeAlias = "Template | PromptFile"  # one for all classes, or those of a file of prompts
 
 
 def supervision_of(template: Templates) -> str | None:
