@@ -27,7 +27,7 @@ from generate import draw
 from tests.tiny_sd import build_tiny_sd, byte_tokenizer
 from utils.classes import ClassRow, ClassTable, load_classes
 from utils.dataset import folder as datasets
-from utils.generation import diffusion, loading
+from utils.generation import loading
 from utils.generation.drawing import Session
 from utils.generation.pipeline import find_pipeline
 from utils.generation.prompts import class_prompts, parse_template
@@ -242,8 +242,8 @@ class Ours:
         started = time.perf_counter()
         for _ in sampler.guided:
             sampler.unet(torch.cat([latents, latents]), 500, encoder_hidden_states=text, return_dict=False)
-        for start, end in diffusion.spans(batch, sampler.decoding.size):
-            sampler.vae.decode(latents[start:end], return_dict=False)
+        for part in latents.split(sampler.decoding.size):
+            sampler.vae.decode(part, return_dict=False)
         synchronize(sampler.device)
         return batch / (time.perf_counter() - started)
 

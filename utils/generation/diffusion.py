@@ -45,7 +45,7 @@ class Portions:
         """[work(start, end)] for portions that cover COUNT images; UserError if memory lacks for a single one."""
         while True:
             try:
-                return [work(start, end) for start, end in spans(count, self.size)]
+                return [work(start, min(start + self.size, count)) for start in range(0, count, self.size)]
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
@@ -196,11 +196,6 @@ class Sampler:
         inputs = self.pipeline.feature_extractor(list(pixels.numpy()), return_tensors="pt").pixel_values
         blackened = torch.zeros(len(pixels), 1)  # the checker blackens the images it is given: not ours
         return [bool(flag) for flag in checker(clip_input=inputs.to(self.device, self.dtype), images=blackened)[1]]
-
-
-def spans(count: int, size: int) -> list[tuple[int, int]]:
-    """[(0, size), (size, 2 size), ...] that cover COUNT."""
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def own_generators(seeds: Sequence[int]) -> list[torch.Generator]:

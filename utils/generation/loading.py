@@ -82,18 +82,14 @@ def load_whole(pipeline, recipe: Recipe, device: torch.device, dtype: torch.dtyp
     if recipe.compile:
         denoiser.forward = torch.compile(denoiser.forward, dynamic=False)
     sampler = WholePipeline(pipeline, recipe, device, dtype)
-    if device.type == "cuda" and weight_bytes(pipeline) > IN_MEMORY * torch.cuda.mem_get_info(device)[0]:
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    weight_bytes = sum(weight.nbytes for part in modules for weight in part.parameters())
+    if device.type == "cuda" and weight_bytes > IN_MEMORY * torch.cuda.mem_get_info(device)[0]:
         pipeline.enable_model_cpu_offload(device=device)
         sampler.side_stream = None  # the VAE would push the network out
     else:
         pipeline.to(device)
     return sampler
-
-
-def weight_bytes(pipeline) -> int:
-    """Of all components of PIPELINE."""
-    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    return sum(weight.numel() * weight.element_size() for part in modules for weight in part.parameters())
 
 
 # ===== choices by device =====

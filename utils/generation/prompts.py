@@ -191,10 +191,17 @@ def token_counter(model: str) -> tuple[Callable[[str], int], int] | None:
 
     The files are looked for before transformers is asked: for an absent model it hands out an empty vocabulary.
     """
-    names = (["tokenizer.json"], ["vocab.json", "merges.txt"])
-    found = ([_local_file(model, f"tokenizer/{name}") for name in together] for together in names)
-    folder = next((paths[0].parent for paths in found if paths[0] and all(paths)), None)
-    if folder is None:
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import errors, snapshot_download
+
+        try:
+            folder = Path(snapshot_download(model, local_files_only=True))
+        except (errors.LocalEntryNotFoundError, errors.HFValidationError):  # not here, or no name the hub could know
+            return None
+    folder /= "tokenizer"
+    wanted = (["tokenizer.json"], ["vocab.json", "merges.txt"])
+    if not any(all((folder / name).is_file() for name in together) for together in wanted):
         return None
     from transformers import CLIPTokenizer  # a second to import, but it brings no torch
 
@@ -203,19 +210,6 @@ def token_counter(model: str) -> tuple[Callable[[str], int], int] | None:
     tokenizer.backend_tokenizer.no_padding()
     most = min(int(tokenizer.model_max_length), CLIP_MAX_TOKENS)
     return lambda text: len(tokenizer.backend_tokenizer.encode(text).ids), most
-
-
-def _local_file(model: str, file: str) -> Path | None:
-    """FILE of MODEL in its folder, or in the Hugging Face cache."""
-    if (path := Path(model).expanduser() / file).is_file():
-        return path
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        cached = try_to_load_from_cache(model, file)
-    except ValueError:  # MODEL is no name that the hub could know
-        return None
-    return Path(cached) if isinstance(cached, str) else None
 
 
 def kept_part(text: str, count: Callable[[str], int], max_tokens: int = CLIP_MAX_TOKENS) -> str:

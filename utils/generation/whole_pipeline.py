@@ -8,9 +8,11 @@ to diffusers is its loop.
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from utils.generation.diffusion import Sampler, own_generators
 from utils.generation.recipe import Recipe
@@ -73,19 +75,13 @@ class WholePipeline(Sampler):
         halved = any(self.guided) and not guided
         if halved:
             both = len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-            args, kwargs = cond_half(args, both), cond_half(kwargs, both)
+            args, kwargs = tree_map_only(torch.Tensor, partial(cond_half, both=both), (args, kwargs))
         outputs = self.evaluate(*args, **kwargs)
         self.step += 1
         self.on_step(self.step, len(self.guided))
         return (torch.cat([outputs[0], outputs[0]]), *outputs[1:]) if halved else outputs
 
 
-def cond_half(value: Any, both: int) -> Any:
-    """VALUE with every tensor of BOTH rows in it cut to the second half."""
-    if isinstance(value, dict):
-        return {key: cond_half(item, both) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(cond_half(item, both) for item in value)
-    if isinstance(value, torch.Tensor) and value.ndim and len(value) == both:
-        return value[both // 2 :]
-    return value
+def cond_half(tensor: torch.Tensor, both: int) -> torch.Tensor:
+    """The second half of a tensor of BOTH rows; any other as it is."""
+    return tensor[both // 2 :] if tensor.ndim and len(tensor) == both else tensor
