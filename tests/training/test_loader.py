@@ -20,16 +20,8 @@ from utils.images import BadImage
 from utils.storage import sha256_file, write_json
 from utils.training import loader
 from utils.training.image_sets import FolderImages, TarImages, class_names, open_images, open_sources, open_validation
-from utils.training.loader import (
-    CropBatches,
-    CropSpec,
-    Request,
-    crop_box,
-    epoch_order,
-    make_loader,
-    random_crops,
-    requests,
-)
+from utils.training.loader import CropBatches, CropSpec, Request, crop_box, epoch_order, make_loader, random_crops
+from utils.training.step import Schedule
 
 SPECS = [CropSpec(24, 1, (0.25, 1.0)), CropSpec(12, 3, (0.05, 0.25))]
 
@@ -105,9 +97,10 @@ def test_a_mix_gives_each_set_its_share_and_each_image_its_turn(sizes, shares, s
 @given(world=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2, 4]), skip=st.integers(0, 6))
 def test_processes_and_micro_batches_cut_the_same_batches(world, micro, skip):
     """Whatever the cut, step t is rows t*16 .. t*16+15 of its epoch; resuming at `skip` gives the rest."""
+    plan = Schedule(48, 16, micro, world, steps_per_epoch=3, epochs=3, warmup_steps=0, peak_lr=0.1, final_lr=0.0)
     rows: dict[tuple[int, int], list[int]] = {}
     for rank in range(world):
-        for number, request in enumerate(requests(range(skip, 7), 3, 16, micro, rank, world)):
+        for number, request in enumerate(plan.requests(range(skip, 7), rank)):
             step = skip + number // micro
             rows.setdefault((step, request.epoch), []).extend(range(request.start, request.stop))
     assert {key: sorted(value) for key, value in rows.items()} == {

@@ -13,10 +13,16 @@ import train
 from utils.model import build_model, forward_flops
 from utils.training.loader import crop_specs, global_size
 from utils.training.random_numbers import permutation, uniforms
-from utils.training.step import Training, learning_rate, make_schedule
+from utils.training.step import Schedule, Training, make_schedule
 
 PINNED_ORDER = [7, 1, 0, 6, 2, 3, 5, 4]
 PINNED_DRAWS = [0.6042966444313892, 0.210764308201017]
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, final: float) -> float:
+    one_epoch = {"images": total_steps, "batch_size": 1, "micro_batches": 1, "world": 1, "epochs": 1}
+    rates = {"warmup_steps": warmup_steps, "peak_lr": peak, "final_lr": final}
+    return Schedule(**one_epoch, steps_per_epoch=total_steps, **rates).lr(step)
 
 
 def test_the_papers_schedule_at_its_corners():

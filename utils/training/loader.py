@@ -199,22 +199,6 @@ def resize(planes: torch.Tensor, out: torch.Tensor, interpolation: str) -> None:
     KERNELS[interpolation](planes, out.shape[2:], False, None, out=out)  # type: ignore[call-arg]
 
 
-def requests(
-    steps: range, steps_per_epoch: int, batch_size: int, micro_batches: int, rank: int, world: int
-) -> Iterator[Request]:
-    """The micro-batches of process RANK for optimizer steps STEPS, counted over all epochs.
-
-    The rows of a batch are cut into micro_batches x world equal runs, so that the images of a step do not depend on
-    how many processes share it.
-    """
-    rows = batch_size // (micro_batches * world)
-    for step in steps:
-        epoch, place = divmod(step, steps_per_epoch)
-        for micro in range(micro_batches):
-            start = place * batch_size + (micro * world + rank) * rows
-            yield Request(epoch, start, start + rows)
-
-
 class Loader(torch.utils.data.DataLoader):
     """Batches prepared ahead of their reader by worker processes, which serve every pass over it."""
 

@@ -26,23 +26,10 @@ from utils.training.augment import augment_views, random_draws
 from utils.training.checkpoint import require_same_images, require_same_run
 from utils.training.distributed import ranks, sum_counts
 from utils.training.image_sets import ImageSet
-from utils.training.loader import CropBatches, crop_specs, make_loader, requests
+from utils.training.loader import CropBatches, Request, crop_specs, make_loader
 from utils.training.random_numbers import uniforms
 
 COUNTS = ("loss", "correct", "seen")
-
-
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, final: float) -> float:
-    """Linear warm-up to PEAK over WARMUP_STEPS, then half a cosine down to FINAL at the last step.
-
-    step counts optimizer steps from 0; total_steps may be at most warmup_steps, the run then ends in the warm-up.
-    """
-    if not 0 <= step < total_steps:
-        raise ValueError(f"step {step} is outside 0..{total_steps - 1}")
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)  # 0..1
-    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @dataclass(frozen=True)
@@ -64,8 +51,30 @@ class Schedule:
         return self.epochs * self.steps_per_epoch
 
     def lr(self, step: int) -> float:
-        """The learning rate of optimizer step STEP, counted from 0."""
-        return learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, self.final_lr)
+        """Of optimizer step STEP, from 0: linear warm-up to the peak, then half a cosine down to final_lr at the last.
+
+        A run of at most warmup_steps ends in the warm-up. ValueError for a step outside the run.
+        """
+        last = self.total_steps - 1
+        if not 0 <= step <= last:
+            raise ValueError(f"step {step} is outside 0..{last}")
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, last - self.warmup_steps)  # 0..1
+        return self.final_lr + (self.peak_lr - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def requests(self, steps: range, rank: int) -> Iterator[Request]:
+        """The micro-batches of process RANK for optimizer steps STEPS, counted over all epochs.
+
+        The rows of a batch are cut into micro_batches x world equal runs, so that the images of a step do not depend
+        on how many processes share it.
+        """
+        rows = self.batch_size // (self.micro_batches * self.world)
+        for step in steps:
+            epoch, place = divmod(step, self.steps_per_epoch)
+            for micro in range(self.micro_batches):
+                start = place * self.batch_size + (micro * self.world + rank) * rows
+                yield Request(epoch, start, start + rows)
 
 
 def make_schedule(recipe: Mapping[str, Any], images: int, world: int) -> Schedule:
@@ -127,10 +136,9 @@ class Training:
     @contextmanager
     def loader(self, batches: CropBatches, workers: int, most_steps: int | None = None) -> Iterator[Iterator[dict]]:
         """Yield this process's micro-batches from the next step on, prepared ahead by WORKERS processes."""
-        schedule = self.schedule
-        steps = range(self.step, schedule.total_steps)[:most_steps]
-        cut = (schedule.steps_per_epoch, schedule.batch_size, schedule.micro_batches, ranks().rank, schedule.world)
-        with make_loader(batches, requests(steps, *cut), workers, pin=self.device.type == "cuda") as loader:
+        steps = range(self.step, self.schedule.total_steps)[:most_steps]
+        wanted = self.schedule.requests(steps, ranks().rank)
+        with make_loader(batches, wanted, workers, pin=self.device.type == "cuda") as loader:
             yield iter(loader)
 
     def flops(self, start: int, stop: int) -> int:
@@ -284,9 +292,8 @@ class Training:
 
     def require_same_step(self, run: Path) -> None:
         """UserError on every process unless all stand at the same step: each has read RUN by itself."""
-        steps = [0.0] * self.schedule.world
-        steps[ranks().rank] = self.step
-        named = {f"{rank:06d}": step for rank, step in enumerate(steps)}
+        own = ranks().rank
+        named = {f"{rank:06d}": float(self.step * (rank == own)) for rank in range(self.schedule.world)}
         steps = list(sum_counts(named, self.device).values())
         for rank, step in enumerate(steps):
             if step != steps[0]:
