@@ -49,7 +49,7 @@ def record(folder: Path, train: Path, **options) -> None:
     if options.get("images_per_class"):
         images.limit(options["images_per_class"])
     args["options"] = {"data": [f"{train}:1"], "images_per_class": None, "classes": None} | options
-    args["identity"] = {"data": [f"{len(images)} images {images.fingerprint()[:16]}"]}
+    args["identity"] = {"data": [images.summary()]}
     (folder / "args.json").write_text(json.dumps(args))
 
 

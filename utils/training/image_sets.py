@@ -117,16 +117,12 @@ class ImageSet:
         self.class_ids = renamed(self.class_ids, label_map)
         self.select(in_label_order(self.class_ids))
 
-    def fingerprint(self) -> str:
-        """Hash of which images of which classes these are: a resumed run must see the same list."""
+    def summary(self) -> str:
+        """Their number and a hash of which images of which classes these are: a resumed run must see the same list."""
         digest = hashlib.sha256("\n".join(self.class_ids).encode())
         digest.update(self.labels.tobytes())
         digest.update(b"\n".join(name.rpartition(b"/")[2] for name in self.names.tolist()))
-        return digest.hexdigest()
-
-    def summary(self) -> str:
-        """Number and fingerprint, as a run's identity records them."""
-        return f"{len(self)} images {self.fingerprint()[:16]}"
+        return f"{len(self)} images {digest.hexdigest()[:16]}"
 
 
 class FolderImages(ImageSet):
@@ -261,12 +257,6 @@ def _dataset_classes(folder: Path) -> list[dict]:
     return described.get("classes", []) if isinstance(described, dict) else []  # someone else's dataset.json
 
 
-def missing_images(images: ImageSet) -> int:
-    """Images that the dataset.json of a generated dataset wants of these classes and that are not there."""
-    rows = [row for row in _dataset_classes(images.home) if row["id"] in images.class_ids]
-    return sum(max(0, row.get("images", 0) - len(images.rows_of(row["id"]))) for row in rows)
-
-
 def require_same_classes(found: list[str], expected: list[str], where: str, reference: str) -> None:
     """UserError that lists the classes missing from and extra in WHERE, compared with REFERENCE."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
@@ -297,7 +287,8 @@ def open_sources(
         if known is not None and (strays := one.keep_known(known)):
             strangers = f"{len(strays)} files that the dataset's manifest does not know are left out: {few(strays)}"
             print0(f"warning: --data {one.root}: {strangers}", file=sys.stderr)
-        if missing := missing_images(one):
+        wanted = [(row.get("images", 0), row["id"]) for row in _dataset_classes(one.home) if row["id"] in one.class_ids]
+        if missing := sum(max(0, count - len(one.rows_of(class_id))) for count, class_id in wanted):
             lacks = f"{missing} images that dataset.json wants are missing"
             where = f"`python generate.py --out {dataset} --status` shows where"
             print0(f"warning: --data {one.root}: {lacks}; {where}", file=sys.stderr)
