@@ -51,63 +51,58 @@ Number = TypeVar("Number", int, float)
 def get_args_parser() -> argparse.ArgumentParser:
     """The options; their defaults are the paper's."""
     parser = cli.make_parser(__doc__)
+    add = parser.add_argument
     # What to draw
-    parser.add_argument(
-        "--classes", default="imagenet_100", help="imagenet_100, imagenet_1k, fashion, .tsv, .txt, list"
-    )
-    parser.add_argument("--prompt", help='"c", "c, h_c", "c, d_c" (default), "c, h_c inside b" or {name} text')
-    parser.add_argument("--prompts", type=cli.any_path, metavar="FILE", help="texts of each class: .tsv, .jsonl, ...")
-    parser.add_argument("--supervision", choices=list(SUPERVISION), help="what the prompts or the model were made from")
-    parser.add_argument("--names", choices=NAMES, default="first", help="of a class: its first name or all")
-    parser.add_argument("--images-per-class", type=image_count, default="imagenet", metavar="N|imagenet|Nx",
-                        help="a number, as many as the real class, or 10x as many ...; may grow")  # fmt: skip
-    parser.add_argument("--seed", type=cli.seed_number, default=0, help="another seed, another dataset")
+    add("--classes", default="imagenet_100", help="imagenet_100, imagenet_1k, fashion, .tsv, .txt, list")
+    add("--prompt", help='"c", "c, h_c", "c, d_c" (default), "c, h_c inside b" or {name} text')
+    add("--prompts", type=cli.any_path, metavar="FILE", help="texts of each class: .tsv, .jsonl, ...")
+    add("--supervision", choices=list(SUPERVISION), help="what the prompts or the model were made from")
+    add("--names", choices=NAMES, default="first", help="of a class: its first name or all")
+    add("--images-per-class", type=image_count, default="imagenet", metavar="N|imagenet|Nx",
+        help="a number, as many as the real class, or 10x as many ...; may grow")  # fmt: skip
+    add("--seed", type=cli.seed_number, default=0, help="another seed, another dataset")
     # How to draw it
-    parser.add_argument("--recipe", choices=list(RECIPES), help="sets the next four options (default: paper; models "
-                        "other than Stable Diffusion 1.x and 2.x have their published values)")  # fmt: skip
-    parser.add_argument("--guidance-scale", type=cli.positive_float, help="1 is none (paper: 2, fast: 2)")
-    parser.add_argument("--guidance-interval", type=interval, metavar="LO,HI", help="guide at noise levels above LO "
-                        "and up to HI only; 0,inf guides everywhere (paper: 0,inf, fast: 0.28,5.42)")  # fmt: skip
-    parser.add_argument("--steps", type=positive_int, help="denoising steps (paper: 50, fast: 18)")
-    parser.add_argument("--scheduler", choices=[*SCHEDULERS, OWN], help="sampler (paper: pndm, fast: dpmpp_2m); own: "
-                        "the one saved with the model")  # fmt: skip
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
-    parser.add_argument("--height", type=positive_int, metavar="PIXELS", help="the model's own size if not given")
-    parser.add_argument("--width", type=positive_int, metavar="PIXELS", help="the model's own size if not given")
+    add("--recipe", choices=list(RECIPES), help="sets the next four options (default: paper; models "
+        "other than Stable Diffusion 1.x and 2.x have their published values)")  # fmt: skip
+    add("--guidance-scale", type=cli.positive_float, help="1 is none (paper: 2, fast: 2)")
+    add("--guidance-interval", type=interval, metavar="LO,HI", help="guide at noise levels above LO "
+        "and up to HI only; 0,inf guides everywhere (paper: 0,inf, fast: 0.28,5.42)")  # fmt: skip
+    add("--steps", type=positive_int, help="denoising steps (paper: 50, fast: 18)")
+    add("--scheduler", choices=[*SCHEDULERS, OWN], help="sampler (paper: pndm, fast: dpmpp_2m); own: "
+        "the one saved with the model")  # fmt: skip
+    add("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    add("--height", type=positive_int, metavar="PIXELS", help="the model's own size if not given")
+    add("--width", type=positive_int, metavar="PIXELS", help="the model's own size if not given")
     # With what
-    parser.add_argument("--model", help=f"folder or hub id (default: {DEFAULT_MODEL}; --reproduce: as recorded)")
-    parser.add_argument("--revision", help="commit or tag of a hub id")
-    parser.add_argument("--lora", action="append", metavar="FILE_OR_ID[:WEIGHT]", help="LoRA weights to merge into the "
-                        "model's, .safetensors; may be given again")  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--dtype", choices=("auto", "fp16", "bf16", "fp32"), default="auto", help="number format")
-    parser.add_argument("--attention", choices=("auto", "sdpa", "xformers"), default="auto", help="auto: the fastest")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at start, then faster")
-    parser.add_argument("--batch-size", type=auto_or_positive, default="auto", metavar="N|auto",
-                        help="images drawn together; auto keeps the folder's, else suits the device")  # fmt: skip
+    add("--model", help=f"folder or hub id (default: {DEFAULT_MODEL}; --reproduce: as recorded)")
+    add("--revision", help="commit or tag of a hub id")
+    add("--lora", action="append", metavar="FILE_OR_ID[:WEIGHT]", help="LoRA weights to merge into the "
+        "model's, .safetensors; may be given again")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--dtype", choices=("auto", "fp16", "bf16", "fp32"), default="auto", help="number format")
+    add("--attention", choices=("auto", "sdpa", "xformers"), default="auto", help="auto: the fastest")
+    add("--compile", action="store_true", help="torch.compile the UNet: minutes at start, then faster")
+    add("--batch-size", type=auto_or_positive, default="auto", metavar="N|auto",
+        help="images drawn together; auto keeps the folder's, else suits the device")  # fmt: skip
     # What to keep
-    parser.add_argument("--out", type=cli.any_path, help="dataset folder (default: data/<classes>_sd)")
-    parser.add_argument(
-        "--format", choices=list(datasets.SUFFIXES), default="jpg", help=f"of the images; jpg: quality {QUALITY}"
-    )
-    parser.add_argument("--save-size", type=positive_int, metavar="PIXELS", help="store with this shorter side")
-    parser.add_argument("--safety", choices=("redraw", "keep", "off"),
-                        help="images the safety checker flags (default: redraw if the model has one)")  # fmt: skip
-    parser.add_argument("--chunk", type=chunk, metavar="I/N", help="only every Nth class, from the Ith")
+    add("--out", type=cli.any_path, help="dataset folder (default: data/<classes>_sd)")
+    add("--format", choices=list(datasets.SUFFIXES), default="jpg", help=f"of the images; jpg: quality {QUALITY}")
+    add("--save-size", type=positive_int, metavar="PIXELS", help="store with this shorter side")
+    add("--safety", choices=("redraw", "keep", "off"),
+        help="images the safety checker flags (default: redraw if the model has one)")  # fmt: skip
+    add("--chunk", type=chunk, metavar="I/N", help="only every Nth class, from the Ith")
     # Instead of drawing
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--dry-run", action="store_true", help="print the plan: images, GPU hours, disk, first prompts")
-    mode.add_argument("--status", action="store_true", help="print what is done, missing, damaged; also while jobs run")
-    mode.add_argument("--verify", action="store_true", help="compare every file with its manifest")
-    mode.add_argument("--repair", action="store_true", help="verify, then draw again what is damaged or missing")
-    mode.add_argument("--preview", action="store_true", help="write contact sheets and OUT/index.html, a gallery")
-    mode.add_argument("--pack", action="store_true", help="write a complete dataset as WebDataset tar shards too")
-    mode.add_argument("--reproduce", type=cli.any_path, metavar="DATASET.JSON",
-                      help="draw a sample of that dataset again, as it records, and compare")  # fmt: skip
-    parser.add_argument("--sample", type=positive_int, default=50, metavar="N", help="images for --reproduce to draw")
-    parser.add_argument(
-        "--rate", type=cli.positive_float, metavar="IMAGES_PER_S", help="of one GPU, for --dry-run's hours"
-    )
+    mode = parser.add_mutually_exclusive_group().add_argument
+    mode("--dry-run", action="store_true", help="print the plan: images, GPU hours, disk, first prompts")
+    mode("--status", action="store_true", help="print what is done, missing, damaged; also while jobs run")
+    mode("--verify", action="store_true", help="compare every file with its manifest")
+    mode("--repair", action="store_true", help="verify, then draw again what is damaged or missing")
+    mode("--preview", action="store_true", help="write contact sheets and OUT/index.html, a gallery")
+    mode("--pack", action="store_true", help="write a complete dataset as WebDataset tar shards too")
+    mode("--reproduce", type=cli.any_path, metavar="DATASET.JSON",
+        help="draw a sample of that dataset again, as it records, and compare")  # fmt: skip
+    add("--sample", type=positive_int, default=50, metavar="N", help="images for --reproduce to draw")
+    add("--rate", type=cli.positive_float, metavar="IMAGES_PER_S", help="of one GPU, for --dry-run's hours")
     return parser
 
 
