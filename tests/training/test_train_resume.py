@@ -181,12 +181,12 @@ SLOW_DISK = """
     from utils.training import checkpoint, step
     save, begin_step = checkpoint.save_checkpoint, step.Training.begin_step
     def slow(run, state):
-        print("writing", state["step"], flush=True)
+        print(f"writing {state['step']}\n", end="", flush=True)  # in one piece: another thread prints too
         time.sleep(3)
         save(run, state)
-        print("written", state["step"], flush=True)
+        print(f"written {state['step']}\n", end="", flush=True)
     def begun(self):
-        print("begins", self.step, flush=True)
+        print(f"begins {self.step}\n", end="", flush=True)
         begin_step(self)
     checkpoint.save_checkpoint, step.Training.begin_step = slow, begun
 """
