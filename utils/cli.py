@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -230,6 +230,15 @@ def few(names: Iterable[Any], most: int = 3) -> str:
     """The first MOST of NAMES, for a message."""
     names = [*map(str, names)]
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def differences(recorded: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, recorded, here) of every fact in which two records differ."""
+    if isinstance(recorded, dict) and isinstance(here, dict):
+        for key in recorded | here:
+            yield from differences(recorded.get(key), here.get(key), f"{name}.{key}" if name else key)
+    elif recorded != here:
+        yield name, recorded, here
 
 
 def shortened(value: Any, longest: int = 60) -> Any:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from utils.cli import UserError
+from utils.cli import UserError, differences
 from utils.dataset.folder import Dataset
 from utils.generation.families import FAMILIES, SD, Family
 from utils.generation.lora import parse_lora
@@ -195,11 +195,11 @@ class Recipe:
 
 def refuse_difference(existing: Dataset, recorded: dict, wanted: dict, what: str) -> None:
     """UserError listing every key in which what was RECORDED of a dataset differs from what is WANTED now."""
-    keys = [key for key in (recorded | wanted) if recorded.get(key) != wanted.get(key)]
-    if keys:
-        shown = "; ".join(f"{key} is {_short(recorded.get(key))}, asked {_short(wanted.get(key))}" for key in keys[:12])
-        more = f"; and {len(keys) - 12} more" if len(keys) > 12 else ""
-        grows = "; a set only grows: train.py --images-per-class takes part of it" * (keys == ["images_per_class"])
+    if found := [*differences(recorded, wanted)]:
+        shown = "; ".join(f"{key} is {_short(old)}, asked {_short(new)}" for key, old, new in found[:12])
+        more = f"; and {len(found) - 12} more" if len(found) > 12 else ""
+        only_fewer = [key for key, _, _ in found] == ["images_per_class"]
+        grows = "; a set only grows: train.py --images-per-class takes part of it" * only_fewer
         raise UserError(
             f"--out {existing.root} was made with another {what}: {shown}{more}; give the same options or another "
             f"--out{grows}"

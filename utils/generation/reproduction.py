@@ -11,11 +11,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from utils.cli import UserError
+from utils.cli import UserError, differences
 from utils.dataset import folder as datasets
 from utils.dataset.folder import ClassFolder, Dataset
 from utils.generation.drawing import Batch, ProgressBar
@@ -110,15 +109,6 @@ def recorded_model(dataset: Dataset) -> tuple[str, str | None]:
     """(folder or hub id, revision) of the model DATASET was drawn with."""
     name, revision = dataset.info["model"]["id"], dataset.info["model"]["revision"]
     return name, None if Path(name).is_dir() else revision
-
-
-def differences(recorded: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, recorded, here) of every fact in which two records differ."""
-    if isinstance(recorded, dict) and isinstance(here, dict):
-        for key in recorded | here:
-            yield from differences(recorded.get(key), here.get(key), f"{name}.{key}" if name else key)
-    elif recorded != here:
-        yield name, recorded, here
 
 
 # ===== the sample =====

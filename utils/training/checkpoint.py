@@ -43,13 +43,6 @@ def make_identity(recipe: Mapping[str, Any], images: Sequence[ImageSet], weights
     return identity | {"seed": seed, "weights": list(weights), "data": [one.summary() for one in images]}
 
 
-def require_same_run(saved: dict, wanted: dict, run: Path) -> None:
-    """UserError that names what differs between a checkpoint's identity and the command's."""
-    pairs = {key: (saved.get(key), wanted.get(key)) for key in sorted({*saved, *wanted})}
-    if differences := [f"{key} was {old}, now {new}" for key, (old, new) in pairs.items() if old != new]:
-        raise UserError(f"--out {run} holds another run: {'; '.join(differences)}; choose another --out or delete it")
-
-
 def require_same_images(images: ImageSet, before: np.ndarray, now: np.ndarray) -> str | None:
     """UserError if some of IMAGES have changed between the stamps BEFORE and NOW; a line if they are another copy.
 

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.cli import UserError
+from utils.cli import UserError, differences
 from utils.machine import NO_COST, Meter, add_costs
-from utils.training import checkpoint
 from utils.training.augment import augment_views, random_draws
-from utils.training.checkpoint import require_same_images, require_same_run
+from utils.training.checkpoint import Writer, load_checkpoint, require_same_images
 from utils.training.distributed import ranks, sum_counts
 from utils.training.image_sets import ImageSet
 from utils.training.loader import CropBatches, Request, crop_specs, make_loader
@@ -122,14 +121,13 @@ class Training:
     bad_images: list[str] = field(default_factory=list)
     waited: float = 0.0  # seconds for data, since the last log line
     stamps: list[np.ndarray] = field(default_factory=list)  # of each image set, as it is on the disk: rank 0's
-    writer: checkpoint.Writer = field(default_factory=checkpoint.Writer)
+    writer: Writer = field(default_factory=Writer)
     cost: dict[str, float] = field(default_factory=NO_COST.copy)  # of all sessions of the run: rank 0's
 
     def __post_init__(self) -> None:
         # Batch norm's running statistics: the only state that a forward pass changes.
         self._buffers = [buffer for _, buffer in self.model.named_buffers()]
         self._buffers_before = [buffer.clone() for buffer in self._buffers]
-        self._counted: list[torch.Tensor] = []  # of the step: (loss, correct answers) of each micro-batch
         self._in_step = False
         self.meter = Meter(self.device)
 
@@ -164,7 +162,7 @@ class Training:
         if self._buffers:
             torch._foreach_copy_(self._buffers_before, self._buffers)
         self._in_step = True
-        self._counted = []
+        self._counted: list[torch.Tensor] = []  # of the step: (loss, correct answers) of each micro-batch
 
     def augmented(self, batch: dict) -> list[torch.Tensor]:
         """Loader batch -> [(B * n, 3, s, s) float] augmented on the device; a sample's n crops side by side."""
@@ -264,11 +262,12 @@ class Training:
         """
         self.stamps = [one.stamps() for one in images] if ranks().is_main else []
         self.meter.read()  # the run costs from here on
-        found = checkpoint.load_checkpoint(run)
+        found = load_checkpoint(run)
         if found is None:
             return []
         state, path, problems = found
-        require_same_run(state.identity, identity, run)
+        if told := [f"{key} was {old}, now {new}" for key, old, new in differences(state.identity, identity)]:
+            raise UserError(f"--out {run} holds another run: {'; '.join(told)}; choose another --out or delete it")
         lines: list[str | None] = [f"damaged checkpoint passed over: {problem}" for problem in problems]
         if ranks().is_main:
             for one, before, now in zip(images, state.stamps, self.stamps, strict=False):
