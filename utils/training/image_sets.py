@@ -147,7 +147,7 @@ class TarImages(ImageSet):
 
     mend = "--pack` writes such shards again, those of a dataset that has grown since too"
 
-    def __init__(self, root: Path, shards: list[Path], option: str = "--data"):
+    def __init__(self, root: Path, shards: list[Path]):
         found = []
         labels: Places = {}  # of the .cls members
         for number, shard in enumerate(shards):
@@ -160,12 +160,12 @@ class TarImages(ImageSet):
                         elif name.endswith(".cls"):
                             labels[shard, name[:-4]] = place
             except (tarfile.TarError, OSError) as error:
-                raise UserError(f"{option}: {shard} is no readable tar file ({error}); pack it again") from None
+                raise UserError(f"--data: {shard} is no readable tar file ({error}); pack it again") from None
         if not found:
-            raise UserError(f"{option}: the tar files in {root} hold no image")
+            raise UserError(f"--data: the tar files in {root} hold no image")
         self.root = root
         if len({row[0] for row in found}) == 1 and labels:
-            found = [(class_beside(shards[row[2]], row[1], labels, option), *row[1:]) for row in found]
+            found = [(class_beside(shards[row[2]], row[1], labels), *row[1:]) for row in found]
         # WebDataset cuts names at their first dot, so a packed id has none: dataset.json knows how it was written.
         spelt = {row["id"].replace(".", "_"): row["id"] for row in _dataset_classes(self.home)}
         ids = in_label_order({spelt.get(row[0], row[0]) for row in found})
@@ -212,9 +212,7 @@ def as_packed(name: str) -> str:
     return f"{stem.replace('.', '_')}{dot}{suffix}"
 
 
-def open_images(
-    path: str | Path, option: str = "--data", classes: str | None = None, label_map: Mapping[str, str] | None = None
-) -> ImageSet:
+def open_images(path: str | Path, classes: str | None = None, label_map: Mapping[str, str] | None = None) -> ImageSet:
     """The images at PATH: a generated dataset (PATH/train/<id>/), class folders, or a folder of tar shards.
 
     A generated dataset names its classes in dataset.json: a class folder that is missing or extra is a UserError.
@@ -223,30 +221,30 @@ def open_images(
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{option}: no folder {path}; generate it first, or name a folder of class folders")
+        raise UserError(f"--data: no folder {path}; generate it first, or name a folder of class folders")
     if (path / "train").is_dir():
-        images: ImageSet = FolderImages(path / "train", option)
+        images: ImageSet = FolderImages(path / "train")
     elif shards := sorted(path.glob("*.tar")):
-        images = TarImages(path, shards, option)
+        images = TarImages(path, shards)
     elif shards := sorted((path / "shards").glob("*.tar")):
-        images = TarImages(path / "shards", shards, option)
+        images = TarImages(path / "shards", shards)
     elif shards := sorted([*path.glob("*.tar.gz"), *path.glob("*.tgz")]):
         remedy = f"unpack all: gunzip {path}/*gz"  # which makes a .tar of a .tgz as well
-        raise UserError(f"{option}: {shards[0]} is compressed, and images are read by their place in a tar; {remedy}")
+        raise UserError(f"--data: {shards[0]} is compressed, and images are read by their place in a tar; {remedy}")
     else:
-        images = FolderImages(path, option)
+        images = FolderImages(path)
     if label_map and not _dataset_classes(images.home):
         if strange := sorted({*images.class_ids} - {*label_map, *label_map.values()}):
-            raise UserError(f"--label-map: no line for {few(strange)} of {option} {images.root}; add one for each")
+            raise UserError(f"--label-map: no line for {few(strange)} of --data {images.root}; add one for each")
         images.rename(label_map)
     if classes:
         wanted = load_classes(classes).ids
         found = sorted({*images.class_ids} & {*wanted})
-        require_same_classes(found, wanted, f"{option} {images.root}", f"--classes {classes}")
+        require_same_classes(found, wanted, f"--data {images.root}", f"--classes {classes}")
         images.select(wanted)
     elif (isinstance(images, TarImages) or images.root != path) and (rows := _dataset_classes(images.home)):
         expected = sorted(row["id"] for row in rows)
-        require_same_classes(images.class_ids, expected, f"{option} {images.root}", "dataset.json")
+        require_same_classes(images.class_ids, expected, f"--data {images.root}", "dataset.json")
     return images
 
 

@@ -17,14 +17,14 @@ def class_of(member: str) -> str:
     return folder.rpartition("/")[2] if folder not in ("", ".") else name.rpartition("_")[0]
 
 
-def class_beside(shard: Path, name: str, labels: Places, option: str) -> str:
-    """The class number in the .cls beside the image NAME of SHARD. UserError, which opens with OPTION, without one."""
+def class_beside(shard: Path, name: str, labels: Places) -> str:
+    """The class number in the .cls beside the image NAME of SHARD. UserError without one."""
     offset, size = labels.get((shard, name.rpartition(".")[0]), (0, 0))
     with open_regular(shard) as file:
         text = os.pread(file.fileno(), min(size, 20), offset).decode(errors="replace").strip()
     if not text.isdecimal():
         remedy = "name members <id>/<name> or <id>_<number>, or add a .cls with a number"
-        raise UserError(f"{option}: {shard}: nothing says of which class {name} is; {remedy}")
+        raise UserError(f"--data: {shard}: nothing says of which class {name} is; {remedy}")
     return str(int(text))
 
 
