@@ -19,8 +19,9 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from utils import cli
 from utils.classes import FACTOR, ClassTable, images_per_class, load_classes
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 LAUNCH = cli.Launch("generate", "chunks", whole=("preview", "pack", "reproduce"))
-Number = TypeVar("Number", int, float)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -65,6 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--recipe", choices=list(RECIPES), help="sets the next four options (default: paper; models "
         "other than Stable Diffusion 1.x and 2.x have their published values)")  # fmt: skip
     add("--guidance-scale", type=cli.positive_float, help="1 is none (paper: 2, fast: 2)")
+    interval = partial(rising, ",", float, "LO,HI with 0 <= LO < HI, such as 0.28,5.42 or 0,inf")
     add("--guidance-interval", type=interval, metavar="LO,HI", help="guide at noise levels above LO "
         "and up to HI only; 0,inf guides everywhere (paper: 0,inf, fast: 0.28,5.42)")  # fmt: skip
     add("--steps", type=positive_int, help="denoising steps (paper: 50, fast: 18)")
@@ -90,7 +91,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--save-size", type=positive_int, metavar="PIXELS", help="store with this shorter side")
     add("--safety", choices=("redraw", "keep", "off"),
         help="images the safety checker flags (default: redraw if the model has one)")  # fmt: skip
-    add("--chunk", type=chunk, metavar="I/N", help="only every Nth class, from the Ith")
+    part = partial(rising, "/", int, "I/N with 0 <= I < N, such as 0/8 ... 7/8")
+    add("--chunk", type=part, metavar="I/N", help="only every Nth class, from the Ith")
     # Instead of drawing
     mode = parser.add_mutually_exclusive_group().add_argument
     mode("--dry-run", action="store_true", help="print the plan: images, GPU hours, disk, first prompts")
@@ -242,18 +244,8 @@ def image_count(text: str) -> int | str:
     return positive_int(text)
 
 
-def chunk(text: str) -> tuple[int, int]:
-    """ "3/8" -> (3, 8)"""
-    return rising(text, "/", int, "I/N with 0 <= I < N, such as 0/8 ... 7/8")
-
-
-def interval(text: str) -> tuple[float, float]:
-    """ "0.28,5.42" -> (0.28, 5.42), noise levels"""
-    return rising(text, ",", float, "LO,HI with 0 <= LO < HI, such as 0.28,5.42 or 0,inf")
-
-
-def rising(text: str, mark: str, kind: type[Number], wanted: str) -> tuple[Number, Number]:
-    """Two numbers of a KIND, MARK between them, the first not below 0 and below the second: as WANTED says."""
+def rising(mark: str, kind: type, wanted: str, text: str) -> tuple:
+    """ "3/8" -> (3, 8): numbers of a KIND, MARK between them, the first not below 0 and below the second, as WANTED."""
     try:
         low, high = map(kind, text.split(mark))
     except ValueError:
