@@ -73,7 +73,7 @@ def dataset_json() -> bytes:
 
 def manifest() -> bytes:
     line = {"id": "n0", "prompt": "a", "seed": 1, "attempt": 0, "rejected": [], "safety": None, "bytes": 3}
-    return b"".join(datasets.as_line(line | {"index": k, "sha256": "0" * 64}) for k in range(3))
+    return b"".join(json.dumps(line | {"index": k, "sha256": "0" * 64}).encode() + b"\n" for k in range(3))
 
 
 def look_at_dataset(path: Path) -> list:

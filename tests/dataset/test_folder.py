@@ -131,7 +131,7 @@ def test_manifest_bytes_do_not_depend_on_the_order_of_drawing(folder, tmp_path):
 
 def test_foreign_lines_of_a_manifest_are_left_out(folder):
     fill(folder, range(4))
-    lines = [b"[]", b"null", b'{"id": "n01"}', datasets.as_line(entry_of(folder, 99, b"x"))]
+    lines = [b"[]", b"null", b'{"id": "n01"}', json.dumps(entry_of(folder, 99, b"x")).encode()]
     with open(folder.manifest, "ab") as file:
         file.write(b"\n".join(lines) + b"\n\xff\xfe\n")
     assert list(folder.entries()) == [0, 1, 2, 3]

@@ -141,7 +141,8 @@ class ClassFolder:
 
     def rewrite(self, entries: dict[int, Any]) -> None:
         """Make ENTRIES the manifest, sorted by index; untouched if it says so already."""
-        data = b"".join(as_line(entry) for _, entry in sorted(entries.items()))
+        lines = (json.dumps(entry, ensure_ascii=False) + "\n" for _, entry in sorted(entries.items()))
+        data = "".join(lines).encode()  # as `append_jsonl` writes them
         if data != (self.manifest.read_bytes() if self.manifest.exists() else b""):
             storage.atomic_write(self.manifest, data, fsync=True)
 
@@ -167,11 +168,6 @@ def in_chunk(items: list, chunk: tuple[int, int] | None) -> list:
     """Every Nth item from the Ith: the N chunks share the items without overlap, equal to within one."""
     part, parts = chunk or (0, 1)
     return items[part::parts]
-
-
-def as_line(entry: Any) -> bytes:
-    """An entry as `append_jsonl` writes it."""
-    return (json.dumps(entry, ensure_ascii=False) + "\n").encode()
 
 
 # ===== dataset.json =====

@@ -185,17 +185,17 @@ class Sampler:
         ]
         return image.permute(0, 2, 3, 1).cpu(), faults
 
+    @torch.inference_mode()
     def flagged(self, pixels: torch.Tensor) -> list[bool]:
         """What the pipeline's safety checker says of uint8 (B, H, W, 3) images. They stay as they are."""
-        parts = self.checking.map(lambda start, end: self._flagged(pixels[start:end]), len(pixels))
-        return [flag for part in parts for flag in part]
+        checker, extractor = self.pipeline.safety_checker, self.pipeline.feature_extractor
 
-    @torch.inference_mode()
-    def _flagged(self, pixels: torch.Tensor) -> list[bool]:
-        checker = self.pipeline.safety_checker
-        inputs = self.pipeline.feature_extractor(list(pixels.numpy()), return_tensors="pt").pixel_values
-        blackened = torch.zeros(len(pixels), 1)  # the checker blackens the images it is given: not ours
-        return [bool(flag) for flag in checker(clip_input=inputs.to(self.device, self.dtype), images=blackened)[1]]
+        def portion(start: int, end: int) -> list[bool]:
+            inputs = extractor(list(pixels[start:end].numpy()), return_tensors="pt").pixel_values
+            blackened = torch.zeros(end - start, 1)  # the checker blackens the images it is given: not ours
+            return [bool(flag) for flag in checker(clip_input=inputs.to(self.device, self.dtype), images=blackened)[1]]
+
+        return [flag for part in self.checking.map(portion, len(pixels)) for flag in part]
 
 
 def own_generators(seeds: Sequence[int]) -> list[torch.Generator]:
