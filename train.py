@@ -297,7 +297,7 @@ def train(training, loader, validation, stop, out: Path, identity: dict, args: a
     schedule = training.schedule
     log = RunLog(out, training.step) if distributed.is_main() else None
     if training.step % schedule.steps_per_epoch == 0 and training.epoch["seen"]:  # its line follows its checkpoint
-        if any_rank(log is not None and not log.has_epoch(training.step), training.device):  # stopped while validating
+        if any_rank(log is not None and training.step not in log.epochs, training.device):  # stopped while validating
             finish_epoch(training, validation, log, stop, args.val_every)
         training.epoch.clear()
     saved_at = drawn_at = time.monotonic()

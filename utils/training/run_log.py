@@ -57,13 +57,9 @@ class RunLog:
         self._first_step = self._step = step
         lines = read_jsonl(self.path)
         kept = [line for line in lines if line["step"] <= step]
-        self._epochs = {line["step"] for line in kept if line["kind"] == "epoch"}
+        self.epochs = {line["step"] for line in kept if line["kind"] == "epoch"}  # their last steps
         if len(kept) != len(lines):
             atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-
-    def has_epoch(self, step: int) -> bool:
-        """Whether the log that was continued has the line of the epoch that ends with STEP."""
-        return step in self._epochs
 
     def write(self, kind: str, step: int, **values: float) -> None:
         """Append a line of KIND about the steps up to STEP."""
@@ -75,6 +71,9 @@ class RunLog:
         seconds = max(now - self._since, 1e-9)
         done = training.flops(self._first_step, step)  # since the process started
         left = training.flops(step, schedule.total_steps)
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux
+        if training.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(training.device)
         values = {
             "epoch": (step - 1) // schedule.steps_per_epoch + 1,
             **means(totals),
@@ -82,7 +81,7 @@ class RunLog:
             "images_per_s": (step - self._step) * schedule.batch_size / seconds,
             "data_wait": training.waited / seconds,
             "eta_s": round((now - self._started) * left / max(1, done)),
-            "memory_mb": peak_memory_mb(training.device),
+            "memory_mb": memory // 2**20,
             "bad_images": len(training.bad_images),
         }
         self._since, self._step, training.waited = now, step, 0.0
@@ -107,13 +106,6 @@ def means(totals: Mapping[str, float]) -> dict[str, float]:
     """Sums over images -> {"loss": mean, "top1": percent}."""
     seen = max(1, totals["seen"])
     return {"loss": totals["loss"] / seen, "top1": 100 * totals["correct"] / seen}
-
-
-def peak_memory_mb(device: torch.device) -> int:
-    """Of the GPU, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) // 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # kilobytes on Linux
 
 
 def draw_run(run: Path) -> None:
