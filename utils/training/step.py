@@ -200,7 +200,7 @@ class Training:
         loss, correct = self._sums.tolist()
         if not math.isfinite(loss):
             self.abandon_step()
-            raise NonFiniteLoss(self)
+            raise self._not_finite()
         images = self.schedule.batch_size // self.schedule.world
         self.interval.update({"loss": loss, "correct": round(correct), "seen": images})
 
@@ -238,7 +238,7 @@ class Training:
         Weights that are not finite are refused: the last good ones stay.
         """
         if not all(torch.isfinite(norm) for norm in torch._foreach_norm(list(self.model.parameters()))):
-            raise NonFiniteLoss(self)
+            raise self._not_finite()
         self.cost = add_costs(self.cost, self.meter.read())
         state = {
             "identity": identity,
@@ -310,14 +310,11 @@ class Training:
             what = f"{len(self.bad_images)} damaged: {'; '.join(self.bad_images)}"
             raise UserError(f"--max-bad-images {allowed}: {what}; repair or delete them, or allow more")
 
-
-class NonFiniteLoss(UserError):
-    """The loss or the weights are no numbers any more; nothing of it was saved."""
-
-    def __init__(self, training: Training):
-        step, schedule = training.step, training.schedule
-        remedy = "--dtype fp32, or " * (training.dtype != torch.float32) + "a smaller --lr in a new --out"
-        super().__init__(
+    def _not_finite(self) -> UserError:
+        """The loss or the weights are no numbers any more; nothing of it was saved."""
+        step, schedule = self.step, self.schedule
+        remedy = "--dtype fp32, or " * (self.dtype != torch.float32) + "a smaller --lr in a new --out"
+        return UserError(
             f"the loss is not finite at epoch {step // schedule.steps_per_epoch}, step {step}, learning rate "
             f"{schedule.lr(min(step, schedule.total_steps - 1)):.3g}; the last good checkpoint is kept: try {remedy}"
         )
