@@ -67,10 +67,10 @@ def test_the_same_crops_are_cut_in_every_epoch_whatever_their_size(folder):
 
 
 def test_an_epoch_holds_every_sample_once_and_differs_from_the_next():
-    first, second = (epoch_order([50], [1.0], 0, epoch) for epoch in (0, 1))
+    first, second = (epoch_order((50,), (1.0,), 0, epoch) for epoch in (0, 1))
     assert sorted(first[0]) == list(range(50)) and first[0].tolist() != second[0].tolist()
     assert set(first[1]) == {0} and set(second[1]) == {1}
-    assert epoch_order([50], [1.0], 1, 0)[0].tolist() != first[0].tolist()
+    assert epoch_order((50,), (1.0,), 1, 0)[0].tolist() != first[0].tolist()
 
 
 @given(
@@ -84,7 +84,7 @@ def test_a_mix_gives_each_set_its_share_and_each_image_its_turn(sizes, shares, s
     assert sum(counts) == total
     assert all(abs(count - total * weight / sum(weights)) < 1 for count, weight in zip(counts, weights, strict=True))
     starts = np.cumsum([0, *sizes])
-    orders = [epoch_order(sizes, weights, seed, epoch) for epoch in range(4)]
+    orders = [epoch_order(tuple(sizes), tuple(weights), seed, epoch) for epoch in range(4)]
     samples = np.concatenate([order[0] for order in orders])
     for low, high, count in zip(starts, starts[1:], counts, strict=False):
         uses = np.bincount(samples[(samples >= low) & (samples < high)] - low, minlength=high - low)

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,8 +65,9 @@ def global_size(recipe: Mapping[str, Any], epoch: int) -> int:
     return round(first + (last - first) * round(2 * progress) / 2)
 
 
-def epoch_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
-    """Order of epoch EPOCH over several image sets of SIZES images, numbered one after the other.
+@lru_cache(maxsize=1)
+def epoch_order(sizes: tuple[int, ...], weights: tuple[float, ...], seed: int, epoch: int) -> np.ndarray:
+    """Order of epoch EPOCH over several image sets of SIZES images, numbered one after the other; the last is kept.
 
     (2, N) int64: the samples, and how often each was drawn before.
 
@@ -112,21 +114,16 @@ class CropBatches:
     def __init__(
         self, sets: Sequence[ImageSet], weights: Sequence[float], crops: Callable[[int], Sequence[CropSpec]], seed: int
     ):
-        self.sets, self.weights, self.crops, self.seed = list(sets), list(weights), crops, seed
-        self.starts = np.cumsum([0] + [len(images) for images in sets])
-        self._order: tuple[int, np.ndarray] | None = None  # of the current epoch
+        self.sets, self.sizes, self.weights = list(sets), tuple(map(len, sets)), tuple(weights)
+        self.crops, self.seed = crops, seed
+        self.starts = np.cumsum([0, *self.sizes])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def order(self, epoch: int) -> np.ndarray:
-        """Of epoch EPOCH, kept until another is asked for."""
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order([len(s) for s in self.sets], self.weights, self.seed, epoch))
-        return self._order[1]
-
     def __getitem__(self, request: Request) -> dict:
-        samples, passes = self.order(request.epoch)[:, request.start : request.stop]
+        order = epoch_order(self.sizes, self.weights, self.seed, request.epoch)
+        samples, passes = order[:, request.start : request.stop]
         specs = self.crops(request.epoch)
         draws = uniforms(DRAWS_PER_CROP * sum(c.count for c in specs), "crops", self.seed, passes, samples)
         crops = [torch.empty(len(samples), c.count, c.size, c.size, 3, dtype=torch.uint8) for c in specs]
