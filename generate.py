@@ -283,9 +283,8 @@ def asked_generator(
     recipe = settled(known) if known else None
     find = plan.pipeline_if_here if args.dry_run else find_pipeline
     folder = find(model, args.revision, loras)
-    if recipe and (not folder or folder.family == known):
-        return folder, recipe
-    return folder, settled(folder.family if folder else SD)
+    family = folder.family if folder else known or SD
+    return folder, recipe if recipe and family == known else settled(family)
 
 
 def asked_recipe(args: argparse.Namespace, classes_sha256: str, template: Templates, family: Family = SD) -> Recipe:

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import UserError, differences
-from utils.dataset import folder as datasets
-from utils.dataset.folder import ClassFolder, Dataset
+from utils.dataset.folder import ClassFolder, Dataset, open_dataset
 from utils.generation.drawing import Batch, ProgressBar
 from utils.generation.pipeline import find_pipeline
 from utils.generation.prompt_files import recorded_template
@@ -102,7 +101,7 @@ def open_record(path: Path) -> Dataset:
     if not path.exists() or (path.is_file() and path.name != "dataset.json"):
         fault = " is no dataset" if path.exists() else " does not exist"
         raise UserError(f"--reproduce {path}{fault}; name a dataset's folder or its dataset.json")
-    return datasets.open_dataset(path.parent if path.is_file() else path)
+    return open_dataset(path.parent if path.is_file() else path)
 
 
 def recorded_model(dataset: Dataset) -> tuple[str, str | None]:

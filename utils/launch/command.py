@@ -29,7 +29,7 @@ from utils.launch.watch import watch
 from utils.machine import ROOT
 from utils.storage import read_toml
 
-THEN = "--then"
+THEN, PROCESSES = "--then", ("--processes", "--tasks-per-node")
 NOT_A_SITES = {"command", "site", "watch", "wait", "dry_run", "help", "debug", "after"}  # options of one call
 OWN_SBATCH_KEYS = {"array", "output", "error", "signal", "requeue", "open-mode", "dependency", "wrap", "job-name"}
 
@@ -67,7 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--site", type=any_path, metavar="FILE.toml", help="a cluster's options (docs/cluster.md)")
     add("--watch", type=any_path, metavar="FOLDER", help="wait for jobs queued earlier (their log folder)")
     add("--chunks", type=positive_int, help="generate.py: chunks of classes (slurm: an array)")
-    add("--processes", "--tasks-per-node", type=positive_int, help="processes at once on a node (one a GPU, or 1)")
+    add(*PROCESSES, type=positive_int, help="processes at once on a node (one a GPU, or 1)")
     add("--nodes", type=positive_int, default=1, help="train.py: nodes of the DDP job")
 
     add = parser.add_argument_group("slurm").add_argument
@@ -227,8 +227,7 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, wor
     users |= {"--nodes": "slurm"} if args.nodes > 1 else {}
     if args.launcher == "inline":
         several = (args.processes or 1) > 1
-        given = {"--site": args.site, "--chunks": (args.chunks or 1) > 1, "--processes": several}
-        given["--tasks-per-node"] = several
+        given = {"--site": args.site, "--chunks": (args.chunks or 1) > 1, **dict.fromkeys(PROCESSES, several)}
         users |= {option: "local or slurm" for option, used in given.items() if used}
     for option in names_of(words):
         if option in users and args.launcher != "slurm":
