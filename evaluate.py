@@ -107,7 +107,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     """Judge, or what is asked for instead. Returns the exit code: 2 if a dataset that was found is no right copy."""
     distributed.take_own_cores()
-    if not distributed.is_main():  # of several processes one speaks, and does what is no work on features
+    if not distributed.ranks().is_main:  # of several processes one speaks, and does what is no work on features
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         if args.list_datasets or args.dataset_report or args.report:
             return 0

@@ -295,7 +295,7 @@ def train(training, loader, validation, stop, out: Path, identity: dict, args: a
     from utils.training.run_log import RunLog, draw_run
 
     schedule = training.schedule
-    log = RunLog(out, training.step) if distributed.is_main() else None
+    log = RunLog(out, training.step) if distributed.ranks().is_main else None
     if training.step % schedule.steps_per_epoch == 0 and training.epoch["seen"]:  # its line follows its checkpoint
         if any_rank(log is not None and training.step not in log.epochs, training.device):  # stopped while validating
             finish_epoch(training, validation, log, stop, args.val_every)

@@ -30,7 +30,7 @@ def set_ranks(monkeypatch, **values):
 
 
 def test_without_variables_there_is_one_process(capsys):
-    assert distributed.ranks() == distributed.Ranks(0, 1, 0, 1) and distributed.is_main()
+    assert distributed.ranks() == distributed.Ranks(0, 1, 0, 1) and distributed.ranks().is_main
     distributed.print0("hello")
     assert capsys.readouterr().out == "hello\n"
     assert distributed.device_name("auto") == "auto"
@@ -38,7 +38,7 @@ def test_without_variables_there_is_one_process(capsys):
 
 def test_torchruns_variables_are_read_and_only_rank_0_prints(monkeypatch, capsys):
     set_ranks(monkeypatch, RANK=3, WORLD_SIZE=8, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2, MASTER_ADDR="a", MASTER_PORT=1)
-    assert distributed.ranks() == distributed.Ranks(3, 8, 1, 2) and not distributed.is_main()
+    assert distributed.ranks() == distributed.Ranks(3, 8, 1, 2) and not distributed.ranks().is_main
     distributed.print0("hello")
     assert capsys.readouterr().out == ""
 

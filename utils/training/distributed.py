@@ -38,6 +38,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
+        """Whether it is the one that prints, writes checkpoints and logs."""
         return self.rank == 0
 
 
@@ -89,14 +90,9 @@ def _place(cpu: int) -> tuple[int, int, int]:
         return 0, cpu, cpu
 
 
-def is_main() -> bool:
-    """Whether this process is rank 0: the one that prints, writes checkpoints and logs."""
-    return ranks().is_main
-
-
 def print0(*values: Any, **options: Any) -> None:
     """print(), by rank 0 only, flushed: logs of a job are read while it runs."""
-    if is_main():
+    if ranks().is_main:
         print(*values, **{"flush": True, **options})
 
 
