@@ -281,8 +281,13 @@ def asked_generator(
 
     known = None if Path(model).is_dir() else find_family(None, [model, *loras])
     recipe = settled(known) if known else None
-    find = plan.pipeline_if_here if args.dry_run else find_pipeline
-    folder = find(model, args.revision, loras)
+    folder: PipelineFolder | None = None
+    try:
+        folder = find_pipeline(model, args.revision, loras, download=not args.dry_run)
+    except UserError as error:
+        if not args.dry_run:
+            raise
+        print(f"note: {error}", file=sys.stderr)
     family = folder.family if folder else known or SD
     return folder, recipe if recipe and family == known else settled(family)
 

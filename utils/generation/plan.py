@@ -12,7 +12,7 @@ import numpy as np
 
 from utils.cli import UserError
 from utils.dataset.folder import in_chunk
-from utils.generation.pipeline import NoiseSchedule, PipelineFolder, find_pipeline
+from utils.generation.pipeline import NoiseSchedule, PipelineFolder
 from utils.generation.prompts import ClassTable, Templates, class_prompts, prompt_warnings
 from utils.generation.recipe import Recipe
 from utils.machine import ROOT, gpus
@@ -95,15 +95,6 @@ def show_plan(
         print(f"prompt: {first.wnid}_{0:06d}, seed {first.seed}: {first.text}")
     for warning in prompt_warnings(table, template, recipe.names):
         print(f"warning: {warning}", file=sys.stderr)
-
-
-def pipeline_if_here(model: str, revision: str | None, loras: Sequence[str] = ()) -> PipelineFolder | None:
-    """The folder of MODEL if it is on this machine and can be used, else a note and None. Downloads nothing."""
-    try:
-        return find_pipeline(model, revision, loras, download=False)
-    except UserError as error:
-        print(f"note: {error}", file=sys.stderr)
-        return None
 
 
 def expected_rate(
