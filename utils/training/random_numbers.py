@@ -22,12 +22,8 @@ def uniforms(count: int, purpose: str, seed: int, epochs: np.ndarray, samples: n
     """(len(samples), count) float64 in [0, 1): row i depends on (purpose, seed, epochs[i], samples[i]) alone."""
     with np.errstate(over="ignore"):
         state = np.full(len(samples), np.uint64(zlib.crc32(purpose.encode())), dtype=np.uint64)
-        for part in (
-            np.uint64(seed & 0xFFFFFFFFFFFFFFFF),
-            np.asarray(epochs, np.uint64),
-            np.asarray(samples, np.uint64),
-        ):
-            state = _mix((state + GOLDEN) ^ part)
+        for part in (seed & 0xFFFFFFFFFFFFFFFF, epochs, samples):
+            state = _mix((state + GOLDEN) ^ np.asarray(part, np.uint64))
         columns = np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
         return (_mix(state[:, None] + columns[None, :]) >> np.uint64(11)) * 2.0**-53
 
