@@ -5,9 +5,9 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec import Struct
 from tqdm import tqdm
 
 from utils.cli import UserError, few
@@ -17,16 +17,15 @@ from utils.storage import AlreadyOwned, sha256_file
 WINDOW_S = 600  # before the newest image, in which images are counted for the rate
 
 
-@dataclass
-class ClassState:
+class ClassState(Struct):
     """Indices of one class by state, and names of files that do not belong."""
 
     id: str
     count: int
-    missing: list[int] = field(default_factory=list)  # no line or no file
-    damaged: list[int] = field(default_factory=list)  # another size, or hash, than the line says
-    foreign: list[str] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)  # modification times of the images done, seconds since the epoch
+    missing: list[int] = []  # no line or no file
+    damaged: list[int] = []  # another size, or hash, than the line says
+    foreign: list[str] = []
+    times: list[float] = []  # modification times of the images done, seconds since the epoch
 
     @property
     def done(self) -> int:

@@ -148,13 +148,12 @@ def find_pipeline(model: str, revision: str | None = None, loras: Sequence[str] 
         return check_pipeline(PipelineFolder(model, None, path, adapters))
     if not HUB_ID.fullmatch(model) or path.exists() or model.startswith(("data/", "models/", "runs/")):
         raise UserError(f"--model {model}: no such folder, and not a hub id such as CompVis/stable-diffusion-v1-4")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import errors, snapshot_download
 
     try:
         cached = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
         return check_pipeline(PipelineFolder(model, cached.name, cached, adapters))  # the cache names folders by commit
-    except (LocalEntryNotFoundError, UserError):  # not here, or an interrupted download: complete it
+    except (errors.LocalEntryNotFoundError, UserError):  # not here, or an interrupted download: complete it
         if not download:
             raise UserError(f"--model {model}: not on this machine yet") from None
     fetched = _download(model, revision)

@@ -103,8 +103,7 @@ def expected_rate(
     """(images/s or 0, "GPU" or "CPU", how it is known or for what it is not).
 
     Of Stable Diffusion 1.x what `make bench-gpu` measured on a card of this name. Else measured where the model and a
-    device to draw with are here: a step and a decode are timed. Else the published rate on an A100, where nothing here
-    contradicts it.
+    device to draw with are here. Else the published rate on an A100, where nothing here contradicts it.
     """
     cards = gpus()["gpus"]
     on_gpu = device_name in ("auto", "cuda") and "MIG" not in os.environ.get("CUDA_VISIBLE_DEVICES", "")  # not a slice

@@ -130,8 +130,7 @@ def image_seed(seed: int, wnid: str, index: int, attempt: int = 0) -> int:
     """The seed of one image: the first 63 bits of SHA-256 of "imagenet-sd:SEED:WNID:INDEX:ATTEMPT".
 
     The prompt, guidance and steps are not in it, so that image k of a class starts from the same latents under every
-    recipe and recipes can be compared image by image. ATTEMPT counts the redraws of images that the safety checker
-    rejects.
+    recipe and recipes can be compared image by image. ATTEMPT counts the redraws of a rejected image.
     """
     digest = sha256(f"imagenet-sd:{seed}:{wnid}:{index}:{attempt}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> (64 - SEED_BITS)
