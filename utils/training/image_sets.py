@@ -224,10 +224,8 @@ def open_images(path: str | Path, classes: str | None = None, label_map: Mapping
         raise UserError(f"--data: no folder {path}; generate it first, or name a folder of class folders")
     if (path / "train").is_dir():
         images: ImageSet = FolderImages(path / "train")
-    elif shards := sorted(path.glob("*.tar")):
-        images = TarImages(path, shards)
-    elif shards := sorted((path / "shards").glob("*.tar")):
-        images = TarImages(path / "shards", shards)
+    elif packed := [folder for folder in (path, path / "shards") if any(folder.glob("*.tar"))]:
+        images = TarImages(packed[0], sorted(packed[0].glob("*.tar")))
     elif shards := sorted([*path.glob("*.tar.gz"), *path.glob("*.tgz")]):
         remedy = f"unpack all: gunzip {path}/*gz"  # which makes a .tar of a .tgz as well
         raise UserError(f"--data: {shards[0]} is compressed, and images are read by their place in a tar; {remedy}")
