@@ -44,9 +44,8 @@ MIN_DEVIATION = 8  # grey levels of a thumbnail
 ROWS, COLUMNS = 64, 4096  # pictures compared at once: a block stays in a core's cache
 PAIRS = 512  # aligned at once
 STEPS = 8  # of the alignment
-DESCRIPTION = np.dtype(
-    [("hashes", "<u8", len(VIEWS)), ("thumb", "u1", (SIDE, SIDE)), ("readable", "?"), ("large", "?")]
-)
+FLAGS = [("readable", "?"), ("large", "?")]  # whether it could be decoded, and has more than SIDE pixels a side
+DESCRIPTION = np.dtype([("hashes", "<u8", len(VIEWS)), ("thumb", "u1", (SIDE, SIDE)), *FLAGS])
 
 Place = str | tuple[str, int, int]  # a file, or (tar file, offset, bytes)
 
@@ -221,9 +220,8 @@ def _near_hashes(test: np.ndarray, train: np.ndarray) -> Iterator[tuple[np.ndarr
     """(test indices, training indices, starts) of large pairs at most MAX_BITS apart, at most PAIRS at a time."""
     views, starts = len(VIEWS), _starts()
     large = [np.flatnonzero(rows["large"]) for rows in (test, train)]
-    mine, theirs = (  # (views, N)
-        np.ascontiguousarray(rows["hashes"][its].T) for rows, its in zip((test, train), large, strict=True)
-    )
+    both = zip((test, train), large, strict=True)
+    mine, theirs = (np.ascontiguousarray(rows["hashes"][its].T) for rows, its in both)  # (views, N)
     compared = [(k, 0) for k in range(views)] + [(0, k) for k in range(1, views)]
 
     def search(corner: tuple[int, int]) -> np.ndarray:

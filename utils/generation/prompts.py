@@ -293,10 +293,8 @@ def main(args: argparse.Namespace) -> None:
     table, template = load_classes(args.classes), parse_template(args.prompt)
     count, max_tokens = token_counter(args.model) or (None, CLIP_MAX_TOKENS)
     warnings = prompt_warnings(table, template, args.names, count, max_tokens)
-    rows = []
-    for row in table.rows[: args.limit]:
-        (prompt,) = class_prompts(row, template, [0], args.seed, args.names)
-        rows.append({"id": prompt.wnid, "prompt": prompt.text, "tokens": count(prompt.text) if count else None})
+    first = [next(class_prompts(row, template, [0], args.seed, args.names)) for row in table.rows[: args.limit]]
+    rows = [{"id": one.wnid, "prompt": one.text, "tokens": count(one.text) if count else None} for one in first]
     if args.json:
         report = {"classes": table.name, "sha256": table.sha256, "template": template.text, "names": args.names}
         report |= {"tokens": "exact" if count else "unknown", "prompts": rows, "warnings": warnings}
