@@ -201,6 +201,5 @@ def visible_gpus() -> list[str]:
 
 def free_port() -> int:
     """A port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
