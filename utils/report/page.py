@@ -104,7 +104,7 @@ def group_models(rows: Iterable[Row]) -> list[Model]:
 
 def run_of(row: Row) -> Path | None:
     """The folder of the run of train.py that made the checkpoint: beside it or, where runs were moved, its results'."""
-    beside = Path(row.checkpoint).parent if row.checkpoint and is_file(Path(row.checkpoint)) else Path(row.folder)
+    beside = Path(row.checkpoint).parent if row.checkpoint and is_file(row.checkpoint) else Path(row.folder)
     return beside if row.source != "published" and is_file(beside / "args.json") else None
 
 

@@ -5,6 +5,7 @@ A file of another type is a UserError that names the file, the field and the rem
 
 import base64
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from utils.evaluation.results import Count, Row, with_v2_mean
 from utils.storage import read_json, read_jsonl
 
 Record = TypeVar("Record", bound=msgspec.Struct)
+is_file = os.path.isfile  # False too for what no disk can hold, where Path.is_file raises
 JUDGE_AGAIN = "delete it and run evaluate.py on its checkpoint again"
 
 
@@ -242,14 +244,6 @@ def dataset_root(data: Path) -> Path | None:
     """The generated dataset at DATA, which may also name its folder of images or shards; None for other images."""
     roots = (data, data.parent) if data.name in ("train", "shards") else (data,)
     return next((root for root in roots if is_file(root / "dataset.json")), None)
-
-
-def is_file(path: Path) -> bool:
-    """Whether PATH is a file; False too for what no disk can hold, where Path.is_file raises."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def read_record(path: Path, kind: type[Record]) -> Record | None:
