@@ -279,6 +279,11 @@ def sha256_bytes(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def sha256_json(value: Any) -> str:
+    """The SHA-256 of VALUE as JSON: equal values have the same, whatever the order of their keys."""
+    return sha256_bytes(json.dumps(value, sort_keys=True).encode())
+
+
 def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file, read in pieces: what `sha256sum` prints."""
     with open_regular(path) as file:

@@ -5,8 +5,6 @@ time), the transform and the number format. Blocks are written as they are ready
 the kernel frees makes a second run wait for the first one's features instead of computing them again.
 """
 
-import hashlib
-import json
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +27,7 @@ from utils.images import BadImage, normalize
 from utils.machine import is_out_of_memory
 from utils.metrics import refuse_nan
 from utils.model import count_flops
-from utils.storage import write_json
+from utils.storage import sha256_json, write_json
 
 FORMAT = 2  # raise it when the numbers change: old cache entries are then left alone
 COMPILE_FROM = 1e7  # pixels (200 images of 224) from which tracing the model on a CPU, some seconds, pays
@@ -87,7 +85,7 @@ class Extractor:
             "transform": asdict(transform),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+        name = sha256_json(facts)[:32]
         kept = FeatureCache(cache / name, len(samples))
         kept.entry.mkdir(parents=True, exist_ok=True)
         if self.share.rank > 0:

@@ -1,8 +1,6 @@
 """What evaluate.py is to do: one checkpoint on one test set is a job, done already or not, with its rows on disk."""
 
 import datetime
-import hashlib
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,7 +15,7 @@ from utils.evaluation.catalog import TestSet
 from utils.evaluation.checkpoints import Source, Transform, ordered_classes, transform_of
 from utils.evaluation.results import Row
 from utils.machine import add_costs, resolve_device, rounded_cost, snapshot
-from utils.storage import append_jsonl, read_json, read_jsonl, write_json
+from utils.storage import append_jsonl, read_json, read_jsonl, sha256_json, write_json
 
 LOGIT_METRICS = ("top1", "mean_per_class", "ece")  # of a set the model classifies itself; top5 too with > 5 classes
 PROBE_METRICS = ("top1", "mean_per_class")  # of a transfer dataset, one of each a seed
@@ -94,7 +92,7 @@ class Job:
         if not self.test_set.probed:  # which output answers for which class, and how confident it is
             classes = self.settings.classes and ordered_classes(self.settings.classes)[0]
             facts += [classes or self.source.recorded.class_ids, self.source.recorded.head]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        return sha256_json(facts)[:16]
 
     @property
     def sidecar(self) -> Path:

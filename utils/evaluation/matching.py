@@ -5,7 +5,6 @@ their labels; a key is that of everything a result depends on. Nothing here impo
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ import numpy as np
 
 from utils.cli import UserError, few
 from utils.images import stat_files
+from utils.storage import sha256_json
 
 Samples = Sequence[tuple[str, int]]  # (path, label)
 
@@ -63,7 +63,7 @@ class LoadedSet:
         facts += [self.answers, self.sample_answers, self.masked]
         if self.trainval:
             facts += [fingerprint(self.trainval, self.stamps["trainval"]), [label for _, label in self.trainval]]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return sha256_json(facts)
 
 
 def stat_images(samples: Samples) -> np.ndarray:
@@ -93,7 +93,6 @@ class MatchedSet:
     labels: np.ndarray  # (N,) index into columns, or (N, len(columns)) bool where several answers are right
     classes_in_set: int
     images_in_set: int
-    border: int
 
     @property
     def single_answer(self) -> bool:
@@ -142,5 +141,4 @@ def match(loaded: LoadedSet, model_ids: Sequence[str]) -> MatchedSet:
         labels=labels,
         classes_in_set=len(loaded.class_ids),
         images_in_set=len(loaded.samples),
-        border=loaded.border,
     )

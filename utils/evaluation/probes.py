@@ -13,8 +13,6 @@ Either way the choice is made on 20 % of each class of trainval (see split_per_c
 (t-ReX's suite).
 """
 
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,7 +28,7 @@ from tqdm import tqdm
 
 from utils import metrics
 from utils.evaluation.logistic import CHUNK_ROWS, LinearClassifier, LogisticSolution, LogisticSolver
-from utils.storage import append_jsonl, read_jsonl
+from utils.storage import append_jsonl, read_jsonl, sha256_json
 
 TRIALS = 30  # t-ReX's suite, as all constants below unless said otherwise
 HELD_OUT = 0.2  # of each class of trainval, for the choice
@@ -118,7 +116,7 @@ class Trials:
         self.known = {trial.key: trial.result for trial in read_jsonl(path, Trial)} if path else {}
 
     def __call__(self, setting: Setting, compute: Callable[[], Any]) -> Any:
-        key = hashlib.sha256(json.dumps([self.facts, setting], sort_keys=True).encode()).hexdigest()[:16]
+        key = sha256_json([self.facts, setting])[:16]
         if key not in self.known:
             self.known[key] = compute()
             if self.path:

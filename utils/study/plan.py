@@ -5,9 +5,7 @@ leaves alone what does not. A point's state is read from its folder: nothing els
 """
 
 import contextlib
-import hashlib
 import io
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ import msgspec
 from utils.classes import images_per_class, load_classes
 from utils.evaluation.results import Row as Result
 from utils.images import list_image_folder
-from utils.storage import read_json, read_jsonl
+from utils.storage import read_json, read_jsonl, sha256_json
 from utils.study.spec import Mix, Row, Study, asked, checked, script, sizes_of, words_of
 
 # Options that say where and how fast, not what: a point that was trained with others still holds.
@@ -222,7 +220,7 @@ def make_point(
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+    return sha256_json(value)[:8]
 
 
 # ===== where images come from =====
