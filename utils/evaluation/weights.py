@@ -44,16 +44,15 @@ class Classifier:
     source: Source
     arch: str
     backbone: torch.nn.Module  # (B, 3, H, W) normalised -> (B, D)
-    head: torch.nn.Module | None  # (B, D) -> (B, K); None: features only, and `lacks` says why
+    head: torch.nn.Module | NoClassifier  # (B, D) -> (B, K); or why there are features only
     class_ids: list[str]
     class_names: list[str]
     classes_from: str  # where the order of the classes comes from, for the log
-    lacks: NoClassifier | None = None
 
     def require_head(self) -> torch.nn.Module:
         """The head on the CPU; raises NoClassifier, a UserError, where there is none or nobody can name its outputs."""
-        if self.head is None:
-            raise self.lacks or NoClassifier(f"--checkpoint {self.source.path}: no classifier in it")
+        if isinstance(self.head, NoClassifier):
+            raise self.head
         return self.head.cpu()
 
     def logits(self, features: np.ndarray) -> np.ndarray:
@@ -70,7 +69,7 @@ def load_classifier(source: Source, classes: str | None = None) -> Classifier:
     """Load the weights strictly. CLASSES (--classes) names the outputs where the checkpoint does not.
 
     Says which of several networks in the file was taken. UserError if the file cannot be read or fits no architecture.
-    Where it can give features only, which is enough for transfer datasets, head is None and `lacks` tells why.
+    Where it can give features only, which is enough for transfer datasets, `head` is the error that tells why.
     """
     if source.timm:
         return load_timm(source, classes)
@@ -94,16 +93,10 @@ def load_classifier(source: Source, classes: str | None = None) -> Classifier:
     model.float().eval().requires_grad_(False)
     if not name:
         lacks = NoClassifier(f"--checkpoint {source.path}: no classifier in it, so only transfer datasets can judge it")
-        return Classifier(source, arch, model, None, [], [], "", lacks)
+        return _with_classes(source, arch, model, lacks, classes)
     linear = model.get_submodule(name)
-    assert isinstance(linear, torch.nn.Linear)
     _replace(model, name, torch.nn.Identity())  # the model then returns features
-    try:
-        ids, names, origin = name_outputs(source, linear.out_features, classes)
-    except NoClassifier as error:
-        return Classifier(source, arch, model, None, [], [], "", error)
-    head = _as_trained(linear) if source.recorded.head == "cosine" else linear
-    return Classifier(source, arch, model, head, ids, names, origin)
+    return _with_classes(source, arch, model, linear, classes)
 
 
 def load_timm(source: Source, classes: str | None) -> Classifier:
@@ -121,13 +114,23 @@ def load_timm(source: Source, classes: str | None) -> Classifier:
     model.reset_classifier(0)  # the model then returns pooled features
     model.float().eval().requires_grad_(False)
     backbone = torch.nn.Sequential(Renormalised(published.mean, published.std), model)
+    if not isinstance(linear, torch.nn.Linear):
+        linear = NoClassifier(f"--checkpoint timm:{source.timm}: it does not end in a linear layer")
+    return _with_classes(source, source.timm, backbone, linear, classes)
+
+
+def _with_classes(source: Source, arch: str, backbone: torch.nn.Module, head: Any, classes: str | None) -> Classifier:
+    """BACKBONE and HEAD, a linear layer or the reason that there is none, with the classes of its outputs."""
     try:
-        if not isinstance(linear, torch.nn.Linear):
-            raise NoClassifier(f"--checkpoint timm:{source.timm}: it does not end in a linear layer")
-        ids, names, origin = name_outputs(source, linear.out_features, classes)
+        if isinstance(head, NoClassifier):
+            raise head
+        ids, names, origin = name_outputs(source, head.out_features, classes)
     except NoClassifier as error:
-        return Classifier(source, source.timm, backbone, None, [], [], "", error)
-    return Classifier(source, source.timm, backbone, linear.float().eval().requires_grad_(False), ids, names, origin)
+        return Classifier(source, arch, backbone, error, [], [], "")
+    if source.recorded.head == "cosine":  # of which the file has the rows: the same ranking
+        linear, head = head, CosineLinear(head.in_features, head.out_features)  # and the confidences of training
+        head.load_state_dict(linear.state_dict())
+    return Classifier(source, arch, backbone, head.float().eval().requires_grad_(False), ids, names, origin)
 
 
 class Renormalised(torch.nn.Module):
@@ -304,10 +307,3 @@ def _fit(arch: str, weights: dict[str, torch.Tensor], named: bool) -> tuple[torc
 def _replace(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def _as_trained(linear: torch.nn.Linear) -> torch.nn.Module:
-    """The cosine classifier whose exported rows LINEAR holds: the same ranking, and the confidences of training."""
-    head = CosineLinear(linear.in_features, linear.out_features)
-    head.load_state_dict(linear.state_dict())
-    return head.eval().requires_grad_(False)
