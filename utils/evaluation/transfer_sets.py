@@ -99,22 +99,21 @@ def read_food(folder: Path) -> tuple[Samples, Samples, int]:
     return _by_folder_name(folder / "images", trainval, test)
 
 
-def _by_folder_name(images: Path, trainval: list[str], test: list[str]) -> tuple[Samples, Samples, int]:
-    label = _labels(_class_of(name) for name in trainval + test)
-    return (
-        [(_inside(images, name), label[_class_of(name)]) for name in trainval],
-        [(_inside(images, name), label[_class_of(name)]) for name in test],
-        len(label),
-    )
+def _by_folder_name(images: Path, *halves: list[str]) -> tuple[Samples, Samples, int]:
+    return _by_class(images, *([(name, _class_of(name)) for name in half] for half in halves))
+
+
+def _by_class(images: Path, trainval: list, test: list, known: Iterable = ()) -> tuple[Samples, Samples, int]:
+    """From (file, class) pairs; labels are the places in the sorted classes, of KNOWN ones where there are any."""
+    classes = sorted(set(known) or {kind for _, kind in trainval + test})
+    label = {kind: index for index, kind in enumerate(classes)}
+    trainval, test = ([(_inside(images, name), label[kind]) for name, kind in half] for half in (trainval, test))
+    return trainval, test, len(label)
 
 
 def _class_of(name: str) -> str:
     """`a/abbey/sun_1.jpg` -> `a/abbey`."""
     return name.rpartition("/")[0]
-
-
-def _labels(names: Iterable[str]) -> dict[str, int]:
-    return {name: index for index, name in enumerate(sorted(set(names)))}
 
 
 def read_eurosat(folder: Path) -> tuple[Samples, Samples, int]:
@@ -182,13 +181,7 @@ def read_inat(year: int, folder: Path) -> tuple[Samples, Samples, int]:
             return pairs, {category["id"] for category in record.get("categories", [])}
 
     (trainval, known), (test, _) = read("train"), read("val")
-    categories = sorted(known or {category for _, category in trainval + test})
-    label = {category: index for index, category in enumerate(categories)}
-    return (
-        [(_inside(folder, name), label[category]) for name, category in trainval],
-        [(_inside(folder, name), label[category]) for name, category in test],
-        len(label),
-    )
+    return _by_class(folder, trainval, test, known)
 
 
 def _text(value: Any) -> str:
