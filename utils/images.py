@@ -34,6 +34,11 @@ Image.MAX_IMAGE_PIXELS = None  # most_pixels() bounds instead, and can be raised
 MOST_NAMED = 12  # curves in a legend
 MOST_DRAWN = 1e30  # near the largest number matplotlib finds no ticks
 INK = "#7d7d7d"  # of drawn figures: grey that reads on white paper and on a dark screen alike
+# What matplotlib's figures have in common; a name may hold a $.
+LOOK: dict[str, Any] = {"font.size": 11, "axes.titlesize": 11, "text.parse_math": False, "legend.frameon": False}
+LOOK |= {"axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6}
+INKED = ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "grid.color")
+LOOK |= dict.fromkeys((*INKED, "legend.labelcolor"), INK)
 
 
 class BadImage(Exception):
@@ -322,8 +327,7 @@ def draw_curves(panels: Mapping[str, tuple[str, Sequence[Curve]]], kind: str) ->
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    look: Any = {"svg.hashsalt": "curves", "font.size": 11, "text.parse_math": False}  # a name may hold a $
-    with matplotlib.rc_context(look):
+    with matplotlib.rc_context(LOOK | {"svg.hashsalt": "curves"}):
         figure, plots = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained")
         for plot, (title, (unit, curves)) in zip(np.atleast_1d(plots), panels.items(), strict=True):
             named: dict[str, Any] = {}
@@ -332,14 +336,10 @@ def draw_curves(panels: Mapping[str, tuple[str, Sequence[Curve]]], kind: str) ->
                     x, np.clip(np.asarray(y, float), -MOST_DRAWN, MOST_DRAWN), color=color, linewidth=1.4, alpha=0.85
                 )
                 named.setdefault(label, line)
-            plot.set_xlabel(unit, color=INK)
-            plot.set_title(title, color=INK, fontsize=11)
-            plot.tick_params(colors=INK)
-            plot.grid(color=INK, alpha=0.25, linewidth=0.6)
-            for spine in plot.spines.values():
-                spine.set_color(INK)
+            plot.set_xlabel(unit)
+            plot.set_title(title)
             if any(named) and len(named) <= MOST_NAMED:  # a longer legend would leave no room for the curves
-                plot.legend(named.values(), named.keys(), frameon=False, labelcolor=INK)
+                plot.legend(named.values(), named.keys())
         buffer = io.BytesIO()
         options: Any = {"transparent": True, "metadata": {"Date": None}} if kind == "svg" else {"dpi": 110}
         figure.savefig(buffer, format=kind, **options)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from utils.cli import UserError
-from utils.images import INK, BadImage, Curve, contact_sheet, decode_rgb, draw_curves, drop_strays, list_image_folder
+from utils.images import LOOK, BadImage, Curve, contact_sheet, decode_rgb, draw_curves, drop_strays, list_image_folder
 from utils.report.measures import evenly
 from utils.report.records import Described, Epoch, Interval, Sidecar, read_lines, read_record
 from utils.storage import atomic_path, read_jsonl
@@ -194,9 +194,9 @@ def draw_radar(axes: Sequence[str], lines: Sequence[RadarLine], svg: Path, png: 
     from matplotlib.projections.polar import PolarAxes
 
     angles = [2 * math.pi * position / len(axes) for position in range(len(axes))]
-    # A fixed salt: the same bytes for the same numbers. A name may hold a $.
-    look: Any = {"svg.hashsalt": "radar", "svg.fonttype": "path", "font.size": 11, "text.parse_math": False}
-    with matplotlib.rc_context(look):
+    # A fixed salt: the same bytes for the same numbers.
+    look: Any = {"svg.hashsalt": "radar", "svg.fonttype": "path", "grid.alpha": 0.35, "grid.linewidth": 0.7}
+    with matplotlib.rc_context(LOOK | look):
         figure, plot = pyplot.subplots(figsize=(7, 6.4), subplot_kw={"polar": True})
         assert isinstance(plot, PolarAxes)
         plot.set_theta_offset(math.pi / 2)
@@ -208,9 +208,6 @@ def draw_radar(axes: Sequence[str], lines: Sequence[RadarLine], svg: Path, png: 
             )
         plot.set_ylim(0, 100)
         plot.set_yticks([20, 40, 60, 80, 100], ["20", "40", "60", "80", "100"])
-        plot.tick_params(colors=INK)
-        plot.grid(color=INK, alpha=0.35, linewidth=0.7)
-        plot.spines["polar"].set_color(INK)
         handles = []
         for line in lines:
             known = [
@@ -222,7 +219,7 @@ def draw_radar(axes: Sequence[str], lines: Sequence[RadarLine], svg: Path, png: 
             if len(known) == len(axes):
                 plot.fill(*corners, color=line.color, alpha=0.12)
         below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 1 + (len(lines) > 4)}
-        plot.legend(handles, [line.label for line in lines], labelcolor=INK, frameon=False, **below)
+        plot.legend(handles, [line.label for line in lines], **below)
         whole: Any = {"bbox_inches": "tight", "pad_inches": 0.15}  # however long the labels are
         with atomic_path(svg) as temporary:
             figure.savefig(temporary, format="svg", transparent=True, metadata={"Date": None}, **whole)

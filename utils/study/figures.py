@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.images import INK
+from utils.images import LOOK
 from utils.report.figures import COLORS
 
 REAL = COLORS["real"][0]
@@ -42,7 +42,7 @@ def draw(series: Sequence[Series], x: str, y: str, log: bool) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    with matplotlib.rc_context({"svg.hashsalt": "study", "font.size": 12, "text.parse_math": False}):
+    with matplotlib.rc_context(LOOK | {"svg.hashsalt": "study", "font.size": 12}):
         figure, plot = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
         for one in series:
             places, values, low, high = np.array(one.values, float).T
@@ -59,14 +59,9 @@ def draw(series: Sequence[Series], x: str, y: str, log: bool) -> str:
             plot.set_xticks(ticks if len(ticks) <= 8 else ticks[:: len(ticks) // 6])
             plot.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
             plot.xaxis.set_minor_locator(ticker.NullLocator())
-        plot.set_xlabel(x, color=INK)
-        plot.set_ylabel(y, color=INK)
-        plot.tick_params(colors=INK)
-        plot.grid(color=INK, alpha=0.25, linewidth=0.6)
-        for spine in plot.spines.values():
-            spine.set_color(INK)
-        columns = 1 + (len(series) > 6)
-        plot.legend(frameon=False, labelcolor=INK, fontsize=10, ncols=columns)
+        plot.set_xlabel(x)
+        plot.set_ylabel(y)
+        plot.legend(fontsize=10, ncols=1 + (len(series) > 6))
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         pyplot.close(figure)
