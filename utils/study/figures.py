@@ -9,6 +9,7 @@ import numpy as np
 
 from utils.images import LOOK
 from utils.report.figures import COLORS
+from utils.report.tables import Cell
 
 REAL = COLORS["real"][0]
 # Of the other rows: readable on white and on black, apart for colour-blind readers with the markers' help.
@@ -18,11 +19,11 @@ MARKERS = "osD^vPX*"
 
 @dataclass
 class Series:
-    """Values (x, y, low, high) of one row, and its curve where it has one."""
+    """Values (x, y with its interval) of one row, and its curve where it has one."""
 
     label: str
     color: str
-    values: Sequence[tuple[float, float, float, float]]
+    values: Sequence[tuple[float, Cell]]
     curve: Callable[[Any], Any] | None = None
     joined: bool = False  # by a line through the values
     marker: str = "o"
@@ -45,7 +46,8 @@ def draw(series: Sequence[Series], x: str, y: str, log: bool) -> str:
     with matplotlib.rc_context(LOOK | {"svg.hashsalt": "study", "font.size": 12}):
         figure, plot = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
         for one in series:
-            places, values, low, high = np.array(one.values, float).T
+            places = np.array([place for place, _ in one.values], float)
+            values, low, high = np.array([(cell.value, cell.low, cell.high) for _, cell in one.values], float).T
             around = np.abs([values - low, high - values])
             line = "-" if one.joined else ""
             plot.errorbar(places, values, around, fmt=one.marker + line, color=one.color, label=one.label, markersize=5,

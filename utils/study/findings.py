@@ -1,7 +1,6 @@
 """What a study's results say: points of each test from evaluate.py's files, their resamples, curves and matches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -9,29 +8,11 @@ import numpy as np
 
 from utils.evaluation.results import Row as Result
 from utils.report.records import JUDGE_AGAIN, Described, Sidecar, read_record
+from utils.report.tables import Cell
 from utils.storage import read_json
 from utils.study import curves
 from utils.study.curves import Curve, Match
 from utils.study.plan import Plan, Point
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Top-1 in percent: mean over seeds, 95 % interval over seeds and test images, standard deviation over seeds."""
-
-    value: float
-    low: float
-    high: float
-    spread: float | None
-    seeds: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "")
-
-    @property
-    def interval(self) -> str:
-        """ "83.9 to 84.6"."""
-        return f"{self.low:.1f} to {self.high:.1f}"
 
 
 class Findings:
@@ -49,10 +30,10 @@ class Findings:
         return sorted(found, key=lambda title: (self.of[title].size, self.of[title].share or 0))
 
     def cell(self, title: str) -> Cell:
-        """What a training set reached."""
+        """Top-1 of a training set in percent, with its 95 % interval over seeds and test images."""
         errors, (low, high) = 100 * self.measured[title].errors, curves.interval(100 * self.draws[title])
         spread = float(np.std(errors, ddof=1)) if len(errors) > 1 else None
-        return Cell(100 - float(errors.mean()), 100 - high, 100 - low, spread, len(errors))
+        return Cell(100 - float(errors.mean()), spread, len(errors), 100 - high, 100 - low)
 
     def difference(self, title: str, other: str) -> tuple[float, float, float]:
         """Points of top-1 by which TITLE is better, with its paired interval."""

@@ -73,7 +73,7 @@ def as_csv(found: Iterable[Findings]) -> str:
     for one in found:
         for title, point in one.of.items():
             cell, measured = one.cell(title), one.measured[title]
-            row = [one.test, point.group, f"{measured.size:g}", point.size, point.share, point.first, cell.seeds]
+            row = [one.test, point.group, f"{measured.size:g}", point.size, point.share, point.first, cell.runs]
             numbers = [f"{value:.3f}" for value in (cell.value, cell.low, cell.high)]
             spread = "" if cell.spread is None else f"{cell.spread:.3f}"
             singles = " ".join(f"{100 * (1 - error):.3f}" for error in measured.errors)
@@ -102,7 +102,7 @@ def scaling(one: Findings) -> Section:
         values, cells = [], dict[int, Text]()
         for title in one.titles(row):
             cell, paper = one.cell(title), published(one, title)
-            values.append((one.measured[title].size, cell.value, cell.low, cell.high))
+            values.append((one.measured[title].size, cell))
             cells[one.of[title].size] = str(cell), cell.interval + f"; published {paper}" * bool(paper)
         if values:
             rows.append([names[row], *(cells.get(size, "") for size in sizes)])
@@ -192,7 +192,7 @@ def mixing(one: Findings) -> Section:
             found = {one.of[title].share or 0.0: one.cell(title) for title in inner}
             ends = zip((0.0, 1.0), (f"{row}-n{size}" for row in mix.rows), strict=True)
             found |= {share: one.cell(title) for share, title in ends if title in one.of}
-            values = [(100 * share, cell.value, cell.low, cell.high) for share, cell in sorted(found.items())]
+            values = [(100 * share, cell) for share, cell in sorted(found.items())]
             cells = [(str(found[share]), found[share].interval) if share in found else "" for share in shares]
             rows.append([f"{names[name]}, {size:,} a class of each", *cells])
             series.append(Series(f"{names[name]}, {size:,}", colors[name][0], values, None, True, colors[name][1]))
@@ -214,7 +214,7 @@ def diversity(one: Findings) -> Section:
             measures = [f"{totals[key]:.1f}" if key in totals else "" for key in ("coverage", "density")]
             rows.append([names[name], f"{totals['images']:,}", *measures, f"{size:,}", (str(cell), cell.interval)])
             if "coverage" in totals:
-                values = [(totals["coverage"], cell.value, cell.low, cell.high)]
+                values = [(totals["coverage"], cell)]
                 series.append(Series(names[name], colors[name][0], values, marker=colors[name][1]))
     figure = draw(series, "coverage of real test images (%)", f"top-1 on {one.test} (%)", log=False) if series else ""
     columns = ["dataset", "images measured", "coverage, %", "density, %", "images a class", f"top-1 on {one.test}, %"]
