@@ -43,7 +43,7 @@ class FeatureCache:
     def read(self) -> np.ndarray | None:
         """The features as a read-only memory map if they are complete and every checksum holds, else None."""
         kept, right = self._joined()
-        return kept if kept is not None and all(right) else None
+        return kept if len(right) == len(self.starts) else None
 
     @contextmanager
     def owned(self, what: str) -> Iterator[np.ndarray | None]:
@@ -59,12 +59,7 @@ class FeatureCache:
     def blocks(self, what: str) -> dict[int, np.ndarray]:
         """start -> block of what is there and right; says how many of WHAT are damaged. For the entry's owner."""
         storage.remove_leftovers(self.entry)  # of killed writers
-        kept, right = self._joined()
-        found = {}
-        if kept is not None:
-            found = {
-                start: kept[start : start + BLOCK] for start, whole in zip(self.starts, right, strict=True) if whole
-            }
+        _, found = self._joined()
         damaged = len(self.starts) - len(found) if (self.entry / "features.npy").exists() else 0
         for path in sorted(self.entry.glob("block_*.npy")):
             block = _read_block(path)
@@ -82,7 +77,7 @@ class FeatureCache:
         file = io.BytesIO()
         np.save(file, block)
         data = file.getvalue()
-        storage.atomic_write(self.entry / f"block_{start:08d}.{_short_hash(data)}.npy", data, fsync=True)
+        storage.atomic_write(self.entry / f"block_{start:08d}.{storage.sha256_bytes(data)[:16]}.npy", data, fsync=True)
 
     def join(self, what: str) -> np.ndarray:
         """Write features.npy from all blocks, remove them, and read it. Each is verified once more on its way."""
@@ -105,30 +100,27 @@ class FeatureCache:
             path.unlink()
         return np.load(self.entry / "features.npy", mmap_mode="r")
 
-    def _joined(self) -> tuple[np.ndarray | None, list[bool]]:
-        """(features.npy, whether each block of it is right); (None, []) where it is missing or not of its form."""
+    def _joined(self) -> tuple[np.ndarray | None, dict[int, np.ndarray]]:
+        """(features.npy, start -> block of it that is right); (None, {}) where it is missing or not of its form."""
         try:
             record = storage.read_json(self.entry / "features.json", Joined)
             kept = np.load(self.entry / "features.npy", mmap_mode="r", allow_pickle=False)
         except Exception:  # a damaged header raises anything: ValueError, SyntaxError, TokenError, OverflowError ...
-            return None, []
+            return None, {}
         form = (kept.shape, kept.dtype.str, len(kept), len(record.sha256))
         if form != (record.shape, record.dtype, self.count, len(self.starts)) or not kept.flags.c_contiguous:
-            return None, []
-        hashes = (storage.sha256_bytes(kept[start : start + BLOCK].data) for start in self.starts)
-        return kept, [mine == recorded for mine, recorded in zip(hashes, record.sha256, strict=True)]
+            return None, {}
+        blocks = {start: kept[start : start + BLOCK] for start in self.starts}
+        recorded = dict(zip(self.starts, record.sha256, strict=True))
+        return kept, {at: one for at, one in blocks.items() if storage.sha256_bytes(one.data) == recorded[at]}
 
 
 def _read_block(path: Path) -> np.ndarray | None:
     """The block in a file if its name holds the file's hash, else None."""
     try:
         data = storage.read_regular(path, MOST_BLOCK)
-        if path.name.split(".")[1] != _short_hash(data) or not path.name[6:14].isdigit():
+        if path.name.split(".")[1] != storage.sha256_bytes(data)[:16] or not path.name[6:14].isdigit():
             return None
         return np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: joining takes no memory
     except (OSError, IndexError):  # its content is what was written: np.load knows it
         return None
-
-
-def _short_hash(data: bytes) -> str:
-    return storage.sha256_bytes(data)[:16]

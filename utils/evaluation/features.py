@@ -72,7 +72,7 @@ class Extractor:
         """(N, D) features in the order of SAMPLES: float32, or float16 where the model computes in 16 bits.
 
         With a folder CACHE a read-only memory map of a file in it; on processes other than rank 0 it is then empty.
-        STAMPS: sizes and times of the images if they are known already (matching.stat_images). WHAT: for the progress
+        STAMPS: sizes and times of the images if they are known already (stat_files). WHAT: for the progress
         bar. UserError for an image that cannot be decoded.
         """
         if cache is None:
@@ -122,14 +122,13 @@ class Extractor:
     def _blocks(self, samples: Samples, transform: Transform, what: str, starts: Sequence[int]) -> Iterator[np.ndarray]:
         """Features of the blocks that begin at STARTS, one after the other."""
         spans = [samples[start : start + feature_cache.BLOCK] for start in starts]
-        total = sum(map(len, spans))
+        # Batches do not cross blocks, so that a resumed run computes the same batches.
+        sizes = [min(self.batch_size, len(span) - at) for span in spans for at in range(0, len(span), self.batch_size)]
         # One program for all blocks, whichever process computes them and whenever: their low bits are then the same.
         forward = self._prepare(len(samples), transform.crop)
         keep = np.float32 if self.dtype == torch.float32 else np.float16
-        with tqdm(total=total, desc=what, unit="img", leave=False, disable=None) as bar:
-            batches = read_ahead(
-                [path for span in spans for path, _ in span], transform, self._cut(spans), self.workers
-            )
+        with tqdm(total=sum(sizes), desc=what, unit="img", leave=False, disable=None) as bar:
+            batches = read_ahead([path for span in spans for path, _ in span], transform, sizes, self.workers)
             for span in spans:
                 parts: list[torch.Tensor] = []
                 done = 0
@@ -143,10 +142,6 @@ class Extractor:
                 if not np.isfinite(block).all() or (keep == np.float16 and np.abs(block).max() > 65504):
                     raise UserError(f"{what}: the features overflow; check the checkpoint or use --dtype fp32")
                 yield block.astype(keep)
-
-    def _cut(self, spans: Sequence[Samples]) -> list[int]:
-        """Batch sizes: batches do not cross blocks, so that a resumed run computes the same batches."""
-        return [min(self.batch_size, len(span) - at) for span in spans for at in range(0, len(span), self.batch_size)]
 
     def _prepare(self, images: int, side: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """The forward pass: (B, side, side, 3) uint8 -> (B, D) float32 on the device, not waited for."""

@@ -32,7 +32,7 @@ class FrozenModel:
         self._meter, self._told = Meter(device), 0
 
     def features(self, job: Job, samples: Samples, stamps: np.ndarray, split: str = "") -> np.ndarray:
-        """(N, D) features of SAMPLES as JOB wants them, from its cache where they are known. STAMPS: stat_images'."""
+        """(N, D) features of SAMPLES as JOB wants them, from its cache where they are known. STAMPS: stat_files'."""
         if job.number_format not in self._extractors:
             dtype = resolve_dtype(job.number_format, self.device)
             model, how = self.classifier.backbone, (self.batch_size, self.workers, self.share)
