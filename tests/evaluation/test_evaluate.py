@@ -324,10 +324,8 @@ def test_every_image_is_asked_for_its_size_once(toy, monkeypatch):
     """A million files on a network disk: asking once more for the features' key costs minutes."""
     folder, test = toy
     asked = Counter()
-    stat_images = matching.stat_images
-    monkeypatch.setattr(
-        matching, "stat_images", lambda samples: asked.update(path for path, _ in samples) or stat_images(samples)
-    )
+    stat_files = matching.stat_files
+    monkeypatch.setattr(matching, "stat_files", lambda paths: asked.update(paths) or stat_files(paths))
     assert call("--checkpoint", folder, "--test", f"toys={test}", "--device", "cpu") == 0
     assert len(asked) == 28 and set(asked.values()) == {1}
 

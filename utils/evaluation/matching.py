@@ -48,7 +48,7 @@ class LoadedSet:
     @cached_property
     def stamps(self) -> dict[str, np.ndarray]:
         """split -> (N, 2) int64, size and time of change of each image. UserError naming images that are missing."""
-        stamps = {split: stat_images(samples) for split, samples in self.splits.items()}
+        stamps = {split: stat_files([path for path, _ in samples]) for split, samples in self.splits.items()}
         pairs = [pair for split, samples in self.splits.items() for pair in zip(samples, stamps[split], strict=True)]
         if missing := [path for (path, _), (size, _) in pairs if size < 0]:
             what = f"{len(missing):,} of {len(pairs):,} images are missing ({few(missing)})"
@@ -66,15 +66,11 @@ class LoadedSet:
         return sha256_json(facts)
 
 
-def stat_images(samples: Samples) -> np.ndarray:
-    """(N, 2) int64: size in bytes and time of change in ns of each image, see stat_files."""
-    return stat_files([path for path, _ in samples])
-
-
 def fingerprint(samples: Samples, stamps: np.ndarray | None = None) -> str:
     """Hash of what the images are: folder and file name, size and time of change of each (STAMPS, if known already)."""
     digest = hashlib.sha256()
-    for (path, _), (size, changed) in zip(samples, stat_images(samples) if stamps is None else stamps, strict=True):
+    stamps = stat_files([path for path, _ in samples]) if stamps is None else stamps
+    for (path, _), (size, changed) in zip(samples, stamps, strict=True):
         if size < 0:
             raise UserError(f"cannot read {path}; restore the dataset's folder")
         place = "/".join(Path(path).parts[-2:])
