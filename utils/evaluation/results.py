@@ -36,16 +36,6 @@ class Row(msgspec.Struct):
     train_overlap_near: Count = 0  # and those it was trained on a copy of, cut, mirrored or encoded otherwise
     folder: str = ""  # of the file; not in it
 
-    @property
-    def metric_of(self) -> tuple[str, str, str]:
-        """What was measured."""
-        return self.model, self.dataset, self.metric
-
-    @property
-    def way(self) -> tuple[str | None, str | None]:
-        """How it was measured."""
-        return self.key, self.protocol
-
 
 def with_v2_mean(rows: Sequence[Row]) -> list[Row]:
     """ROWS and, where a model was judged on all three variants of ImageNet-V2, their mean as "IN-v2".

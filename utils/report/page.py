@@ -11,11 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from utils.evaluation.catalog import IMAGENET_SETS
 from utils.images import MOST_NAMED
 from utils.report import records
 from utils.report.figures import COLORS, Manifests, RadarLine, close_looks, contact_sheets, draw_radar, training_curves
 from utils.report.records import Row, is_file
-from utils.report.tables import GROUP_SIZES, IMAGENET_SETS, TRANSFER_GROUPS, Model, as_cell, averages, make_tables
+from utils.report.tables import GROUP_SIZES, TRANSFER_GROUPS, Model, as_cell, averages, make_tables
 from utils.report.verdicts import headline
 from utils.storage import read_json, require_writable, write_page
 

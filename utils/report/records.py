@@ -216,8 +216,9 @@ def read_results(paths: Sequence[Path]) -> list[Row]:
                 remedy = "judge one again under another name (evaluate.py --checkpoint NAME=...)"
                 raise UserError(f"--report: {other} and {path} hold two different models called {model}; {remedy}")
         rows += [row for row in found if row.checkpoint_sha256 == checkpoint[row.model]]
-    way = {row.metric_of: row.way for row in rows}
-    newest = {(*row.metric_of, row.seed): row for row in rows if row.way == way[row.metric_of]}
+    measured = [((row.model, row.dataset, row.metric), (row.key, row.protocol), row) for row in rows]
+    last_way = {what: way for what, way, _ in measured}
+    newest = {(*what, row.seed): row for what, way, row in measured if way == last_way[what]}
     return with_v2_mean(list(newest.values()))
 
 

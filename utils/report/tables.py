@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit  # Student's quantiles; all of scipy.stats would take seconds to import
 
-from utils.evaluation.catalog import GROUPS, PAPERS_FIVE, SETS
+from utils.evaluation.catalog import GROUPS, IMAGENET_SETS, SETS
 from utils.metrics import log_odds_average, mean_and_std
 from utils.report.costs import cost_columns
 from utils.report.records import Row, Sidecar, Training
 
-IMAGENET_SETS = PAPERS_FIVE
 TRANSFER_GROUPS = {group: GROUPS[group] for group in ("cog", "inat", "small")}  # from the farthest to the nearest task
 TRANSFER_SETS = [row.name for row in SETS.values() if row.probed]
 GROUP_SIZES = Counter(row.group for row in SETS.values())  # of the transfer groups: 8, 2, 5
