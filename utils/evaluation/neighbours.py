@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import normalize
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 BLOCK = 1024  # test images compared at a time
@@ -18,7 +19,8 @@ def knn_top1(splits: dict[str, tuple[np.ndarray, np.ndarray]], device: Any = "cp
 
     With fewer than 20 training images all of them vote.
     """
-    train, test = (_of_unit_length(splits[name][0], device) for name in ("trainval", "test"))
+    features = (torch.from_numpy(np.array(splits[name][0], np.float32)).to(device) for name in ("trainval", "test"))
+    train, test = (normalize(x, dim=1) for x in features)
     labels = torch.from_numpy(np.asarray(splits["trainval"][1], np.int64)).to(device)
     k, correct = min(NEIGHBOURS, len(train)), 0
     for start in range(0, len(test), BLOCK):
@@ -27,7 +29,3 @@ def knn_top1(splits: dict[str, tuple[np.ndarray, np.ndarray]], device: Any = "cp
         votes.scatter_add_(1, labels[nearest], (similarity / TEMPERATURE).exp())
         correct += int((votes.argmax(1).cpu().numpy() == splits["test"][1][start : start + BLOCK]).sum())
     return 100 * correct / len(test)
-
-
-def _of_unit_length(features: np.ndarray, device: Any) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.from_numpy(np.array(features, np.float32)).to(device), dim=1)
