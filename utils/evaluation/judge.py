@@ -56,9 +56,10 @@ def metrics_of_logits(logits: np.ndarray, matched: MatchedSet, model: Classifier
     ranks = metrics.best_ranks(logits, matched.labels)
     labels = np.array([label for _, label in matched.samples])
     n, correct, classes = len(ranks), ranks == 0, len(matched.class_ids)
-    measured = {"top1": _share(int(correct.sum()), n)}
-    if logits.shape[1] > 5:
-        measured["top5"] = _share(int((ranks < 5).sum()), n)
+    measured: dict[str, tuple[float, Any]] = {}
+    for k in (1, 5) if logits.shape[1] > 5 else (1,):
+        among = int((ranks < k).sum())
+        measured[f"top{k}"] = 100 * among / n, metrics.wilson_interval(among, n)
     mean, low, high = metrics.mean_per_class(correct, labels, classes)
     measured["mean_per_class"] = mean, (low, high)
     error, low, high = metrics.ece_with_interval(logits, correct)
@@ -108,7 +109,3 @@ def metrics_of_probe(
     runs = [*(other for other in earlier if other["seed"] != seed), run]
     facts = {"n": n, "num_classes": len(loaded.class_ids), "seed": seed, "chosen": result["chosen"]}
     return measured, facts, {"class_ids": [], "class_names": [], "per_class": [], "runs": runs}
-
-
-def _share(correct: int, n: int) -> tuple[float, tuple[float, float]]:
-    return 100 * correct / n, metrics.wilson_interval(correct, n)
