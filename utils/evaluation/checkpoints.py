@@ -110,7 +110,8 @@ def locate(spec: str, download: bool = True) -> Source:
         path = _weights_of_run(path)
     if path.is_file():
         args, sha256 = _read_args(path.parent), sha256_file(path)
-        label = label or _label(path, args) + (f".{key}" if key else "")
+        own = path.resolve().parent.name if args else path.stem  # the run folder's name for our own runs
+        label = label or own + (f".{key}" if key else "")
         if key:  # another model in the same file
             sha256 = sha256_bytes(f"{sha256}:{key}".encode())
         return Source(label, str(path), sha256, args, key=key)
@@ -154,11 +155,6 @@ def _weights_of_run(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"--checkpoint {folder}: no weights in this folder ({dataset or folder.name}.pth, checkpoint.pth)")
-
-
-def _label(path: Path, args: dict[str, Any]) -> str:
-    """The run folder's name for our own runs, else the file's."""
-    return path.resolve().parent.name if args else path.name.removesuffix("".join(path.suffixes[-1:]))
 
 
 def _locate_torchvision(spec: str, label: str, download: bool) -> Source:
