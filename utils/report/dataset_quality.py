@@ -66,7 +66,7 @@ def run(
     # ===== measuring =====
     centre = measures.moments(described["synthetic"])[0].astype(np.float32)
     classes = [measure_class(class_id, synthetic, real, described, centre) for class_id in synthetic.ids]
-    sort_classes(classes)
+    classes.sort(key=worst_first)
     totals = summarize(classes)
     if real:
         both = [
@@ -176,9 +176,8 @@ def measure_class(
 
 def summarize(classes: list[dict[str, Any]]) -> dict[str, Any]:
     """Sums of counts, means over classes of the rest."""
-    totals: dict[str, Any] = {"classes": len(classes), "images": sum(row["images"] for row in classes)}
-    totals["fewest"] = min(row["images"] for row in classes)
-    totals["most"] = max(row["images"] for row in classes)
+    counts = [row["images"] for row in classes]
+    totals = {"classes": len(counts), "images": sum(counts), "fewest": min(counts), "most": max(counts)}
     for column in COLUMNS[1:]:
         known = [row[column] for row in classes if row.get(column) is not None]
         if known:
@@ -186,14 +185,10 @@ def summarize(classes: list[dict[str, Any]]) -> dict[str, Any]:
     return totals
 
 
-def sort_classes(classes: list[dict[str, Any]]) -> None:
+def worst_first(row: dict[str, Any]) -> tuple:
     """Where real images are known, those least like them first; then most near-duplicates, least varied, by id."""
-
-    def key(row: dict[str, Any]) -> tuple:
-        likeness = row.get("coverage", 101), row.get("precision", 101)
-        return *likeness, -row["duplicates"], row["diversity"] or 0, row["id"]
-
-    classes.sort(key=key)
+    likeness = row.get("coverage", 101), row.get("precision", 101)
+    return *likeness, -row["duplicates"], row["diversity"] or 0, row["id"]
 
 
 # ===== telling =====
