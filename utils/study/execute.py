@@ -90,7 +90,8 @@ def _run(plan: Plan, launcher: str, options: Sequence[str]) -> int:
     ready = [point for point in todo if all(plan.datasets[row].drawn for row in point.rows)]
     if ready:
         _await_others(ready)
-        code = _side_by_side([_point_work(point) for point in ready], launcher, at_once) or code
+        works = [Work(point.name, point.command, point.folder / "study.log", point.reached) for point in ready]
+        code = _side_by_side(works, launcher, at_once) or code
     if code - 128 not in FORWARDED and (works := _looks(plan)):
         code = _side_by_side(works, launcher, at_once) or code
     if waiting := len(todo) - len(ready):
@@ -161,13 +162,6 @@ def _side_by_side(works: Sequence[Work], launcher: str, at_once: int | None) -> 
         logs = "".join(f"\n  {process.label}: {process.work.log}" for process in failed)
         print(f"study: {len(failed)} of {len(works)} failed, the others are done; logs:{logs}", file=sys.stderr)
     return code
-
-
-def _point_work(point: Point) -> Work:
-    def reached() -> str:
-        return ", ".join(f"{row.dataset} {row.value:.2f}" for row in point.results())
-
-    return Work(point.name, point.command, point.folder / "study.log", reached)
 
 
 def _looks(plan: Plan) -> list[Work]:

@@ -9,7 +9,6 @@ import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +60,15 @@ class Dataset:
         return counts.get("images", 0) >= sum(self.counts.values())
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Point:
     """One training set of a row or mix with one seed: the commands that train and judge it, and its folder."""
 
     group: str  # the row or mix
     title: str  # of all its seeds: "g2-n100"
     size: int  # images a class: of a row; of a mix's shares, each of its rows; of its added images, those
-    share: float | None  # of a mix: the second row's weight
-    first: int | None  # of a mix: images a class of the first row
+    share: float | None = None  # of a mix: the second row's weight
+    first: int | None = None  # of a mix: images a class of the first row
     seed: int
     rows: tuple[str, ...]
     folder: Path
@@ -104,6 +103,10 @@ class Point:
         found = [row for row in read_jsonl(path, Result) if row.metric == "top1" and row.checkpoint_sha256 == weights]
         return list({row.dataset: row for row in found}.values())
 
+    def reached(self) -> str:
+        """ "fashion 83.21, ...": its results, for the terminal."""
+        return ", ".join(f"{row.dataset} {row.value:.2f}" for row in self.results())
+
     def state(self, tests: Sequence[str]) -> str:
         """ "done", "trained", "begun" or "to do"."""
         if {row.dataset for row in self.results()} >= {*tests}:
@@ -119,7 +122,7 @@ class Plan:
     datasets: dict[str, Dataset]
     points: list[Point] = field(default_factory=list)
 
-    @cached_property
+    @property
     def out(self) -> Path:
         """The study's folder."""
         return Path(self.study.out)
@@ -204,10 +207,7 @@ def make_point(
     results = folder / f"judged-{_digest([judged, study.tests, study.datasets])}"
     return Point(
         group=group,
-        title=title,
-        size=facts["size"],
-        share=facts.get("share"),
-        first=facts.get("first"),
+        **facts,
         seed=seed,
         rows=tuple(row for row, _, _ in parts),
         folder=folder,
