@@ -4,14 +4,13 @@ Here: datasets one after the other, in as many processes as the launcher gives e
 each. On SLURM: an array a dataset, and arrays of points that wait for the datasets they need.
 """
 
-import contextlib
 import os
 import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from utils.cli import UserError
@@ -102,47 +101,34 @@ def _run(plan: Plan, launcher: str, options: Sequence[str]) -> int:
 def _await_others(points: Sequence[Point]) -> None:
     """Of a study that was killed the last run may still be saving its weights: wait until its folder is free."""
     for lock in filter(Path.exists, (point.folder / ".lock" for point in points)):
-        with contextlib.suppress(AlreadyOwned), owner_lock(lock):
-            continue
-        print(f"study: a process is still at work in {lock.parent}; waiting for it", flush=True)
-        with owner_lock(lock, wait=True):
+        with owner_lock(lock, wait=f"study: a process is still at work in {lock.parent}; waiting for it"):
             pass
 
 
-@dataclass(frozen=True)
-class Work:
-    """A command that knows nothing of the others: what it is called, its log, and what it reached, told at its end."""
+class Work(Process):
+    """A command that knows nothing of the others: its words go to LOG, and at its end a line says what it REACHED."""
 
-    name: str
-    command: tuple[str, ...]
-    log: Path
-    reached: Callable[[], str]
-
-
-class Logged(Process):
-    """The process of a Work: what it prints goes to its log; when it has ended, one line says how."""
-
-    def __init__(self, work: Work, place: str) -> None:
-        super().__init__(work.name, (sys.executable, *work.command))
-        self.work, self.place = work, place
+    def __init__(self, name: str, command: Sequence[str], log: Path, reached: Callable[[], str]) -> None:
+        super().__init__(name, (sys.executable, *command))
+        self.log, self.reached, self.place = log, reached, ""  # place: "2/5" of those side by side
 
     def start(self, alone: bool) -> None:
         """As of a process among several: the terminal would be the log's."""
-        self.work.log.parent.mkdir(parents=True, exist_ok=True)
-        self.work.log.write_bytes(b"")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.write_bytes(b"")
         super().start(alone=False)
 
     def show(self, line: str) -> None:
         """Keep LINE."""
-        with open(self.work.log, "a", encoding="utf-8") as file:
+        with open(self.log, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def has_ended(self) -> bool:
         """As of any process; says at its end what was reached."""
         ended = super().has_ended()
         if ended:
-            failed = f"failed with exit code {self.code}, see {self.work.log}"
-            print(f"[{self.place}] {self.label}: {failed if self.code else self.work.reached()}", flush=True)
+            failed = f"failed with exit code {self.code}, see {self.log}"
+            print(f"[{self.place}] {self.label}: {failed if self.code else self.reached()}", flush=True)
         return ended
 
 
@@ -151,15 +137,16 @@ def _side_by_side(works: Sequence[Work], launcher: str, at_once: int | None) -> 
     gpus = [] if launcher == "inline" else visible_gpus()
     parallel = 1 if launcher == "inline" else min(at_once or len(gpus), len(works))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // parallel)))
-    processes = [Logged(work, f"{number}/{len(works)}") for number, work in enumerate(works, 1)]
-    team = Team(processes, parallel, devices=[gpus[place % len(gpus)] for place in range(parallel)] if gpus else [])
+    for number, work in enumerate(works, 1):
+        work.place = f"{number}/{len(works)}"
+    team = Team(works, parallel, devices=[gpus[place % len(gpus)] for place in range(parallel)] if gpus else [])
     team.run()
     if team.stopped_by is not None and team.failed():
         print("study: stopped; the same command continues", file=sys.stderr)
         return 128 + team.stopped_by
     code = team.report()
-    if failed := [process for process in processes if process.code != 0]:
-        logs = "".join(f"\n  {process.label}: {process.work.log}" for process in failed)
+    if failed := [work for work in works if work.code != 0]:
+        logs = "".join(f"\n  {work.label}: {work.log}" for work in failed)
         print(f"study: {len(failed)} of {len(works)} failed, the others are done; logs:{logs}", file=sys.stderr)
     return code
 

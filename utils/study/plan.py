@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -203,8 +202,8 @@ def make_point(
     drawn = [[word for word in its if word.partition("=")[0] not in DRAWN_WHERE] for its in words]
     judged = {key: value for key, value in study.evaluate.items() if key not in MACHINE | {"batch_size"}}
     title = facts["title"]
-    folder = plan.out / "points" / f"{title}-seed{seed}-{_digest([own, epochs, data, limits, seed, drawn])}"
-    results = folder / f"judged-{_digest([judged, study.tests, study.datasets])}"
+    folder = plan.out / "points" / f"{title}-seed{seed}-{sha256_json([own, epochs, data, limits, seed, drawn])[:8]}"
+    results = folder / f"judged-{sha256_json([judged, study.tests, study.datasets])[:8]}"
     return Point(
         group=group,
         **facts,
@@ -217,10 +216,6 @@ def make_point(
         images=images,
         seen=epochs * images,
     )
-
-
-def _digest(value: Any) -> str:
-    return sha256_json(value)[:8]
 
 
 # ===== where images come from =====
@@ -287,7 +282,7 @@ def quality_of(plan: Plan, row: str) -> tuple[Path, tuple[str, ...]] | None:
     size = max(sizes_of(study, study.rows[study.reference]))
     judge = next(point for point in plan.points if point.group == study.reference and point.size == size)
     dataset, (real, *_) = plan.datasets[row], study.tests.values()
-    digest = _digest([judge.folder.name, dataset.words, sum(dataset.counts.values()), real])
+    digest = sha256_json([judge.folder.name, dataset.words, sum(dataset.counts.values()), real])[:8]
     folder = plan.out / "quality" / f"{row}-{digest}"
     kept = {"device", "dtype", "interpolation", "batch_size", "workers"}
     options = {key: value for key, value in study.evaluate.items() if key in kept}

@@ -189,7 +189,7 @@ def words_of(study: Study, name: str, options: Mapping[str, Any], table: str) ->
             negative = [one for one in action.option_strings if one.startswith("--no-")][:1]
             if action.nargs != 0:
                 raise study.wrong(f"{table} {key}", "takes a value, not true or false")
-            words += [option] if value and not negative else negative if not value else [action.option_strings[0]]
+            words += [option] if value else negative
         elif isinstance(value, list):
             if not isinstance(action, argparse._AppendAction) and action.nargs not in ("+", "*"):
                 raise study.wrong(f"{table} {key}", "takes one value, not a list")
