@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import time
 import zlib
@@ -205,21 +206,28 @@ def read_json(path: str | Path, kind: Any = dict[str, Any], remedy: str = RESTOR
     """
     try:
         return _decode(_read(path, MOST_JSON, remedy), msgspec.json.Decoder(kind))
+    except msgspec.ValidationError as error:
+        what, at = what_and_where(error)
+        raise UserError(f"{path}: {what}{f' at {at}' if at else ''}; {remedy}") from None
     except _DAMAGE as error:
-        raise _damaged(path, error, remedy) from None
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{path} is not valid JSON ({reason}); {remedy}") from None
 
 
-def read_jsonl(path: str | Path, kind: Any = dict[str, Any]) -> list[Any]:
+def read_jsonl(path: str | Path, kind: Any = dict[str, Any], option: str = "") -> list[Any]:
     """The lines of a JSON Lines file that are of KIND; [] if the file does not exist.
 
-    Damaged lines, torn by a kill or of another type, are left out.
+    Damaged lines, torn by a kill or of another type, are left out; how many, is said on stderr if an OPTION reads them.
     """
     if not Path(path).exists():
         return []
     decoder, values = msgspec.json.Decoder(kind), []
-    for line in filter(bytes.strip, _read(path, MOST_JSONL).split(b"\n")):
+    lines = [line for line in _read(path, MOST_JSONL).split(b"\n") if line.strip()]
+    for line in lines:
         with contextlib.suppress(*_DAMAGE):
             values.append(_decode(line, decoder))
+    if option and len(values) < len(lines):
+        print(f"{option}: {path}: {len(lines) - len(values)} damaged lines are left out", file=sys.stderr)
     return values
 
 
@@ -241,14 +249,6 @@ def what_and_where(error: msgspec.ValidationError) -> tuple[str, str]:
     """Of a value that is of another type: ("expected int, got str", "$.rows[0]"), the place "" if it is the whole."""
     what, _, at = str(error).replace("`", "").partition(" - at ")
     return what[:1].lower() + what[1:], at
-
-
-def _damaged(where: str | Path, error: Exception, remedy: str) -> UserError:
-    if isinstance(error, msgspec.ValidationError):
-        what, at = what_and_where(error)
-        return UserError(f"{where}: {what}{f' at {at}' if at else ''}; {remedy}")
-    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-    return UserError(f"{where} is not valid JSON ({reason}); {remedy}")
 
 
 def _read(path: str | Path, most: int, remedy: str = RESTORE) -> bytes:
@@ -321,20 +321,23 @@ class AlreadyOwned(Exception):
 
 
 @contextlib.contextmanager
-def owner_lock(path: str | Path, wait: bool = False) -> Iterator[None]:
+def owner_lock(path: str | Path, wait: bool | str = False) -> Iterator[None]:
     """Hold an exclusive lock on the file PATH; if a living process has it, WAIT for it or raise AlreadyOwned at once.
 
-    The kernel releases the lock of a dead process (flock), so a `kill -9` leaves nothing to clean up. The file stays:
-    removing it would let two processes lock two files of the same name.
+    A WAIT in words is printed first. The kernel releases the lock of a dead process (flock), so a `kill -9` leaves
+    nothing to clean up. The file stays: removing it would let two processes lock two files of the same name.
     """
     from filelock import FileLock, Timeout
 
     # The fallback, a file that marks the lock, would outlive a process killed on another host.
     lock = FileLock(str(path), fallback_to_soft=False)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        lock.acquire(timeout=-1 if wait is True else 0)
     except Timeout:
-        raise AlreadyOwned(str(path)) from None
+        if not wait:
+            raise AlreadyOwned(str(path)) from None
+        print(wait, flush=True)
+        lock.acquire()
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise

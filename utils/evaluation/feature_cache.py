@@ -12,7 +12,7 @@ measured.
 
 import io
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -48,12 +48,8 @@ class FeatureCache:
     @contextmanager
     def owned(self, what: str) -> Iterator[np.ndarray | None]:
         """The entry as its only writer; yields the features if they are complete. Waits for another run that has it."""
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(storage.owner_lock(self.entry / "lock"))
-            except storage.AlreadyOwned:
-                print(f"{what}: another run is computing these features; waiting for it", flush=True)
-                stack.enter_context(storage.owner_lock(self.entry / "lock", wait=True))
+        waiting = f"{what}: another run is computing these features; waiting for it"
+        with storage.owner_lock(self.entry / "lock", wait=waiting):
             yield self.read()
 
     def blocks(self, what: str) -> dict[int, np.ndarray]:

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from utils.cli import UserError
 from utils.images import LOOK, BadImage, Curve, contact_sheet, decode_rgb, draw_curves, drop_strays, list_image_folder
 from utils.report.measures import evenly
-from utils.report.records import Described, Epoch, Interval, Sidecar, read_lines, read_record
+from utils.report.records import Described, Epoch, Interval, Sidecar, read_record
 from utils.storage import atomic_path, read_jsonl
 
 # (folder) -> (class id, file names) ... of a generated dataset's manifests, None for other folders
@@ -37,7 +37,7 @@ def training_curves(models: Mapping[str, tuple[str, Sequence[Path]]]) -> str | N
     panels: dict[str, tuple[str, list[Curve]]] = {"training loss": ("epoch", []), "training top-1 (%)": ("epoch", [])}
     for name, (color, folders) in models.items():
         for folder in folders:
-            lines = read_lines(folder / "log.jsonl", Epoch | Interval)
+            lines = read_jsonl(folder / "log.jsonl", Epoch | Interval, "--report")
             epochs = [line for line in lines if isinstance(line, Epoch)]
             for (_, curves), key in zip(panels.values(), ("loss", "top1"), strict=True):
                 if epochs:

@@ -6,7 +6,6 @@ A file of another type is a UserError that names the file, the field and the rem
 import base64
 import contextlib
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -189,15 +188,6 @@ class Interval(msgspec.Struct, tag_field="kind", tag="train"):
     """A line of log.jsonl between those of the epochs, of which a report needs nothing."""
 
 
-def read_lines(path: Path, kind: Any) -> list[Any]:
-    """The lines of a JSON Lines file that are of KIND; how many are damaged and left out is said on stderr."""
-    values = read_jsonl(path, kind)
-    lines = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n")) if is_file(path) else 0
-    if lines > len(values):
-        print(f"--report: {path}: {lines - len(values)} damaged lines are left out", file=sys.stderr)
-    return values
-
-
 def read_results(paths: Sequence[Path]) -> list[Row]:
     """The rows of all files that still hold, each with its folder.
 
@@ -225,7 +215,7 @@ def read_results(paths: Sequence[Path]) -> list[Row]:
 def _read_rows(path: Path) -> list[Row]:
     if not path.is_file():
         raise UserError(f"--report: no file {path}; give results.jsonl files that evaluate.py wrote")
-    values = read_lines(path, Any)
+    values = read_jsonl(path, Any, "--report")
     if not values:
         raise UserError(f"--report: {path} holds no result; run evaluate.py on its checkpoint first")
     rows = []
