@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +112,10 @@ def run_of(row: Row) -> Path | None:
 
 def describe_training(model: Model) -> None:
     """Set what all of the model's runs agree on: the kind, supervision and number of its training images, its steps."""
-    for name, found in (
-        ("kind", {training.kind for training in model.trainings}),
-        ("supervision", {training.supervision for training in model.trainings}),
-        ("images", {training.plan.images for training in model.trainings}),
-        ("steps", {training.steps for training in model.trainings}),
-    ):
+    for place in ("kind", "supervision", "plan.images", "steps"):
+        found = set(map(attrgetter(place), model.trainings))
         if len(found) == 1:
-            setattr(model, name, found.pop())
+            setattr(model, place.removeprefix("plan."), found.pop())
 
 
 # ===== radar =====

@@ -186,12 +186,10 @@ def make_tables(models: Sequence[Model], rows: Sequence[Row]) -> list[dict]:
         tables.append(metric_table(f"Real images: {dataset}", columns, models))
     sets = sorted(groups["imagenet"], key=lambda name: (*IMAGENET_SETS, name).index(name))
     for metric, shown in (("top1", "top-1"), ("top5", "top-5")):
-        if sets:
-            columns = [(name, metric, name) for name in sets]
-            tables.append(metric_table(f"ImageNet test sets, {shown}", columns, models))
+        columns = [(name, metric, name) for name in sets]
+        tables.append(metric_table(f"ImageNet test sets, {shown}", columns, models))
     for group, shown in TRANSFER_GROUPS.items():
-        if names := groups[group]:
-            tables.append(group_table(f"Transfer, {shown}: linear probe, top-1", group, names, models))
+        tables.append(group_table(f"Transfer, {shown}: linear probe, top-1", group, groups[group], models))
     tables.append(all_transfer_table(models))
     own = [(name, "top1", name) for name in groups["transfer"]]
     tables.append(metric_table("Transfer, own sets: linear probe, top-1", own, models))
