@@ -230,11 +230,10 @@ def search_stages(train: Split, held: Split, trials: Trials, seed: int, device: 
     best = 0.0
     for count, epochs in STAGES:
         settings = settings[:count]
-        predictors: list[LinearClassifier] = []  # trained together, when one is not remembered
+        trained = cache(partial(train_together, train, settings, seed, device, epochs))  # when one is not remembered
 
-        def judge(index: int, settings=settings, epochs=epochs, predictors=predictors) -> float:
-            predictors[:] = predictors or train_together(train, settings, seed, device, epochs)
-            return top1_of(predictors[index], held)
+        def judge(index: int, trained=trained) -> float:
+            return top1_of(trained()[index], held)
 
         accuracies = [
             trials(setting | {"epochs": epochs}, partial(judge, index)) for index, setting in enumerate(settings)

@@ -119,12 +119,10 @@ def _class_of(name: str) -> str:
 def read_eurosat(folder: Path) -> tuple[Samples, Samples, int]:
     """No official split: the 810 images of each class whose hash with EUROSAT_SEED comes first are the test half."""
     class_ids, samples = list_image_folder(folder, option="EuroSAT")
-    by_class: list[Samples] = [[] for _ in class_ids]
-    for sample in samples:
-        by_class[sample[1]].append(sample)
     trainval: Samples = []
     test: Samples = []
-    for members in by_class:  # by a hash of the name: the same split for ever, whatever the order of listing
+    for label in range(len(class_ids)):  # by a hash of the name: the same split for ever, whatever the order of listing
+        members = [sample for sample in samples if sample[1] == label]
         members.sort(key=lambda sample: hashlib.sha256(f"{EUROSAT_SEED}/{Path(sample[0]).name}".encode()).digest())
         test += sorted(members[:EUROSAT_TEST])
         trainval += sorted(members[EUROSAT_TEST:])
