@@ -17,7 +17,7 @@ from utils.images import MOST_NAMED
 from utils.report import records
 from utils.report.figures import COLORS, Manifests, RadarLine, close_looks, contact_sheets, draw_radar, training_curves
 from utils.report.records import Row, is_file
-from utils.report.tables import GROUP_SIZES, TRANSFER_GROUPS, Model, as_cell, averages, make_tables
+from utils.report.tables import GROUP_SIZES, TRANSFER_GROUPS, Cell, Model, as_cell, averages, make_tables
 from utils.report.verdicts import headline
 from utils.storage import read_json, require_writable, write_page
 
@@ -126,38 +126,30 @@ def radar_values(models: Sequence[Model]) -> tuple[list[str], dict[str, dict[str
 
     A transfer group is the mean top-1 of the same sets for every model: one that lacks a set has no value there.
     """
-    values: dict[str, dict[str, float]] = {model.name: {} for model in models}
-    axes = [f"{name}\ntop-5" for name in IMAGENET_SETS]
-    for axis, name in zip(axes, IMAGENET_SETS, strict=True):
-        for model in models:
-            if cell := model.cells.get((name, "top5")):
-                values[model.name][axis] = cell.value
+    axes = {
+        f"{name}\ntop-5": {model.name: model.cells.get((name, "top5")) for model in models} for name in IMAGENET_SETS
+    }
     for group, shown in TRANSFER_GROUPS.items():
         measured = {name for model in models for (name, _), cell in model.cells.items() if cell.group == group}
         part = f" ({len(measured)} of {GROUP_SIZES[group]})" if len(measured) < GROUP_SIZES[group] else ""
-        axes.append(f"{shown}{part}\ntop-1")
-        for model in models:
-            if mean := averages([model.cells.get((name, "top1")) for name in measured])[0]:
-                values[model.name][axes[-1]] = mean.value
-    known = [axis for axis in axes if any(axis in its for its in values.values())]
-    return (known, values) if known else own_values(models)
+        tops = {model.name: [model.cells.get((name, "top1")) for name in measured] for model in models}
+        axes[f"{shown}{part}\ntop-1"] = {name: averages(cells)[0] for name, cells in tops.items()}
+    known = {axis: cells for axis, cells in axes.items() if any(cells.values())} or own_axes(models)
+    return list(known), {
+        model.name: {axis: cell.value for axis, cells in known.items() if (cell := cells[model.name])}
+        for model in models
+    }
 
 
-def own_values(models: Sequence[Model]) -> tuple[list[str], dict[str, dict[str, float]]]:
-    """As radar_values, of the sets given with --test and --transfer: top-1 of the classifier or of a linear probe."""
+def own_axes(models: Sequence[Model]) -> dict[str, dict[str, Cell | None]]:
+    """{axis: {model: cell}} of the sets given with --test and --transfer: top-1 of the classifier or of a probe."""
     axis_of = {
         name: f"{name}\n{OWN_AXES[cell.group]}"
         for model in models
         for (name, metric), cell in model.cells.items()
         if metric == "top1" and cell.group in OWN_AXES
     }
-    values = {
-        model.name: {
-            axis: model.cells[name, "top1"].value for name, axis in axis_of.items() if (name, "top1") in model.cells
-        }
-        for model in models
-    }
-    return list(axis_of.values()), values
+    return {axis: {model.name: model.cells.get((name, "top1")) for model in models} for name, axis in axis_of.items()}
 
 
 def radar_lines(axes: Sequence[str], values: dict[str, dict[str, float]], models: Sequence[Model]) -> list[RadarLine]:
@@ -191,7 +183,7 @@ def radar_note(axes: Sequence[str], models: Sequence[Model]) -> str:
             f"{', '.join(IMAGENET_SETS)}; mean top-1 on {', '.join(TRANSFER_GROUPS.values())}), or as many of your own "
             f"sets; known here: {known}."
         )
-    if axes == own_values(models)[0]:
+    if axes == list(own_axes(models)):
         return "Top-1 of the classifiers, and of linear probes of their frozen features on other classes, in percent."
     note = "Top-5 on ImageNet's test sets, mean top-1 on the groups of transfer datasets, in percent."
     if len({*map(classes_of, models)} - {0}) > 1:
