@@ -69,9 +69,9 @@ def build_model(arch: str, num_classes: int, head: str = "cosine") -> nn.Module:
         extra = {"aux_logits": False, "init_weights": True} if arch in ("inception_v3", "googlenet") else {}
         model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
     if head == "cosine":
-        parent, _, attribute = head_name(model).rpartition(".")
-        linear = getattr(model.get_submodule(parent), attribute)
-        setattr(model.get_submodule(parent), attribute, CosineLinear(linear.in_features, num_classes))
+        name = head_name(model)
+        linear: Any = model.get_submodule(name)
+        model.set_submodule(name, CosineLinear(linear.in_features, num_classes))
     return model
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from utils.classes import load_classes
+from utils.classes import load_classes, read_list
 from utils.cli import UserError, few
 from utils.evaluation.matching import LoadedSet
 from utils.evaluation.transfer_sets import read_mat
@@ -30,8 +30,7 @@ def imagenet_ids() -> tuple[str, ...]:
 @cache
 def read_index(name: str) -> tuple[tuple[str, ...], ...]:
     """Rows of utils/evaluation/indices/NAME, split at blanks; lines starting with # are notes."""
-    lines = (INDICES / name).read_text().splitlines()
-    return tuple(tuple(line.split()) for line in lines if line.strip() and not line.startswith("#"))
+    return tuple(tuple(entry.split()) for _, entry in read_list(INDICES / name))
 
 
 def read_wnid_folders(name: str, folder: Path, data_root: Path) -> LoadedSet:

@@ -95,7 +95,7 @@ def load_classifier(source: Source, classes: str | None = None) -> Classifier:
         lacks = NoClassifier(f"--checkpoint {source.path}: no classifier in it, so only transfer datasets can judge it")
         return _with_classes(source, arch, model, lacks, classes)
     linear = model.get_submodule(name)
-    _replace(model, name, torch.nn.Identity())  # the model then returns features
+    model.set_submodule(name, torch.nn.Identity())  # the model then returns features
     return _with_classes(source, arch, model, linear, classes)
 
 
@@ -285,10 +285,10 @@ def _fit(arch: str, weights: dict[str, torch.Tensor], named: bool) -> tuple[torc
     head = model.get_submodule(name)
     assert isinstance(head, torch.nn.Linear)
     if f"{name}.weight" not in weights:  # absent, or a projection of several layers (MoCo v2, SimCLR)
-        _replace(model, name, torch.nn.Identity())
+        model.set_submodule(name, torch.nn.Identity())
         weights = {key: tensor for key, tensor in weights.items() if not key.startswith(f"{name}.")}
     elif f"{name}.bias" not in weights:  # the authors' classifiers have none
-        _replace(model, name, torch.nn.Linear(head.in_features, outputs, bias=False, device="meta"))
+        model.set_submodule(name, torch.nn.Linear(head.in_features, outputs, bias=False, device="meta"))
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
     # Checkpoints older than PyTorch 0.4.1 lack this counter, which evaluation does not use.
     weights = {k: torch.zeros((), dtype=torch.long) for k in wanted if k.endswith("num_batches_tracked")} | weights
@@ -302,8 +302,3 @@ def _fit(arch: str, weights: dict[str, torch.Tensor], named: bool) -> tuple[torc
         return None, "", (f"{extra[0]} is unknown", share)
     model.load_state_dict(weights, strict=True, assign=True)
     return model, name if f"{name}.weight" in weights else "", ("", 1.0)
-
-
-def _replace(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
