@@ -217,11 +217,10 @@ def add_facts(made: dict) -> None:
     }
     made["facts"] = [head for head, column in facts.items() if any(column)]
     for number, row in enumerate(made["rows"]):
-        row["facts"] = [facts[head][number] for head in made["facts"]]
-        named = [head for head in made["facts"] if facts[head][number]]  # a cost alone would not say what it is of
-        row["told"] = ", ".join(
-            f"{head} {facts[head][number]}" if head in costs else facts[head][number] for head in named
-        )
+        its = {head: facts[head][number] for head in made["facts"]}
+        row["facts"] = [*its.values()]
+        # A cost alone would not say what it is of.
+        row["told"] = ", ".join(f"{head} {fact}" if head in costs else fact for head, fact in its.items() if fact)
 
 
 def metric_table(title: str, columns: Sequence[tuple[str, str, str]], models: Sequence[Model]) -> dict:

@@ -57,12 +57,11 @@ def against_reference(
         f"{_verdict(cell, reference[1])}."
     ]
     if not model.has_budget_of(reference[0]):
-        known = model.images and reference[0].images
         fair = [pair for pair in scored if pair[0] is not reference[0] and pair[0].has_budget_of(reference[0])]
         if fair:
             other, its = max(fair, key=lambda pair: pair[1].value)
             sentences.append(f"At an equal budget “{other.name}” has {its} %: {_verdict(its, reference[1])}.")
-        elif known:
+        elif model.images and reference[0].images:
             sentences.append("The two differ in images or steps, and no run here has an equal budget.")
     for one, its in (best, reference):
         if its.leaked:
