@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from utils.evaluation.results import Row as Result
-from utils.report.records import JUDGE_AGAIN, Described, Sidecar, read_record
+from utils.report.records import JUDGE_AGAIN, Sidecar
 from utils.report.tables import Cell
 from utils.storage import read_json
 from utils.study import curves
@@ -120,9 +119,3 @@ def _measured(plan: Plan, runs: Sequence[tuple[Point, Result, Sidecar | None]]) 
         judged=judged.pop() if paired else "",
         hits=np.stack([one for one in outcomes if one is not None]).mean(0, dtype=np.float32) if paired else None,
     )
-
-
-def recipe_of(plan: Plan, row: str) -> dict[str, Any]:
-    """The recipe of a drawn row, as its dataset.json has it; {} of others."""
-    found = read_record(plan.datasets[row].folder / "dataset.json", Described)
-    return found.recipe if found else {}

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from utils.cli import command_line
 from utils.machine import snapshot
+from utils.report.records import Described, read_record
 from utils.storage import MOST_TOML, atomic_write, read_regular, write_page
 from utils.study import answers
 from utils.study.answers import labels, percent
 from utils.study.figures import Series, colors_of, draw
-from utils.study.findings import Findings, read_findings, recipe_of
+from utils.study.findings import Findings, read_findings
 from utils.study.plan import Plan
 
 Text = str | tuple[str, str]  # of a cell: what it says, and small below it
@@ -45,23 +46,19 @@ def write_study(plan: Plan) -> list[Path]:
         sections += [scaling(one), exchange(one), addition(one)]
     sections += [prompts(first), mixing(first), diversity(first), cost(first)]
     missing = len(plan.points) - sum(len(one.errors) for one in first.measured.values())
-    file = read_regular(plan.study.path, MOST_TOML).decode()
-    here = snapshot()
-    packages = here.get("packages") or {}
     page = {
         "title": plan.study.title,
         "answer": answers.answer(first) + [f"{missing} of {len(plan.points)} runs are not done yet."] * bool(missing),
         "sections": [section for section in sections if section.rows or section.figure],
         "notes": answers.notes(first),
         "command": command_line().replace("__main__.py", "-m utils.study"),
-        "file": file,
-        "versions": {name: version for name, version in packages.items() if version},
+        "file": read_regular(plan.study.path, MOST_TOML).decode(),
+        "versions": {name: version for name, version in snapshot()["packages"].items() if version},
     }
     out = plan.out
-    write_page(out / "study.html", "study/study.html.j2", **page)
-    write_page(out / "study.md", "study/study.md.j2", **page)
+    written = [write_page(out / name, f"study/{name}.j2", **page) for name in ("study.html", "study.md")]
     atomic_write(out / "study.csv", as_csv(found.values()).encode())
-    return [out / "study.html", out / "study.md", out / "study.csv"]
+    return [*written, out / "study.csv"]
 
 
 def as_csv(found: Iterable[Findings]) -> str:
@@ -160,7 +157,8 @@ def prompts(one: Findings) -> Section:
     for name, row in study.rows.items():
         if row.generate is not None:
             asked = {"prompt": "c, d_c", "guidance_scale": 2.0} | study.generate | row.generate
-            recipe = {key: value for key, value in recipe_of(one.plan, name).items() if value is not None}
+            made = read_record(one.plan.datasets[name].folder / "dataset.json", Described) or Described()
+            recipe = {key: value for key, value in made.recipe.items() if value is not None}
             drawn[name] = str((asked | recipe)["prompt"]), float((asked | recipe)["guidance_scale"])
     counts: dict[int, int] = {}
     for name in drawn:
