@@ -84,7 +84,7 @@ def test_val_folders(tmp_path, counts):
     assert loaded.class_ids == [IDS[0], IDS[5], IDS[900]]
     matched = match(loaded, IDS)
     assert matched.labels.tolist() == [0, 0, 5, 5, 900, 900]
-    assert len(matched.columns) == 1000 and matched.single_answer
+    assert len(matched.columns) == 1000 and matched.labels.ndim == 1
 
 
 def write_devkit(folder, numbers: list[int], wnid_of: dict[int, str]) -> None:
@@ -374,7 +374,7 @@ def test_objectnet_answers(tmp_path, objectnet):
 
 def test_objectnet_and_100_classes(tmp_path, objectnet):
     matched = match(catalog.SETS["ObjectNet"].load(tmp_path), IDS_100)
-    assert len(matched.class_ids) == 13 and matched.single_answer
+    assert len(matched.class_ids) == 13 and matched.labels.ndim == 1
 
 
 def test_objectnet_with_another_mapping_is_refused(tmp_path, objectnet):

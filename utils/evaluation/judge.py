@@ -85,7 +85,8 @@ def metrics_of_logits(logits: np.ndarray, matched: MatchedSet, model: Classifier
         "correct": base64.b64encode(np.packbits(correct).tobytes()).decode(),  # one bit an image, for paired intervals
     }
     compared = [model.class_ids[column] for column in matched.columns]
-    if matched.single_answer and compared == matched.class_ids and len(compared) <= MAX_CONFUSION:
+    # Where some image has several right classes, a confusion matrix means nothing.
+    if matched.labels.ndim == 1 and compared == matched.class_ids and len(compared) <= MAX_CONFUSION:
         table = metrics.confusion(logits.argmax(1), matched.labels, len(compared))
         sidecar["confusion"] = table.tolist()
     return measured, facts, sidecar

@@ -90,11 +90,6 @@ class MatchedSet:
     classes_in_set: int
     images_in_set: int
 
-    @property
-    def single_answer(self) -> bool:
-        """Whether every image has one right class, so that a confusion matrix means something."""
-        return self.labels.ndim == 1
-
 
 def match(loaded: LoadedSet, model_ids: Sequence[str]) -> MatchedSet:
     """Cut LOADED to the classes the model knows; NoSharedClass, a UserError, if it knows none.
