@@ -6,16 +6,17 @@ loaders know these layouts too, but some check every file, mix train with val, o
 are short, so they are read here, the same way for all.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from utils.cli import UserError
 from utils.evaluation.pickles import read_pickle
 from utils.images import list_image_folder
-from utils.storage import MOST_JSON, read_json, read_regular
+from utils.storage import MOST_JSON, read_json, read_regular, sha256_bytes
 
 Samples = list[tuple[str, int]]  # (path, label)
 EUROSAT_TEST = 810  # test images a class (t-ReX's suite)
@@ -121,9 +122,9 @@ def read_eurosat(folder: Path) -> tuple[Samples, Samples, int]:
     class_ids, samples = list_image_folder(folder, option="EuroSAT")
     trainval: Samples = []
     test: Samples = []
-    for label in range(len(class_ids)):  # by a hash of the name: the same split for ever, whatever the order of listing
-        members = [sample for sample in samples if sample[1] == label]
-        members.sort(key=lambda sample: hashlib.sha256(f"{EUROSAT_SEED}/{Path(sample[0]).name}".encode()).digest())
+    for _, its in groupby(samples, key=itemgetter(1)):
+        # By a hash of the name: the same split for ever, whatever the order of listing.
+        members = sorted(its, key=lambda one: sha256_bytes(f"{EUROSAT_SEED}/{Path(one[0]).name}".encode()))
         test += sorted(members[:EUROSAT_TEST])
         trainval += sorted(members[EUROSAT_TEST:])
     return trainval, test, len(class_ids)
