@@ -72,8 +72,8 @@ class Extractor:
         """(N, D) features in the order of SAMPLES: float32, or float16 where the model computes in 16 bits.
 
         With a folder CACHE a read-only memory map of a file in it; on processes other than rank 0 it is then empty.
-        STAMPS: sizes and times of the images if they are known already (stat_files). WHAT: for the progress
-        bar. UserError for an image that cannot be decoded.
+        STAMPS: sizes and times of the images if they are known already (stat_files). WHAT: for the progress bar.
+        UserError for an image that cannot be decoded.
         """
         if cache is None:
             starts = range(0, len(samples), feature_cache.BLOCK)

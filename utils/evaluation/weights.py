@@ -127,8 +127,8 @@ def _with_classes(source: Source, arch: str, backbone: torch.nn.Module, head: An
         ids, names, origin = name_outputs(source, head.out_features, classes)
     except NoClassifier as error:
         return Classifier(source, arch, backbone, error, [], [], "")
-    if source.recorded.head == "cosine":  # of which the file has the rows: the same ranking
-        linear, head = head, CosineLinear(head.in_features, head.out_features)  # and the confidences of training
+    if source.recorded.head == "cosine":  # the file has its rows: the same ranking, now with training's confidences
+        linear, head = head, CosineLinear(head.in_features, head.out_features)
         head.load_state_dict(linear.state_dict())
     return Classifier(source, arch, backbone, head.float().eval().requires_grad_(False), ids, names, origin)
 
