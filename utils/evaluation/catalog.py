@@ -22,7 +22,7 @@ GROUPS = {"imagenet": "ImageNet test sets", "small": "8 small sets", "inat": "iN
 # tables it is 1 point below IN-Val, where others' models lose 6 to 8 on the first. Beside it stands the mean of all,
 # which flatters nobody should it be the easiest, the last.
 V2, V2_VARIANTS = "IN-v2", ("IN-v2-matched", "IN-v2-0.7", "IN-v2-top")
-IMAGENET_SETS = ("IN-Val", V2, "IN-Sketch", "IN-R", "IN-A")  # of the paper's tables, in their order
+PAPERS_FIVE = ("IN-Val", V2, "IN-Sketch", "IN-R", "IN-A")  # ImageNet sets of the paper's tables, in their order
 
 
 @dataclass(frozen=True)

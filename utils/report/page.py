@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from utils.evaluation.catalog import IMAGENET_SETS
+from utils.evaluation.catalog import PAPERS_FIVE
 from utils.images import MOST_NAMED
 from utils.report import records
 from utils.report.figures import COLORS, Manifests, RadarLine, close_looks, contact_sheets, draw_radar, training_curves
@@ -126,9 +126,7 @@ def radar_values(models: Sequence[Model]) -> tuple[list[str], dict[str, dict[str
 
     A transfer group is the mean top-1 of the same sets for every model: one that lacks a set has no value there.
     """
-    axes = {
-        f"{name}\ntop-5": {model.name: model.cells.get((name, "top5")) for model in models} for name in IMAGENET_SETS
-    }
+    axes = {f"{name}\ntop-5": {model.name: model.cells.get((name, "top5")) for model in models} for name in PAPERS_FIVE}
     for group, shown in TRANSFER_GROUPS.items():
         measured = {name for model in models for (name, _), cell in model.cells.items() if cell.group == group}
         part = f" ({len(measured)} of {GROUP_SIZES[group]})" if len(measured) < GROUP_SIZES[group] else ""
@@ -170,7 +168,7 @@ def radar_lines(axes: Sequence[str], values: dict[str, dict[str, float]], models
 
 def classes_of(model: Model) -> int:
     """The classes that the model chose between on the ImageNet sets; 0 where it was not judged on them."""
-    cells = [model.cells.get((name, "top5")) for name in IMAGENET_SETS]
+    cells = [model.cells.get((name, "top5")) for name in PAPERS_FIVE]
     return max((cell.num_classes or 0 for cell in cells if cell), default=0)
 
 
@@ -179,8 +177,8 @@ def radar_note(axes: Sequence[str], models: Sequence[Model]) -> str:
     if len(axes) < FEWEST_AXES:
         known = ", ".join(axis.replace("\n", " ") for axis in axes) or "none"
         return (
-            f"No radar plot: it needs {FEWEST_AXES} of its {len(IMAGENET_SETS) + len(TRANSFER_GROUPS)} axes (top-5 on "
-            f"{', '.join(IMAGENET_SETS)}; mean top-1 on {', '.join(TRANSFER_GROUPS.values())}), or as many of your own "
+            f"No radar plot: it needs {FEWEST_AXES} of its {len(PAPERS_FIVE) + len(TRANSFER_GROUPS)} axes (top-5 on "
+            f"{', '.join(PAPERS_FIVE)}; mean top-1 on {', '.join(TRANSFER_GROUPS.values())}), or as many of your own "
             f"sets; known here: {known}."
         )
     if axes == list(own_axes(models)):

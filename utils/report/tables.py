@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit  # Student's quantiles; all of scipy.stats would take seconds to import
 
-from utils.evaluation.catalog import GROUPS, IMAGENET_SETS, SETS
+from utils.evaluation.catalog import GROUPS, PAPERS_FIVE, SETS
 from utils.metrics import log_odds_average, mean_and_std
 from utils.report.costs import cost_columns
 from utils.report.records import Row, Sidecar, Training
@@ -184,7 +184,7 @@ def make_tables(models: Sequence[Model], rows: Sequence[Row]) -> list[dict]:
     for dataset in groups["folder"]:
         columns = [(dataset, "top1", "top-1"), (dataset, "top5", "top-5"), (dataset, "ece", "calibration error")]
         tables.append(metric_table(f"Real images: {dataset}", columns, models))
-    sets = sorted(groups["imagenet"], key=lambda name: (*IMAGENET_SETS, name).index(name))
+    sets = sorted(groups["imagenet"], key=lambda name: (*PAPERS_FIVE, name).index(name))
     for metric, shown in (("top1", "top-1"), ("top5", "top-5")):
         columns = [(name, metric, name) for name in sets]
         tables.append(metric_table(f"ImageNet test sets, {shown}", columns, models))
