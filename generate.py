@@ -171,7 +171,7 @@ def main(args: argparse.Namespace) -> int:
 
     device = resolve_device(args.device)
     recipe = recipe.with_device(device)
-    require_memory(device, plan.memory_gb(folder.files_read(recipe.safety != "off"), recipe))
+    require_memory(device, plan.memory_gb(folder, recipe))
     sampler = loading.load_sampler(folder, recipe, device)
     settled = replace(recipe, batch_size=recipe.batch_size or loading.choose_batch_size(sampler))
     about |= {"recipe": settled.record(), "unet_forwards_per_image": sampler.forwards_per_image}

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import bench, bench_generate, bench_gpu, bounds
+from tests.tiny_families import build_tiny
 from tests.tiny_sd import build_tiny_sd
 from utils.cli import UserError, run
 from utils.generation import plan
+from utils.generation.pipeline import PipelineFolder
 from utils.generation.recipe import Recipe
 from utils.storage import read_json
 
@@ -239,14 +243,33 @@ def test_other_models_slices_and_the_cpu_have_no_row(tmp_path, monkeypatch):
 def test_a_model_needs_what_its_weights_and_images_take(tmp_path):
     """The float32 files of Stable Diffusion 1.4, bytes as the hub lists them: 6 GB at 512 px in fp16 are enough."""
     sizes = {"unet": 3_438_167_540, "vae": 334_643_276, "text_encoder": 492_265_880, "safety_checker": 1_215_981_830}
-    for name, size in sizes.items():
-        with open(tmp_path / name, "wb") as file:
-            file.truncate(size)
-    files = [tmp_path / name for name in sizes]
+    folder = PipelineFolder("sd", None, build_tiny_sd(tmp_path / "tiny", with_safety_checker=True))
     fp16 = Recipe(dtype="fp16", height=512, width=512)
-    assert 5.5 < plan.memory_gb(files, fp16) < 6
-    assert plan.memory_gb(files, Recipe(dtype="fp32", height=512, width=512)) > 8
-    assert plan.memory_gb(files, Recipe(dtype="fp16", height=256, width=256)) < 3.6
-    small = build_tiny_sd(tmp_path / "tiny")
-    files = [file for file in small.rglob("*") if file.is_file()]
-    assert plan.memory_gb(files, Recipe(dtype="fp16", height=16, width=16)) < 0.1
+    assert plan.memory_gb(folder, replace(fp16, height=16, width=16)) < 0.1
+    for part, size in sizes.items():
+        (file,) = folder.weights(part)
+        only_shapes(file, size // 4, "F32")
+    assert 5.5 < plan.memory_gb(folder, fp16) < 6
+    assert plan.memory_gb(folder, replace(fp16, dtype="fp32")) > 8
+    assert plan.memory_gb(folder, replace(fp16, height=256, width=256)) < 3.6
+    assert plan.memory_gb(folder, replace(fp16, safety="off")) < 5.3
+
+
+def only_shapes(file: Path, count: int, dtype: str) -> None:
+    """In the place of FILE weights of COUNT numbers that take no room on the disk."""
+    width = {"F32": 4, "BF16": 2}[dtype]
+    header = json.dumps({"w": {"dtype": dtype, "shape": [count], "data_offsets": [0, width * count]}}).encode()
+    with open(file, "wb") as written:
+        written.write(len(header).to_bytes(8, "little") + header)
+        written.truncate(8 + len(header) + width * count)
+
+
+def test_parts_that_take_turns_need_the_memory_of_the_larger_one(tmp_path):
+    """Flux, whose weights are on the hub in bfloat16: 11.9e9 of the transformer, 4.9e9 of the two encoders."""
+    folder = PipelineFolder("flux.1-dev", None, build_tiny("flux.1-dev", tmp_path / "flux.1-dev"))
+    counts = {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656, "text_encoder": 123_060_480}
+    for part, count in counts.items():
+        (file,) = folder.weights(part)
+        only_shapes(file, count, "BF16")
+    recipe = Recipe(name="flux-dev", dtype="bf16", height=1024, width=1024, safety="off")
+    assert 22.1 < plan.memory_gb(folder, recipe) - plan.WORK_GB < 22.3  # not 31: a card of 40 GB draws it

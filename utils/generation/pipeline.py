@@ -101,14 +101,17 @@ class PipelineFolder:
         size = self.settings(config, UNetSettings).sample_size
         return (size[0] if isinstance(size, list) else size) * self.pixels_per_latent
 
-    def files_read(self, with_safety_checker: bool) -> list[Path]:
-        """The folder's files that can change a pixel; LoRA files lie elsewhere."""
-        parts = [name for name in self.components if with_safety_checker or name not in CHECKER]
-        return [file for name in parts for file in self.files(name)]
+    def parts(self, with_safety_checker: bool) -> list[str]:
+        """The components that are loaded."""
+        return [name for name in self.components if with_safety_checker or name not in CHECKER]
+
+    def weights(self, component: str) -> list[Path]:
+        """Its safetensors files."""
+        return [file for file in self.files(component) if file.suffix == ".safetensors"]
 
     def hashes(self, with_safety_checker: bool) -> dict[str, str]:
         """{relative path: sha256} of every file that can change a pixel; weights hash at the speed of the disk."""
-        files = self.files_read(with_safety_checker)
+        files = [file for name in self.parts(with_safety_checker) for file in self.files(name)]
         names = [file.relative_to(self.path).as_posix() for file in files]
         names += [f"lora {number}" for number in range(len(self.loras))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -215,9 +218,8 @@ def check_pipeline(folder: PipelineFolder) -> PipelineFolder:
                 folder.settings(f"{component}/{file.name}")
             elif file.suffix == ".safetensors" and (problem := safetensors_problem(file)):
                 raise UserError(f"--model {folder.name}: {file} is damaged ({problem}); fetch it again")
-    weights = [file for file in folder.files(folder.family.denoiser) if file.suffix == ".safetensors"]
     for lora in folder.loras:
-        check_lora(lora, weights, folder.name)
+        check_lora(lora, folder.weights(folder.family.denoiser), folder.name)
     return folder
 
 

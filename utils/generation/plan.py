@@ -1,9 +1,10 @@
 """--dry-run: what a run would draw and cost, before any weight is loaded. Imports no torch."""
 
+import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from utils.cli import UserError
 from utils.dataset.folder import in_chunk
+from utils.generation.lora import shapes
 from utils.generation.pipeline import NoiseSchedule, PipelineFolder
 from utils.generation.prompts import ClassTable, Templates, class_prompts, prompt_warnings
 from utils.generation.recipe import Recipe
@@ -150,11 +152,15 @@ def scaled(row: Rate, recipe: Recipe, forwards: int) -> float:
     return row.images_per_s * (row.forwards + VAE_FORWARDS) / (forwards + VAE_FORWARDS) * row.pixels / pixels
 
 
-def memory_gb(files: Iterable[Path], recipe: Recipe) -> float:
-    """GB to draw one image: the FILES that are read, float32 as on the hub, and WORK_GB for 512 x 512 pixels."""
-    weights = sum(file.stat().st_size for file in files) / 2**30
-    work = WORK_GB * (recipe.height or 512) * (recipe.width or 512) / 512**2
-    return work + weights * (1 if recipe.dtype == "fp32" else 0.5)
+def memory_gb(folder: PipelineFolder, recipe: Recipe) -> float:
+    """GB to draw one image with the weights of FOLDER: WORK_GB for 512 x 512 pixels beside them. Of a pipeline that is
+    called as a whole the network or all the rest, which take turns; its larger images' own numbers are not known."""
+    weights = {part: shapes(folder.weights(part)).values() for part in folder.parts(recipe.safety != "off")}
+    counts = {part: sum(map(math.prod, found)) for part, found in weights.items()}
+    together, size = sum(counts.values()), (recipe.height or 512) * (recipe.width or 512) / 512**2
+    if not folder.family.has_own_loop:
+        together, size = max(counts[folder.family.denoiser], together - counts[folder.family.denoiser]), min(size, 1)
+    return WORK_GB * size + together * (4 if recipe.dtype == "fp32" else 2) / 2**30
 
 
 def expected_forwards(recipe: Recipe, schedule: NoiseSchedule) -> int:
