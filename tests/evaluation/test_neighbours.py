@@ -50,3 +50,6 @@ def test_rows_resume_and_what_is_said(tmp_path, capsys):
     assert [(row["value"], row["n"], row["seed"]) for row in knn] == [(100.0, 18, 0)] and "k-NN 100.00" in said
     assert call(*command, "--knn") == 0 and "done already" in capsys.readouterr().out
     assert call("--report", run / "results.jsonl", "--out", tmp_path / "report") == 0
+    for page in ("report.md", "report.html"):
+        probed, voted = (tmp_path / "report" / page).read_text().split("votes of the nearest neighbours (--knn)", 1)
+        assert "own sets: linear probe" in probed and "100.0" in voted

@@ -193,6 +193,8 @@ def make_tables(models: Sequence[Model], rows: Sequence[Row]) -> list[dict]:
     tables.append(all_transfer_table(models))
     own = [(name, "top1", name) for name in groups["transfer"]]
     tables.append(metric_table("Transfer, own sets: linear probe, top-1", own, models))
+    votes = [(name, "knn", name) for name in (*TRANSFER_SETS, *groups["transfer"])]
+    tables.append(metric_table("Transfer: votes of the nearest neighbours (--knn), top-1", votes, models))
     tables = [made for made in tables if made["rows"]]
     if tables:
         add_facts(tables[0])
