@@ -200,22 +200,20 @@ def croissant(dataset: Dataset, shards: list[dict[str, Any]], stems: list[str]) 
         return {"@type": "cr:Field", "@id": f"{of}/{name}", "name": f"{of}/{name}", "dataType": kind, **more}
 
     content = {"fileSet": {"@id": "files"}, "extract": {"fileProperty": "content"}}
-    name = {"fileSet": {"@id": "files"}, "extract": {"fileProperty": "filename"}}
+    wnid = {"fileSet": {"@id": "files"}, "extract": {"fileProperty": "filename"}}
+    wnid["transform"] = {"regex": r"^(.+)_\d+\.\w+$"}
     classes = [
         {"classes/id": stem, "classes/label": label, "classes/name": row["name"]}
         for label, (stem, row) in enumerate(zip(stems, dataset.info["classes"], strict=True))
     ]
+    columns = (("id", "sc:Text"), ("label", "sc:Integer"), ("name", "sc:Text"))
     records = [
         {
             "@type": "cr:RecordSet",
             "@id": "classes",
             "name": "classes",
             "key": {"@id": "classes/id"},
-            "field": [
-                field("id", "classes", "sc:Text"),
-                field("label", "classes", "sc:Integer"),
-                field("name", "classes", "sc:Text"),
-            ],
+            "field": [field(name, "classes", kind) for name, kind in columns],
             "data": classes,
         },
         {
@@ -224,13 +222,7 @@ def croissant(dataset: Dataset, shards: list[dict[str, Any]], stems: list[str]) 
             "name": "images",
             "field": [
                 field("image", "images", "sc:ImageObject", source=content),
-                field(
-                    "class",
-                    "images",
-                    "sc:Text",
-                    source=name | {"transform": {"regex": r"^(.+)_\d+\.\w+$"}},
-                    references={"field": {"@id": "classes/id"}},
-                ),
+                field("class", "images", "sc:Text", source=wnid, references={"field": {"@id": "classes/id"}}),
             ],
         },
     ]

@@ -42,7 +42,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 def find_lora(text: str, download: bool = True) -> Lora:
     """The file of TEXT, FILE_OR_ID[:WEIGHT]; an id may end with the name of a file. UserError if it cannot be used."""
     name, weight = parse_lora(text)
-    if not -100 <= weight <= 100:
+    if not -100 <= weight <= 100 or (name == text and ":" in text and not Path(text).expanduser().is_file()):
         raise UserError(f"--lora {text}: give a weight such as 1 or 0.8")
     path = Path(name).expanduser()
     if not path.is_file():

@@ -155,11 +155,11 @@ def scaled(row: Rate, recipe: Recipe, forwards: int) -> float:
 def memory_gb(folder: PipelineFolder, recipe: Recipe) -> float:
     """GB to draw one image with the weights of FOLDER: WORK_GB for 512 x 512 pixels beside them. Of a pipeline that is
     called as a whole the network or all the rest, which take turns; its larger images' own numbers are not known."""
-    weights = {part: shapes(folder.weights(part)).values() for part in folder.parts(recipe.safety != "off")}
-    counts = {part: sum(map(math.prod, found)) for part, found in weights.items()}
+    parts, family = folder.parts(recipe.safety != "off"), folder.family
+    counts = {part: sum(map(math.prod, shapes(folder.weights(part)).values())) for part in parts}
     together, size = sum(counts.values()), (recipe.height or 512) * (recipe.width or 512) / 512**2
-    if not folder.family.has_own_loop:
-        together, size = max(counts[folder.family.denoiser], together - counts[folder.family.denoiser]), min(size, 1)
+    if not family.has_own_loop:
+        together, size = max(counts[family.denoiser], together - counts[family.denoiser]), min(size, 1)
     return WORK_GB * size + together * (4 if recipe.dtype == "fp32" else 2) / 2**30
 
 
