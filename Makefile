@@ -182,9 +182,9 @@ test: $(DEV_STAMP) $(if $(wildcard /usr/share/wordnet/data.noun),check-prompts) 
 coverage: $(DEV_STAMP) ## the lines that the tests run, those of started processes too; counting takes as long again as half the tests
 	$(PY) -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered -q
 
-fuzz: $(DEV_STAMP) ## ten minutes of damaged files at every reader, and three times as many random kills
+fuzz: $(DEV_STAMP) ## damaged files at every reader for ten minutes, and many more random kills, 20 of each family
 	FUZZ_SECONDS=30 KILLS=3 $(PY) -m pytest -n 2 --dist worksteal -q --timeout 1800 tests/test_fuzz.py tests/test_kills.py \
-	  tests/test_damaged_files.py
+	  tests/test_damaged_files.py tests/generation/test_families.py::test_kills_at_random_instants_change_no_byte
 
 check-prompts: $(DEV_STAMP) ## rebuild prompts/*.tsv from WordNet and compare byte for byte
 	$(PY) prompts/build_tables.py --check

@@ -22,6 +22,7 @@ from tests.evaluation.test_evaluate import make_images as make_test_images
 from tests.generation.test_generate import files_of
 from tests.tiny_sd import build_tiny_sd
 from tests.training_runs import TINY, log_without_clock, make_images, same_bits, weights
+from utils.classes import load_classes
 from utils.storage import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,6 +123,38 @@ def test_kills_of_several_drawing_processes(tmp_path, forker, tiny, undrawn, pro
         assert not list((tmp_path / str(number)).rglob(".*.tmp"))
 
     storm(forker, 12, seconds, rng, runs, finished)
+
+
+def test_kills_of_drawing_from_a_file_of_prompts(tmp_path, forker, tiny):
+    """Twice; more than twenty times with KILLS=3, as `make fuzz` has it."""
+    texts, rng = tmp_path / "texts.jsonl", random.Random(0)
+    lines = [{"id": wnid, "prompt": f"{{name}}, {kind}"} for wnid in load_classes("fashion").ids for kind in "abc"]
+    texts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def command(number: object) -> tuple:
+        options = [
+            "--prompts",
+            str(texts),
+            "--supervision",
+            "names",
+            "--model",
+            tiny,
+            "--out",
+            str(tmp_path / f"{number}"),
+        ]
+        return "generate", [*DRAW, *options], {}
+
+    codes, seconds = forker.run(command("calm"))
+    assert codes == [0]
+    calm = files_of(tmp_path / "calm")
+
+    def finished(number: int) -> None:
+        assert forker.run(command(number))[0] == [0]
+        assert files_of(tmp_path / str(number)) == calm
+        kept = tmp_path / str(number) / "prompts.jsonl"
+        assert kept.read_bytes() == (tmp_path / "calm/prompts.jsonl").read_bytes()
+
+    storm(forker, 7 if TIMES > 1 else 2, seconds, rng, lambda number: [command(number)], finished)
 
 
 @pytest.fixture(scope="module")
