@@ -35,7 +35,7 @@ MOST_NAMED = 12  # curves in a legend
 MOST_DRAWN = 1e30  # near the largest number matplotlib finds no ticks
 INK = "#7d7d7d"  # of drawn figures: grey that reads on white paper and on a dark screen alike
 # What matplotlib's figures have in common; a name may hold a $.
-LOOK: dict[str, Any] = {"font.size": 11, "axes.titlesize": 11, "text.parse_math": False, "legend.frameon": False}
+LOOK: dict[Any, Any] = {"font.size": 11, "axes.titlesize": 11, "text.parse_math": False, "legend.frameon": False}
 LOOK |= {"axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6}
 INKED = ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "grid.color")
 LOOK |= dict.fromkeys((*INKED, "legend.labelcolor"), INK)

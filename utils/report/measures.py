@@ -33,7 +33,7 @@ def near_duplicates(x: np.ndarray) -> tuple[int, list[int]]:
     x, count, best, pair = unit(x), 0, -np.inf, []
     for start in range(0, len(x), BLOCK):
         similarity = x[start : start + BLOCK] @ x[: start + BLOCK].T  # (B, rows up to the block's end)
-        before = np.tri(*similarity.shape, start - 1, dtype=bool)  # column < row
+        before = np.tri(len(similarity), similarity.shape[1], start - 1, dtype=bool)  # column < row
         earlier = np.where(before, similarity, -np.inf)
         count += int((earlier.max(1) >= DUPLICATE).sum())
         if len(x) > 1 and earlier.max() > best:
