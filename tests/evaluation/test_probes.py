@@ -1,5 +1,6 @@
 """Linear probes: the exact path against scikit-learn, SGD against torch's own, splits, memory of trials."""
 
+import itertools
 import json
 import math
 
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from tests.fake_cuda import FakeCuda
 from utils.cli import UserError
-from utils.evaluation import probes
+from utils.evaluation import neighbours, probes
 from utils.evaluation.logistic import LinearClassifier, LogisticSolver
 
 
@@ -215,3 +217,39 @@ def test_nan_features_are_refused(features):
     broken[5, 3] = np.nan
     with pytest.raises(UserError, match=r"test features are NaN for 1 of 1197"):
         probes.run_probe(features | {"test": (broken, features["test"][1])}, protocol="fast", seed=0, kind="logreg")
+
+
+# ===== a GPU =====
+
+
+@pytest.mark.parametrize("stored", [np.float16, np.float32])  # features of fp16 and bf16 are kept as float16
+@pytest.mark.parametrize("kind", ["logreg", "sgd"])
+def test_on_a_gpu_devices_and_types_agree_from_features_to_scores(features, kind, stored, monkeypatch):
+    """Each step of L-BFGS, its line search, SGD, and what judges them: a few of the epochs, values of C and rounds.
+
+    A fake device has no numbers, so those that control the search are made up: each way of the line search is taken.
+    """
+    for name, few in {"STAGES": ((2, 1), (1, 1)), "EPOCHS": 1, "PATH_POINTS": 2, "C_RANGE": (1, 10)}.items():
+        monkeypatch.setattr(probes, name, few)
+    monkeypatch.setattr("utils.evaluation.logistic.MAX_ROUNDS", 2)
+    monkeypatch.setattr("utils.evaluation.logistic.ROUND", 4)
+    splits = {split: (x.astype(stored), y) for split, (x, y) in features.items()}
+    gpu = FakeCuda()
+    gpu.numbers = itertools.cycle([0.0, 0.0, 1.0, 0.0, 1.0])
+    with gpu.present():
+        found = probes.run_probe(splits, protocol="fast", seed=0, kind=kind, device="cuda")
+        assert neighbours.knn_top1(splits, "cuda") == pytest.approx(100 * np.mean(splits["test"][1] == 0))
+    assert found["top1"] == pytest.approx(100 * np.mean(splits["test"][1] == 0))  # all indices read are 0
+    assert gpu.kernels["addmm" if kind == "logreg" else "bmm"] >= 4, "it did not run on the device"
+
+
+def test_a_probe_with_parts_on_two_devices_or_of_two_types_fails(features):
+    """So that the test above can fail."""
+    gpu, (x, y) = FakeCuda(), features["trainval"]
+    here = LogisticSolver(x, y).fit(1.0)
+    with gpu.present():
+        with pytest.raises(RuntimeError, match="device"):
+            LogisticSolver(x, y, "cuda").fit(1.0, here)
+        weights, offset = here.classifier.weights.to("cuda"), here.classifier.offset.to("cuda")
+        with pytest.raises(RuntimeError, match="type"):
+            LinearClassifier(weights.double(), offset, np.arange(10))(x)
