@@ -38,7 +38,7 @@ from utils.evaluation.catalog import choose, list_sets, read_all
 from utils.evaluation.jobs import Job, Settings, number_format
 from utils.evaluation.matching import NoSharedClass, fingerprint, match
 from utils.evaluation.results import Row, with_v2_mean
-from utils.machine import resolve_device
+from utils.machine import require_memory, resolve_device
 from utils.metrics import mean_and_std
 from utils.storage import require_writable
 from utils.training import distributed
@@ -144,7 +144,7 @@ def main(args: argparse.Namespace) -> int:
     test_sets, wrong_copies = read_all(chosen, look_at_images=not args.dry_run)
     if not test_sets:
         raise UserError(f"--data-root {args.data_root}: none of the datasets found there is a right copy, see above")
-    chosen_format = number_format(args.dtype, args.device)
+    chosen_format = number_format(args.dtype, distributed.device_name(args.device))
     settings = Settings(
         number_format=chosen_format,
         probe_format="fp32" if (args.dtype, args.protocol) == ("auto", "paper") else chosen_format,
@@ -185,6 +185,7 @@ def judge_all(jobs: list[Job], args: argparse.Namespace) -> None:
     from utils.evaluation.judge import FrozenModel
 
     device, model = resolve_device(distributed.device_name(args.device)), None
+    require_memory(device, None, "--batch-size")
     seen: dict[tuple, Found] = {}  # runs of other seeds have the same training images
     with distributed.process_group(device) as ranks:
         share = Share(ranks.rank, ranks.world_size)

@@ -170,8 +170,8 @@ def main(args: argparse.Namespace) -> int:
     from utils.generation import loading  # imports torch, which nothing above waits for
 
     device = resolve_device(args.device)
+    require_memory(device, plan.memory_gb(folder, recipe), "--height and --width")
     recipe = recipe.with_device(device)
-    require_memory(device, plan.memory_gb(folder, recipe))
     sampler = loading.load_sampler(folder, recipe, device)
     settled = replace(recipe, batch_size=recipe.batch_size or loading.choose_batch_size(sampler))
     about |= {"recipe": settled.record(), "unet_forwards_per_image": sampler.forwards_per_image}

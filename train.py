@@ -210,6 +210,7 @@ def train_from_scratch(args: argparse.Namespace, closing: ExitStack) -> int:
     from utils.training.validation import validation_on
 
     device = machine.resolve_device(distributed.device_name(args.device))
+    machine.require_memory(device, None, "--batch-per-device")
     processes = closing.enter_context(distributed.process_group(device))
     training = make_training(args, recipe, device, len(images[0].class_ids), sum(map(len, images)))
 

@@ -158,18 +158,16 @@ def killed(device: torch.device) -> list[Figure]:
 
 def out_of_memory(device: torch.device) -> list[Figure]:
     """Every way in which a device says that its memory is full halves the batch, and the images are drawn."""
-    wanted = images_of(sampler_on(device))
-    figures = []
+    sampler, figures = sampler_on(device), []
+    wanted, forward, batch = images_of(sampler), sampler.unet.forward, sampler.denoising.size
     for message in OUT_OF_MEMORY:
-        sampler = sampler_on(device)
-        forward = sampler.unet.forward
 
-        def full(x, *rest, message=message, forward=forward, **more):
+        def full(x, *rest, message=message, **more):
             if len(x) > 4:  # two images, with and without their prompt
                 raise RuntimeError(message)
             return forward(x, *rest, **more)
 
-        sampler.unet.forward = full
+        sampler.unet.forward, sampler.denoising.size = full, batch
         figures.append(at_least(f"{message}: dB", psnr(images_of(sampler), wanted), 45))
         figures.append(at_most("images at a time", sampler.denoising.size, 2))
     return figures

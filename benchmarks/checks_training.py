@@ -39,6 +39,7 @@ from utils.training.run_log import LOG
 HALF_STEPS = {"cuda": 200, "cpu": 40}  # of training in 16 bits and in 32
 LAST = 20  # of them are compared
 STEPS = {"cuda": 60, "cpu": 12}  # of a whole run
+RESUMED_IMAGES = {"cuda": 640, "cpu": 256}  # for 40 and 16 steps, of which a signal comes at the first
 DISTINCT = 64  # JPEGs: the others are further names of theirs
 SCALING = {2: 0.85, 8: 0.75}  # processes, and the share of their joined rate that is to be reached
 
@@ -129,7 +130,7 @@ def many_images(folder: Path, count: int, side: int) -> None:
 def resumed(device: torch.device) -> list[Figure]:
     """train.py stopped by SIGUSR2 saves, and goes on to the step and, on a CPU, the weights of a run left in peace."""
     with tempfile.TemporaryDirectory() as folder:
-        many_images(Path(folder) / "images", 640, side=32)
+        many_images(Path(folder) / "images", RESUMED_IMAGES[device.type], side=32)
         ends, weights = {}, {}
         for name in ("peace", "stopped"):
             out = Path(folder) / name

@@ -268,8 +268,7 @@ def test_drawing_that_is_slower_than_its_networks_or_waits(monkeypatch, rate, wa
 
 @pytest.mark.parametrize(
     ("speed", "broken", "faults"),
-    [(1.2, "", []), (1.1, "", ["rate against eager"]), (1.2, "graph", ["graph breaks"]),
-     (1.2, "values", ["noise to eager's, dB"])],
+    [(1.2, "", []), (1.1, "graph", ["rate against eager", "graph breaks"]), (1.2, "values", ["noise to eager's, dB"])],
 )  # fmt: skip
 def test_compiled_code_that_breaks_is_slow_or_wrong(monkeypatch, speed, broken, faults):
     """With dynamo, which finds the graphs, but not inductor: no compiler is waited for."""

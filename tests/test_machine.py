@@ -11,8 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import evaluate
+import generate
+import train
+from tests.training_runs import TINY, make_images
 from utils import machine
-from utils.cli import UserError
+from utils.cli import UserError, run
 from utils.machine import memory_format, resolve_device, resolve_dtype
 
 
@@ -89,20 +93,53 @@ def test_auto_says_why_a_gpu_is_left_unused(card, monkeypatch, capsys):
         assert ("auto takes the CPU: driver 470.10 is too old" in capsys.readouterr().err) is said
 
 
-def test_a_gpu_that_is_nearly_full_is_said_and_used(card, capsys):
-    for free, said in ((5 << 30, True), (6 << 30, False)):
+def test_a_gpu_that_is_nearly_full_is_one_line_with_the_remedies(card, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "FEW_CORES", 0)
+    for free, said in ((5 << 30, 1), (6 << 30, 0)):
         card(mem_get_info=(free, 24 << 30))
-        assert resolve_device("cuda:0") == torch.device("cuda:0")
-        assert ("cuda:0 has 5.0 of 24.0 GB free" in capsys.readouterr().err) is said
+        machine.require_memory(resolve_device("cuda:0"), None, "--batch-size")
+        error = capsys.readouterr().err
+        assert error.count("\n") == said and ("--device cuda:0: 5.0 of 24.0 GB free, which may be" in error) == said
+        assert ("`nvidia-smi` shows who uses it; take another GPU, a smaller --batch-size, or" in error) == said
+
+
+def test_each_script_says_it_before_any_work(card, monkeypatch, tmp_path, capsys):
+    """generate.py knows what its model needs and refuses; of training and features a small batch may fit."""
+
+    def work(*_):
+        raise UserError("work begins")
+
+    card(mem_get_info=(2 << 30, 24 << 30))
+    monkeypatch.setattr(machine, "FEW_CORES", 0)
+    for started in ("training.distributed.process_group", "generation.loading.load_sampler"):
+        monkeypatch.setattr(f"utils.{started}", work)
+    data = make_images(tmp_path / "images", {"n01": 8, "n02": 8})
+    model = ("--model", "models/fashion-sd", "--classes", "fashion", "--height", "512", "--width", "512")
+    arguments = [*TINY, "--data", str(data), "--device", "cuda", "--dtype", "fp16", "--out", str(tmp_path / "run")]
+    assert run(train.main, train.get_args_parser(), arguments) == 2
+    few = "--device cuda: 2.0 of 24.0 GB free, "
+    rest = "; `nvidia-smi` shows who uses it; take another GPU, a smaller {}, or --device cpu"
+    may = "warning: " + few + "which may be too little" + rest
+    assert capsys.readouterr().err.splitlines()[0] == may.format("--batch-per-device")
+    with pytest.raises(UserError, match="work begins"):
+        evaluate.judge_all([], evaluate.get_args_parser().parse_args(["--device", "cuda"]))
+    assert capsys.readouterr().err.splitlines() == [may.format("--batch-size")]
+    arguments = [*model, "--device", "cuda", "--out", str(tmp_path / "d")]
+    assert run(generate.main, generate.get_args_parser(), arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    needs = few + "and this model needs about 3.3 at this size" + rest.format("--height and --width")
+    assert line.endswith(f"error: {needs}") and not (tmp_path / "d").exists()
 
 
 def test_a_gpu_without_room_for_the_model_is_refused_with_the_remedies(card):
     card(mem_get_info=(int(5.7 * 2**30), 24 << 30))
-    machine.require_memory(torch.device("cuda:0"), 5.6)
-    machine.require_memory(torch.device("cpu"), 999)
+    machine.require_memory(torch.device("cuda:0"), 5.6, "--height")
+    machine.require_memory(torch.device("cpu"), 999, "--height")
     with pytest.raises(UserError) as refused:
-        machine.require_memory(torch.device("cuda:0"), 5.9)
-    assert str(refused.value).startswith("--device cuda:0: 5.7 GB free, and this model needs about 5.9 at this size; ")
+        machine.require_memory(torch.device("cuda:0"), 5.9, "--height")
+    assert str(refused.value).startswith(
+        "--device cuda:0: 5.7 of 24.0 GB free, and this model needs about 5.9 at this size; "
+    )
     for remedy in ("nvidia-smi", "another GPU", "--height", "--device cpu"):
         assert remedy in str(refused.value)
 
@@ -155,8 +192,10 @@ def test_bf16_is_asked_of_the_cpu_flags(monkeypatch):
 def test_few_cores_for_a_gpu_are_said_once(card, monkeypatch, capsys, cores, rank, said):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     monkeypatch.setenv("RANK", rank)
+    machine.warn_of_few_cores.cache_clear()
     machine.resolve_device("cuda")
     assert ("warning: 3 CPU cores for a GPU; it will wait for them" in capsys.readouterr().err) is said
+    machine.resolve_device("cuda")
     machine.resolve_device("cpu")
     assert not capsys.readouterr().err
 

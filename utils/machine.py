@@ -10,6 +10,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# That runs programs of any CUDA 12, "minor version compatibility": >= 525 by docs.nvidia.com/deploy/cuda-compatibility,
-# whose first driver of CUDA 12 is 525.60.13 (release notes of the toolkit).
+# That runs programs of any CUDA 12 (torch 2.8 of CUDA 12.8 on a driver of 12.4: pytorch #155141): ">= 525", table 1 of
+# docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html; 525.60.13 came with toolkit 12.0.
 OLDEST_DRIVER = [525, 60]
-ENOUGH_GB = 6  # for Stable Diffusion 1.4 at 512 px in fp16, batch 1, with the safety checker
+ENOUGH_GB = 6  # free: Stable Diffusion 1.4 at 512 px takes as much in fp16, training and features by their batch
 FEW_CORES = 4  # of one GPU: its own process, and loaders that decode some hundred images a second each
 OUT_OF_MEMORY = (
     "out of memory",  # torch's allocator, CUDA itself (AcceleratorError) and Triton
@@ -134,12 +135,9 @@ def resolve_device(name: str) -> torch.device:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
             if gpus()["driver"] and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
                 print(f"warning: --device auto takes the CPU: {_why_hidden(0, 0)}", file=sys.stderr)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: unsupported; use auto, cpu, cuda, cuda:N or mps")
+    if not re.fullmatch("cpu|mps|cuda(:[0-9]{1,2})?", name):
+        raise UserError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
@@ -159,9 +157,8 @@ def _why_hidden(index: int, count: int) -> str:
 
     visible, driver = os.environ.get("CUDA_VISIBLE_DEVICES"), gpus()["driver"]
     if count and os.environ.get("LOCAL_RANK") == str(index):
-        slices = (
-            " (of MIG slices CUDA shows a process the first alone)" if "MIG" in torch.cuda.get_device_name(0) else ""
-        )
+        is_slice = "MIG" in torch.cuda.get_device_name(0)
+        slices = " (of MIG slices CUDA shows a process the first alone)" if is_slice else ""
         return f"LOCAL_RANK={index}, but {count} visible{slices}; start one process a GPU, and let each see all of them"
     if visible is not None and not count:
         return f"CUDA_VISIBLE_DEVICES={visible!r} shows no GPU; unset it, or give what `nvidia-smi -L` lists"
@@ -174,7 +171,7 @@ def _why_hidden(index: int, count: int) -> str:
 
 
 def _refuse_unfit(name: str, device: torch.device) -> None:
-    """UserError for a GPU that this torch has no kernels for; a line on stderr for one that is nearly full."""
+    """UserError for a GPU that this torch has no kernels for."""
     import torch
 
     kernels = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_") and arch[3:].isdigit()]
@@ -183,30 +180,32 @@ def _refuse_unfit(name: str, device: torch.device) -> None:
         card = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}"
         oldest = f"this torch has kernels from sm_{min(kernels)} on"
         raise UserError(f"--device {name}: {card}, and {oldest}; use a newer GPU or cpu")
-    free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
-    if free < ENOUGH_GB:
-        what = f"{name} has {free:.1f} of {total:.1f} GB free, and the paper's settings need {ENOUGH_GB}"
-        print(f"warning: {what}; `nvidia-smi` shows who uses it, --device another", file=sys.stderr)
 
 
-def require_memory(device: torch.device, needed_gb: float) -> None:
-    """UserError if the GPU DEVICE has less than NEEDED_GB free."""
+def require_memory(device: torch.device, needed_gb: float | None, smaller: str) -> None:
+    """UserError if the GPU DEVICE has less than NEEDED_GB free. SMALLER: the options by which less would do.
+
+    None where the need is not known, as of training: then a line on stderr below ENOUGH_GB, which may still suffice.
+    """
     import torch
 
-    free = torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else needed_gb
-    if free < needed_gb:
-        needs = f"{free:.1f} GB free, and this model needs about {needed_gb:.1f} at this size"
-        remedy = "`nvidia-smi` shows who uses it; take another GPU, a smaller --height and --width, or --device cpu"
-        raise UserError(f"--device {device}: {needs}; {remedy}")
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device)) if device.type == "cuda" else (1e9, 1e9)
+    if free < (needed_gb or ENOUGH_GB):
+        need = f"and this model needs about {needed_gb:.1f} at this size" if needed_gb else "which may be too little"
+        remedy = f"`nvidia-smi` shows who uses it; take another GPU, a smaller {smaller}, or --device cpu"
+        text = f"--device {device}: {free:.1f} of {total:.1f} GB free, {need}; {remedy}"
+        if needed_gb:
+            raise UserError(text)
+        print(f"warning: {text}", file=sys.stderr)
 
 
+@cache
 def warn_of_few_cores() -> None:
-    """Say on stderr, once for all ranks, when a GPU has too few cores to decode, augment and launch kernels for it."""
+    """Say on stderr, once for all ranks, when a GPU has too few cores to decode, augment and launch kernels."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores < FEW_CORES and os.environ.get("RANK", "0") == "0":
-        few = f"{cores} CPU core{'s' * (cores > 1)} for a GPU; it will wait for them"
-        options = "(utils.launch --cpus-per-task, sbatch's and srun's --cpus-per-task)"
-        print(f"warning: {few}. Give {FEW_CORES} or more {options}", file=sys.stderr)
+        few = f"{cores} CPU core{'s' * (cores > 1)} for a GPU; it will wait for them. Give {FEW_CORES} or more"
+        print(f"warning: {few} (utils.launch --cpus-per-task, sbatch's and srun's --cpus-per-task)", file=sys.stderr)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -14,9 +14,11 @@ import torch
 
 from tests.test_machine import MEMORY_ERRORS
 from tests.tiny_sd import build_tiny_sd
+from utils.classes import load_classes
 from utils.cli import UserError
 from utils.generation import diffusion, loading
 from utils.generation.pipeline import find_pipeline, safetensors_problem
+from utils.generation.prompts import class_prompts, parse_template
 from utils.generation.recipe import RECIPES, SCHEDULERS, Recipe
 
 CPU = torch.device("cpu")
@@ -123,6 +125,20 @@ def test_every_distinct_prompt_is_encoded_once_and_alone(tiny, monkeypatch):
     draw(sampler, list(range(6)), TEXTS * 2)
     draw(sampler, list(range(6)), TEXTS * 2)
     assert sorted(encoded) == sorted([*TEXTS, ""])
+
+
+@pytest.mark.parametrize(("template", "prompts"), [("c", 1), ("c, d_c", 1), ("c, h_c inside b", 354)])
+def test_a_class_passes_the_text_encoder_once_a_distinct_prompt(tiny, monkeypatch, template, prompts):
+    """Which is why none is encoded ahead of its batch: docs/gpu.md has the numbers."""
+    sampler, encoded = sampler_for(tiny), []
+    monkeypatch.setattr(
+        sampler.pipeline, "encode_prompt", lambda text, *rest: encoded.append(text) or [torch.zeros(1, 77, 8)]
+    )
+    (tench,) = load_classes("n01440764").rows
+    texts = [prompt.text for prompt in class_prompts(tench, parse_template(template), range(1300))]
+    for text in texts:
+        sampler.embedding(text)
+    assert sorted(encoded) == sorted(set(texts)) and len(encoded) == prompts
 
 
 def test_prompt_cache_is_bounded(tiny, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from functools import cache
 from unittest import mock
 
 import diffusers
@@ -29,13 +30,23 @@ def tiny_safe(tmp_path_factory):
     return build_tiny_sd(tmp_path_factory.mktemp("models") / "safe", with_safety_checker=True)
 
 
-@contextlib.contextmanager
-def sampler_on_cuda(folder, recipe: Recipe):
-    """(FakeCuda, Sampler) of the pipeline in FOLDER, loaded as load_sampler does and moved to the fake device."""
-    dtype, cuda = DTYPES[recipe.dtype], FakeCuda()
+@cache
+def pipeline_on_cuda(folder, dtype: torch.dtype):
+    """(FakeCuda, pipeline) from FOLDER, loaded as load_sampler does and moved to the fake device once: it is slow."""
+    cuda = FakeCuda()
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.safety_checker):
         cuda.move(part, memory_format(CUDA, dtype))
+    return cuda, pipeline
+
+
+@contextlib.contextmanager
+def sampler_on_cuda(folder, recipe: Recipe):
+    """(FakeCuda, a new Sampler) of the pipeline in FOLDER."""
+    dtype = DTYPES[recipe.dtype]
+    cuda, pipeline = pipeline_on_cuda(folder, dtype)
+    cuda.waits.clear()
+    cuda.kernels.clear()
     streams = {"Stream": mock.Mock(), "current_stream": mock.Mock(), "empty_cache": mock.Mock()}
     streams["stream"] = lambda stream: contextlib.nullcontext()
     with cuda.present(), contextlib.ExitStack() as patches:

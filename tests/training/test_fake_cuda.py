@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import torch
 
 import train
 from tests.fake_cuda import FakeCuda
+from tests.test_machine import MEMORY_ERRORS
 from utils import images
+from utils.cli import UserError
 from utils.model import MultiCrop, _JoinedBatchNorm, build_model, parameter_groups, sync_batchnorm
 from utils.training import augment
 from utils.training.step import Training, make_schedule
@@ -22,17 +25,14 @@ IMAGES = 4
 DEVICE = torch.device("cuda")
 
 
-CACHES = (augment._constants, augment._shifts)
+CACHES = (augment._constants, augment._shifts, images._statistics)
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    gpu = FakeCuda()
-    statistics = tuple(gpu.tensor(value) for value in images._statistics(torch.device("cpu")))
-    monkeypatch.setattr(images, "_statistics", lambda device: statistics)  # torch.tensor(..., device) cannot be faked
+def gpu():
     for cached in CACHES:
         cached.cache_clear()
-    yield gpu
+    yield FakeCuda()
     for cached in CACHES:
         cached.cache_clear()
 
@@ -70,6 +70,19 @@ def test_a_training_step(gpu, monkeypatch, dtype):
         train.train_step(training, iter([batch()]), nullcontext(), 0)
     assert seen == [("cuda", torch.float32)] * 2 and training.step == 2
     assert gpu.waits == (["item"] if dtype == torch.float16 else ["tolist"])  # one, for the loss or by the scaler
+
+
+def test_every_face_of_full_memory_names_the_remedy(gpu):
+    training = training_on(gpu, torch.float32)
+    training.augmented = lambda batch: [torch.zeros(IMAGES, 3, 8, 8)]  # type: ignore[method-assign]
+    with gpu.present():
+        for kind, message in MEMORY_ERRORS:
+            training.forward = mock.Mock(side_effect=kind(message))
+            with pytest.raises(UserError, match=r"^--batch-per-device 4: cuda is out of memory; try 2$"):
+                train.train_step(training, iter([batch()]), nullcontext(), 0)
+        training.forward = mock.Mock(side_effect=RuntimeError("shapes do not match"))
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            train.train_step(training, iter([batch()]), nullcontext(), 0)
 
 
 def test_augmentation_launches_few_kernels_and_keeps_the_layout(gpu):

@@ -166,9 +166,8 @@ class Extractor:
                     except RuntimeError as error:
                         if not is_out_of_memory(error):
                             raise
-                        raise UserError(
-                            f"--batch-size {self.batch_size}: the GPU is out of memory; try {max(1, at_once // 2)}"
-                        ) from None
+                        problem = f"--batch-size {self.batch_size}: the GPU is out of memory"
+                        raise UserError(f"{problem}; try {max(1, at_once // 2)}") from None
             return torch.cat(parts)
 
         return forward

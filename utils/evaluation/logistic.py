@@ -109,14 +109,8 @@ class LogisticSolver:
             scaled_bias.grad = error.sum(0).mul_(bias_scale)
             return loss
 
-        optimizer = torch.optim.LBFGS(
-            [scaled, scaled_bias],
-            max_iter=ROUND,
-            tolerance_grad=0,
-            tolerance_change=0,
-            history_size=20,
-            line_search_fn="strong_wolfe",
-        )
+        limits = {"max_iter": ROUND, "history_size": 20, "tolerance_grad": 0, "tolerance_change": 0}
+        optimizer = torch.optim.LBFGS([scaled, scaled_bias], line_search_fn="strong_wolfe", **limits)
         before = math.inf
         for _ in range(MAX_ROUNDS):
             now = float(optimizer.step(closure))  # the objective before this round

@@ -179,10 +179,8 @@ class Sampler:
         finite = image.isfinite().flatten(1).all(1)
         image = (image / 2 + 0.5).nan_to_num(0).clamp(0, 1).mul(255).round().to(torch.uint8)
         black = image.flatten(1).amax(1) <= BLACK
-        faults = [
-            "" if is_finite and not is_black else "black" if is_finite else "non-finite"
-            for is_finite, is_black in zip(finite.tolist(), black.tolist(), strict=True)
-        ]
+        found = zip(finite.tolist(), black.tolist(), strict=True)
+        faults = ["non-finite" if not is_finite else "black" if is_black else "" for is_finite, is_black in found]
         return image.permute(0, 2, 3, 1).cpu(), faults
 
     @torch.inference_mode()

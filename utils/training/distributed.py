@@ -98,11 +98,11 @@ def print0(*values: Any, **options: Any) -> None:
 
 def device_name(requested: str) -> str:
     """This process's device: with several processes, `auto` and `cuda` become its own GPU, cuda:LOCAL_RANK."""
-    import torch
-
     found = ranks()
     if found.world_size == 1 or requested not in ("auto", "cuda"):
-        return requested
+        return requested  # without torch, which a dry run does not wait for
+    import torch
+
     if torch.cuda.is_available():
         return f"cuda:{found.local_rank}"
     return "cpu" if requested == "auto" else requested

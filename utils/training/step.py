@@ -9,7 +9,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from utils.cli import UserError, differences
-from utils.machine import NO_COST, Meter, add_costs
+from utils.machine import NO_COST, Meter, add_costs, is_out_of_memory
 from utils.training.augment import augment_views, random_draws
 from utils.training.checkpoint import Writer, load_checkpoint, require_same_images
 from utils.training.distributed import ranks, sum_counts
@@ -173,11 +173,19 @@ class Training:
             draws.append(random_draws(self.recipe, view, self.seed, *of))
         return augment_views(views, draws)
 
-    def gradients_shared(self, last: bool) -> AbstractContextManager:
-        """Backward passes in this block add to the gradients; with the LAST micro-batch processes exchange the sum."""
-        if isinstance(self.forward, nn.parallel.DistributedDataParallel) and not last:
-            return self.forward.no_sync()
-        return nullcontext()
+    @contextmanager
+    def gradients_shared(self, last: bool) -> Iterator[None]:
+        """Backward passes here add to the gradients, shared with the LAST micro-batch. UserError if memory is full."""
+        shared = self.forward if isinstance(self.forward, nn.parallel.DistributedDataParallel) else None
+        try:
+            with shared.no_sync() if shared and not last else nullcontext():
+                yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            images = self.schedule.batch_size // (self.schedule.micro_batches * self.schedule.world)
+            problem = f"--batch-per-device {images}: {self.device} is out of memory"
+            raise UserError(f"{problem}; try {images // 2 or 'a GPU that has more'}") from None
 
     def count(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, images: int, first: int) -> None:
         """Note a micro-batch of IMAGES: its mean loss, and the accuracy on its FIRST rows, the global crops."""

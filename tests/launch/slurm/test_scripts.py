@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +12,7 @@ import pytest
 
 from tests.generation.test_generate import files_of
 from tests.launch.slurm.cluster import Cluster
-from tests.launch.slurm.test_slurm import finish, submit, wait_for
+from tests.launch.slurm.test_slurm import finish, launch, submit, wait_for
 from tests.tiny_sd import build_tiny_sd
 from tests.training_runs import TINY, log_without_clock, make_images, same_bits, weights
 
@@ -89,3 +90,35 @@ def test_a_preempted_training_on_two_nodes_ends_with_the_weights_of_one_left_in_
     assert log_without_clock(tmp_path / "disturbed") == log_without_clock(tmp_path / "peace")
     logs = [path.read_text() for path in (tmp_path / "logs").glob("*_log.out")]
     assert any("cpu x 2" in text for text in logs)  # one rank on each of the two nodes
+
+
+# train.py on a cluster where each node has its own copy of the images.
+WITH_OWN_COPIES = """
+import os, sys
+from train import LAUNCH, get_args_parser, main
+from utils.cli import run
+if __name__ == "__main__":
+    arguments = [argument.replace("NODE", os.environ["SLURMD_NODENAME"]) for argument in sys.argv[1:]]
+    sys.exit(run(main, get_args_parser(), arguments))
+"""
+
+
+def test_one_rank_of_two_that_fails_ends_the_job_soon_and_the_log_names_it(cluster, tmp_path):
+    make_images(tmp_path / "n1/shapes", {"n01": 20, "n02": 14})
+    shutil.copytree(tmp_path / "n1", tmp_path / "n2")
+    for path in sorted((tmp_path / "n2").rglob("*.jpg"))[::2]:
+        path.write_bytes(b"no image")
+    (tmp_path / "train_here.py").write_text(WITH_OWN_COPIES)
+    options = (*TINY, "--epochs", "1000", "--max-bad-images", "0", "--data", "NODE/shapes", "--out", "run")
+    submit(cluster, tmp_path, "--partition", "low", "--nodes", "2", "train_here.py", *options)
+
+    def said() -> str:
+        return "".join(path.read_text(errors="replace") for path in (tmp_path / "logs").glob("*_log.out"))
+
+    cause = "train_here.py: error: --max-bad-images 0: "
+    wait_for(lambda: cause in said(), 120)
+    wait_for(lambda: not cluster.jobs(), 30)  # gloo and NCCL alone would wait for minutes
+    ended = launch(cluster, tmp_path, "--watch", "logs")
+    assert ended.returncode == 2 and "train (job " in ended.stderr and "failed with exit code 2" in ended.stderr
+    assert said().count(cause) == 1 and "n2/shapes/" in said().split(cause)[1].splitlines()[0]
+    assert "Traceback" not in said() and "CANCELLED" not in ended.stdout
