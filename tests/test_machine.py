@@ -128,7 +128,7 @@ def test_each_script_says_it_before_any_work(card, monkeypatch, tmp_path, capsys
     assert run(generate.main, generate.get_args_parser(), arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     needs = few + "and this model needs about 3.3 at this size" + rest.format("--height and --width")
-    assert line.endswith(f"error: {needs}") and not (tmp_path / "d").exists()
+    assert line.endswith(f"error: {needs}") and not (tmp_path / "d/dataset.json").exists()
 
 
 def test_a_gpu_without_room_for_the_model_is_refused_with_the_remedies(card):

@@ -96,6 +96,15 @@ def test_a_job_that_could_not_write_its_end_is_judged_by_slurm(folder, capsys):
         assert code == expected and (f"did not finish ({state})" in err) is bool(expected)
 
 
+def test_of_several_nodes_the_log_of_the_one_that_failed_is_shown(folder, capsys):
+    (folder / "8-node0.exit.json").unlink()  # SLURM has ended it when the other one failed
+    (folder / "8-node1.exit.json").write_text('{"code": 2, "failed": ["rank 1"]}')
+    for node, text in enumerate(("stopped by SIGTERM", "image 7 is damaged")):
+        (folder / f"8_{node}_log.out").write_text(text)
+    code, _, err = watched(folder, capsys)
+    assert code == 2 and "8_1_log.out:\n  | image 7 is damaged\n" in err and "SIGTERM" not in err
+
+
 def test_names_planted_in_the_log_folder_are_never_opened(folder, capsys):
     (folder / "7_0-node0.exit.json").unlink()
     os.mkfifo(folder / "7_0-node0.exit.json")

@@ -91,25 +91,27 @@ def queued_states() -> dict[str, str]:
 
 def exit_code(folder: Path, job: str) -> int | None:
     """What the Task of JOB left at its end: a failure of any of its nodes, else node 0's success, else None."""
+    return next(filter(None, (codes := _exit_codes(folder, job)).values()), codes.get("0"))
+
+
+def _exit_codes(folder: Path, job: str) -> dict[str, int]:
     codes: dict[str, int] = {}
     for path in sorted(folder.glob(f"{job}-node*.exit.json")):
         with suppress(UserError):  # damaged: the job is reported as one that did not finish
-            codes[path.name] = read_json(path, EXIT).code
-    return next(filter(None, codes.values()), codes.get(f"{job}-node0.exit.json"))
+            codes[path.name.removeprefix(f"{job}-node").removesuffix(".exit.json")] = read_json(path, EXIT).code
+    return codes
 
 
 def log_file(folder: Path, job: str) -> Path:
-    """The output of JOB's first node, by submitit's name for it."""
-    return folder / f"{job}_0_log.out"
+    """The output of JOB's node that failed, else of its first, by submitit's name for it."""
+    failed = [node for node, code in _exit_codes(folder, job).items() if code and node.isdecimal()]
+    return folder / f"{job}_{(failed or [0])[0]}_log.out"
 
 
 def _summary(folder: Path, elements: Sequence[Element], queue: dict[str, str]) -> str:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for element in elements:
-        state = queue.get(element.job)
-        if state is None:
-            code = exit_code(folder, element.job)
-            state = "ended" if code is None else "failed" if code else "done"
+        state = queue.get(element.job) or {None: "ended", 0: "done"}.get(exit_code(folder, element.job), "failed")
         counts[element.name][state.replace("PENDING", "waiting").replace("RUNNING", "running")] += 1
     return "; ".join(f"{name}: " + ", ".join(f"{n} {s}" for s, n in sorted(v.items())) for name, v in counts.items())
 
