@@ -183,10 +183,8 @@ def _refuse_unfit(name: str, device: torch.device) -> None:
 
 
 def require_memory(device: torch.device, needed_gb: float | None, smaller: str) -> None:
-    """UserError if the GPU DEVICE has less than NEEDED_GB free. SMALLER: the options by which less would do.
-
-    None where the need is not known, as of training: then a line on stderr below ENOUGH_GB, which may still suffice.
-    """
+    """UserError if the GPU DEVICE has less than NEEDED_GB free; where the need is not known (None, as of training) a
+    line on stderr below ENOUGH_GB, which may still suffice. SMALLER: the options by which less would do."""
     import torch
 
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device)) if device.type == "cuda" else (1e9, 1e9)

@@ -184,8 +184,8 @@ class Training:
             if not is_out_of_memory(error):
                 raise
             images = self.schedule.batch_size // (self.schedule.micro_batches * self.schedule.world)
-            problem = f"--batch-per-device {images}: {self.device} is out of memory"
-            raise UserError(f"{problem}; try {images // 2 or 'a GPU that has more'}") from None
+            fewer = images // 2 or "another GPU"
+            raise UserError(f"--batch-per-device {images}: {self.device} is out of memory; try {fewer}") from None
 
     def count(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, images: int, first: int) -> None:
         """Note a micro-batch of IMAGES: its mean loss, and the accuracy on its FIRST rows, the global crops."""
