@@ -181,12 +181,12 @@ SLOW_DISK = """
     from utils.training import checkpoint, step
     save, begin_step = checkpoint.save_checkpoint, step.Training.begin_step
     def slow(run, state):
-        print(f"writing {state['step']}\n", end="", flush=True)  # in one piece: another thread prints too
+        print(f"writing {state['step']}\\n", end="", flush=True)  # in one piece: another thread prints too
         time.sleep(3)
         save(run, state)
-        print(f"written {state['step']}\n", end="", flush=True)
+        print(f"written {state['step']}\\n", end="", flush=True)
     def begun(self):
-        print(f"begins {self.step}\n", end="", flush=True)
+        print(f"begins {self.step}\\n", end="", flush=True)
         begin_step(self)
     checkpoint.save_checkpoint, step.Training.begin_step = slow, begun
 """
