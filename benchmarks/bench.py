@@ -43,6 +43,7 @@ ROWS = {
     "train_data_wait": "bench_train",
     "augment_share": "bench_train",
     "features_vs_plain": "bench_features",
+    "evaluate_two_processes": "bench_features",
     "probe_vs_suite": "bench_probe",
     "quick_ranks": "quick_ranks",
 }

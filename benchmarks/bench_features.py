@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,10 +20,12 @@ from torchvision import datasets, models, transforms
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.bench_train import write_images  # noqa: E402
 from benchmarks.bounds import bound, profile_if_asked  # noqa: E402
 from models.fashion import read_part  # noqa: E402
 from utils.evaluation import features  # noqa: E402
-from utils.model import count_flops  # noqa: E402
+from utils.evaluation.feature_cache import BLOCK  # noqa: E402
+from utils.model import build_model, count_flops, export_state_dict  # noqa: E402
 
 ROUNDS = 3  # of ours and the peer in turn; medians are compared
 IMAGES = 224  # a round: different test images in each
@@ -146,4 +152,57 @@ def features_vs_plain() -> dict:
     }
 
 
-ROWS = {"features_vs_plain": features_vs_plain}
+def evaluate_two_processes() -> dict:
+    """evaluate.py as two processes, a core each, against one process on one of these cores; the same feature file."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        raise RuntimeError("evaluate_two_processes needs two cores")
+    count = 2 * BLOCK  # images: processes share the work by blocks
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_images(folder / "test", count, side=320)
+        run = folder / "photos-seed0"
+        run.mkdir()
+        torch.manual_seed(0)
+        torch.save(export_state_dict(build_model("resnet18", 2)), run / "photos.pth")
+        described = {"arch": "resnet18", "head": "linear", "class_ids": ["n00000000", "n00000001"], "dataset": "photos"}
+        (run / "args.json").write_text(json.dumps(described | {"class_names": ["a", "b"], "seed": 0}))
+
+        def seconds(name: str, launcher: list[str], allowed: list[int]) -> float:
+            argv = ["evaluate.py", "--checkpoint", run, "--test", f"photos={folder / 'test'}", "--out", folder / name]
+            argv += ["--device", "cpu", "--workers", "1"]
+            command = [sys.executable, *launcher, *map(str, argv)]
+            bind = functools.partial(os.sched_setaffinity, 0, allowed)
+            started = time.perf_counter()
+            subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr, preexec_fn=bind)
+            return time.perf_counter() - started
+
+        two = ["-m", "utils.launch", "--launcher", "local", "--processes", "2"]
+        ours, peer = [], []
+        for number in range(ROUNDS):
+            peer.append(seconds(f"one{number}", [], cores[:1]))
+            ours.append(seconds(f"two{number}", two, cores))
+        kept = {path.read_bytes() for path in folder.glob("*/features/*/features.npy")}
+    mine, theirs = (count / statistics.median(values) for values in (ours, peer))
+    return {
+        "row": "evaluate_two_processes",
+        "ours": mine,
+        "peer": theirs,
+        "unit": "img/s",
+        "ratio": statistics.median(b / a for a, b in zip(ours, peer, strict=True)),
+        "target": 1.7,
+        "bound": 2 * theirs,
+        "bound_is": "twice the rate of one process",
+        "what": (
+            f"The whole of `evaluate.py` on {count} JPEGs of 320 pixels, ResNet18 in float32, two processes, "
+            "a core each. The peer: the same command in one process on one of these cores."
+        ),
+        "notes": [
+            f"feature files of all {2 * ROUNDS} runs: {'the same bytes' if len(kept) == 1 else 'they differ'}",
+            f"the ratio of each round: {', '.join(f'{b / a:.2f}' for a, b in zip(ours, peer, strict=True))}",
+        ],
+        "tolerance_met": len(kept) == 1,
+    }
+
+
+ROWS = {"features_vs_plain": features_vs_plain, "evaluate_two_processes": evaluate_two_processes}

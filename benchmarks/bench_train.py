@@ -295,7 +295,7 @@ def augment_share() -> dict:
     """Device-side augmentation as a share of forward + backward + augmentation, in turn on the same batch."""
     import train
     from utils.machine import resolve_device, resolve_dtype
-    from utils.training.augment import augment, random_draws
+    from utils.training.augment import augment_views, random_draws
 
     device = resolve_device("auto")
     dtype = resolve_dtype("auto", device)
@@ -311,10 +311,8 @@ def augment_share() -> dict:
 
     def views() -> list[torch.Tensor]:
         epoch = np.full(count, next(calls))
-        return [
-            augment(images.to(device), random_draws(train.PAPER, view, 0, epoch, samples, n))
-            for view, (images, n) in enumerate(zip(pixels, (1, 8), strict=True))
-        ]
+        draws = [random_draws(train.PAPER, view, 0, epoch, samples, n) for view, n in enumerate((1, 8))]
+        return augment_views([images.to(device) for images in pixels], draws)
 
     ready = [view.contiguous(memory_format=torch.channels_last) for view in views()]
 

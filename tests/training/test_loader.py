@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from utils.training import loader
 from utils.training.image_sets import FolderImages, TarImages, class_names, open_images, open_sources, open_validation
 from utils.training.loader import CropBatches, CropSpec, Request, crop_box, epoch_order, make_loader, random_crops
 from utils.training.step import Schedule
+from utils.training.validation import validation_on
 
 SPECS = [CropSpec(24, 1, (0.25, 1.0)), CropSpec(12, 3, (0.05, 0.25))]
 
@@ -233,6 +235,27 @@ def test_an_error_in_a_worker_is_its_message_and_ends_the_workers(workers):
         next(items)
     assert str(caught.value) == "--data: item 1 cannot be read; repair it"
     assert multiprocessing.active_children() == []  # though the exception still holds the frames of the block
+
+
+class Named:
+    """Each item names the process that made it."""
+
+    def __getitem__(self, request: int) -> dict:
+        time.sleep(0.05)  # so that each worker has its turn
+        return {"pid": os.getpid()}
+
+
+def test_workers_live_on_from_pass_to_pass_as_validations_do_over_epochs(folder):
+    with make_loader(Named(), range(6), 2, False) as items:
+        passes = [{item["pid"] for item in items} for _ in range(3)]
+    assert passes[0] == passes[1] == passes[2] and len(passes[0]) == 2 and os.getpid() not in passes[0]
+    recipe = {"val_resize": 20, "val_crop": 16}
+    with validation_on(FolderImages(folder), recipe, 1, False) as validation:
+        workers = []
+        for _ in range(2):  # epochs
+            assert sum(len(batch["labels"]) for batch in validation.batches) == validation.count > 0
+            workers.append(multiprocessing.active_children())
+    assert workers[0] == workers[1] and len(workers[0]) == 1
 
 
 def test_requests_are_made_when_they_are_due():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import statistics
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -123,3 +126,29 @@ def test_one_rank_of_two_that_fails_ends_the_job_soon_and_the_log_names_it(clust
     assert "--max-bad-images 0: " in ended.stderr  # of the log of node 1, or of 0 if its rank was told in time
     assert said().count(cause) == 1 and "n2/shapes/" in said().split(cause)[1].splitlines()[0]
     assert "Traceback" not in said() and "CANCELLED" not in ended.stdout
+
+
+def test_four_ranks_of_a_job_have_cores_of_their_own_and_do_not_wait_for_data(cluster, tmp_path):
+    """Two nodes of two ranks; both nodes are this machine, so its cores serve two ranks each where it has but two."""
+    images = make_images(tmp_path / "shapes", {"n01": 40, "n02": 40})
+    options = ["--data", str(images), *TINY, "--arch", "resnet18", "--batch-size", "16", "--epochs", "2"]
+    options += ["--set", "global_size=96", "--set", "local_size=48"]
+    where = ("--partition", "low", "--nodes", "2", "--processes", "2", "--cpus-per-task", "1")
+    bound = """
+        import json, os, sys, pathlib
+        sys.path.insert(0, {root!r})
+        from train import LAUNCH, get_args_parser, main  # noqa: F401
+        from utils.cli import run
+        if __name__ == "__main__":
+            code = run(main, get_args_parser())
+            pathlib.Path(os.environ["RANK"]).write_text(json.dumps(sorted(os.sched_getaffinity(0))))
+            sys.exit(code)
+    """
+    (tmp_path / "own.py").write_text(textwrap.dedent(bound.format(root=str(ROOT))))
+    submit(cluster, tmp_path, *where, "own.py", *options, "--out", "run")
+    wait_for(lambda: not cluster.jobs(), 240)
+    cores = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(4)]
+    assert all(len(own) == 1 for own in cores) and cores[0] != cores[1] and cores[2] != cores[3]
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    waits = [line["data_wait"] for line in lines if line["kind"] == "train"]
+    assert len(waits) == 10 and statistics.median(waits) < 0.1, waits
