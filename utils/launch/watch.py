@@ -105,7 +105,7 @@ def _exit_codes(folder: Path, job: str) -> dict[str, int]:
 def log_file(folder: Path, job: str) -> Path:
     """The output of JOB's node that failed, else of its first, by submitit's name for it."""
     failed = [node for node, code in _exit_codes(folder, job).items() if code and node.isdecimal()]
-    return folder / f"{job}_{(failed or ["0"])[0]}_log.out"
+    return folder / f"{job}_{(failed or ['0'])[0]}_log.out"
 
 
 def _summary(folder: Path, elements: Sequence[Element], queue: dict[str, str]) -> str:
