@@ -42,7 +42,7 @@ WAITS = {"gloo": "d.barrier()", "nccl": "time.sleep(60)"}
 
 def said_by_us(error: str) -> list[str]:
     """The lines of ERROR but torch's own warnings, such as that a machine without a name server has no host name."""
-    return [line for line in error.strip().splitlines() if not re.match(r"\[[WI]\d.*\[c10d\]", line)]
+    return [line for line in error.strip().splitlines() if not re.match(r"\[[WI]\d{4} [\d:.]+ \w+\.cpp:\d+\] ", line)]
 
 
 @pytest.mark.parametrize(
