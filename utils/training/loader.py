@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -250,7 +251,7 @@ def make_loader(batches: Any, wanted: Iterable, workers: int, pin: bool) -> Iter
         pin_memory=pin,
         prefetch_factor=2 if workers else None,
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_prepare_worker,
         generator=torch.Generator(),  # torch draws a seed for its workers: not from the generator that dropout uses
     )
     try:
@@ -271,7 +272,9 @@ def worker_count(asked: int | None, device: torch.device) -> int:
     return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))  # distributed.take_own_cores
 
 
-def _ignore_signals(_worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
     # A scheduler signals the whole process group. The parent saves and leaves; workers follow when it is gone.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # Python's thread that hands tensors over would print a traceback when the parent leaves; errors go by the queue.
+    sys.excepthook = lambda *_: None
