@@ -179,7 +179,7 @@ study: $(STAMP) ## curves and exchange rates from a file: make study STUDY=studi
 test: $(DEV_STAMP) $(if $(wildcard /usr/share/wordnet/data.noun),check-prompts) ## every test
 	$(PY) -m pytest -n 2 --dist worksteal -q
 
-coverage: $(DEV_STAMP) ## the lines that the tests run, those of started processes too; counting takes as long again as half the tests
+coverage: $(DEV_STAMP) ## every test, counting the lines that run, in started processes too: half as long again
 	$(PY) -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered -q
 
 fuzz: $(DEV_STAMP) ## damaged files at every reader for ten minutes, and many more random kills, 20 of each family

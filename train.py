@@ -125,7 +125,7 @@ DEMO = BASIC | {
     "val_crop": 32,
 }
 # QUICK's means at the demo's size, at 0.29 of its arithmetic; that it ranks alike: benchmarks/quick_ranks.py. Batches
-# of 16: with 330 images those of 32 are too few steps, top-1 57 instead of 68. Chosen by a seed of four datasets.
+# of 16: with 330 images those of 32 are too few steps, top-1 57 instead of 68 (a seed; chosen on four of the nine).
 DEMO_QUICK = DEMO | {"epochs": 4, "warmup_epochs": 0.67, "batch_size": 16, "label_smoothing": 0.1}
 DEMO_QUICK |= {"first_size": 24, "growth": (0.25, 0.5)}
 RECIPES = {"paper": PAPER, "basic": BASIC, "quick": QUICK, "demo": DEMO, "demo-quick": DEMO_QUICK}

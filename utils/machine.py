@@ -16,7 +16,8 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -232,9 +233,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether ERROR says in one of its many ways that a device's memory is full."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
-    )
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return told or isinstance(error, torch.OutOfMemoryError)
+
+
+@contextmanager
+def full_memory_said(problem: str) -> Iterator[None]:
+    """UserError of PROBLEM, which names the option and the remedy, where the memory of a device becomes full."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(problem) from None
 
 
 def require_compiler(device: torch.device) -> None:

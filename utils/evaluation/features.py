@@ -24,7 +24,7 @@ from utils.evaluation.checkpoints import Transform
 from utils.evaluation.feature_cache import FeatureCache
 from utils.evaluation.matching import Samples, fingerprint
 from utils.images import BadImage, normalize
-from utils.machine import is_out_of_memory
+from utils.machine import full_memory_said
 from utils.metrics import refuse_nan
 from utils.model import count_flops
 from utils.storage import sha256_json, write_json
@@ -153,6 +153,7 @@ class Extractor:
                 model = self._fused[side] = self._fused.get(side) or optimize_for_cpu(model, side)
         if on_gpu or sixteen_bit:
             model = model.to(memory_format=torch.channels_last)
+        full = f"--batch-size {self.batch_size}: the GPU is out of memory; try {max(1, at_once // 2)}"
 
         def forward(pixels: torch.Tensor) -> torch.Tensor:
             parts = []
@@ -161,13 +162,8 @@ class Extractor:
                     if on_gpu:
                         part = part.pin_memory()
                     batch = part.to(self.device, non_blocking=on_gpu).permute(0, 3, 1, 2)  # (B, 3, H, W), channels last
-                    try:
+                    with full_memory_said(full):
                         parts.append(model(normalize(batch)).flatten(1).float())
-                    except RuntimeError as error:
-                        if not is_out_of_memory(error):
-                            raise
-                        problem = f"--batch-size {self.batch_size}: the GPU is out of memory"
-                        raise UserError(f"{problem}; try {max(1, at_once // 2)}") from None
             return torch.cat(parts)
 
         return forward

@@ -91,7 +91,8 @@ def queued_states() -> dict[str, str]:
 
 def exit_code(folder: Path, job: str) -> int | None:
     """What the Task of JOB left at its end: a failure of any of its nodes, else node 0's success, else None."""
-    return next(filter(None, (codes := _exit_codes(folder, job)).values()), codes.get("0"))
+    codes = _exit_codes(folder, job)
+    return next(filter(None, codes.values()), codes.get("0"))
 
 
 def _exit_codes(folder: Path, job: str) -> dict[str, int]:

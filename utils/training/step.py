@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from utils.cli import UserError, differences
-from utils.machine import NO_COST, Meter, add_costs, is_out_of_memory
+from utils.machine import NO_COST, Meter, add_costs, full_memory_said
 from utils.training.augment import augment_views, random_draws
 from utils.training.checkpoint import Writer, load_checkpoint, require_same_images
 from utils.training.distributed import ranks, sum_counts
@@ -176,16 +176,11 @@ class Training:
     @contextmanager
     def gradients_shared(self, last: bool) -> Iterator[None]:
         """Backward passes here add to the gradients, shared with the LAST micro-batch. UserError if memory is full."""
+        images = self.schedule.batch_size // (self.schedule.micro_batches * self.schedule.world)
+        full = f"--batch-per-device {images}: {self.device} is out of memory; try {images // 2 or 'another GPU'}"
         shared = self.forward if isinstance(self.forward, nn.parallel.DistributedDataParallel) else None
-        try:
-            with shared.no_sync() if shared and not last else nullcontext():
-                yield
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            images = self.schedule.batch_size // (self.schedule.micro_batches * self.schedule.world)
-            fewer = images // 2 or "another GPU"
-            raise UserError(f"--batch-per-device {images}: {self.device} is out of memory; try {fewer}") from None
+        with full_memory_said(full), shared.no_sync() if shared and not last else nullcontext():
+            yield
 
     def count(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, images: int, first: int) -> None:
         """Note a micro-batch of IMAGES: its mean loss, and the accuracy on its FIRST rows, the global crops."""
