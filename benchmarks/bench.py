@@ -85,9 +85,9 @@ def main(args: argparse.Namespace) -> int:
             continue
         measured = json.loads(done.stdout.strip().splitlines()[-1])
         environment = snapshot()
+        machine = [environment["cpu"], f"{environment['cores']} cores" + " with fast bf16" * cpu_has_bf16()]
         measured |= {
-            "machine": f"{environment['cpu']}, {environment['cores']} cores{' with AMX' if cpu_has_bf16() else ''}"
-            + "".join(f", {gpu}" for gpu in environment["gpus"]),
+            "machine": ", ".join([*machine, *environment["gpus"]]),
             "versions": environment["packages"] | {"python": environment["python"]},
             "git_commit": environment["git_commit"],
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -156,11 +156,11 @@ def train_step_vs_fp32() -> dict:
     best = {side: max(found, key=found.__getitem__) for side, found in rates.items()}
     fastest = {side: rates[side][images] for side, images in best.items()}
     if chosen == torch.bfloat16:
-        reason = "this CPU has AMX tiles, so --dtype auto is bf16"
+        reason = "bf16 is fast on this CPU, so --dtype auto is bf16"
     else:  # show that leaving bf16 out is right here
         in_bf16, _ = in_turns(stepper(best["ours"], torch.channels_last, torch.bfloat16), lambda: None)
         reason = (
-            "the target assumes AMX tiles; this CPU has none, so --dtype auto is fp32: bf16 makes "
+            "the target assumes AMX tiles; bf16 is not fast on this CPU, so --dtype auto is fp32: bf16 makes "
             f"{best['ours'] / in_bf16:.2f} img/s"
         )
     distance, last = loss_curves()

@@ -180,9 +180,12 @@ def test_a_snapshot_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT).returncode == 0
 
 
-def test_bf16_is_asked_of_the_cpu_flags(monkeypatch):
-    for flags, expected in [("fpu avx512_bf16", False), ("fpu amx_bf16", True), ("fpu avx2", False), ("", False)]:
-        monkeypatch.setattr(machine, "_cpuinfo", lambda flags=flags: f"model name : x\nflags : {flags}\n")
+def test_bf16_is_chosen_by_maker_and_flags_of_the_cpu(monkeypatch):
+    intel, amd = "GenuineIntel", "AuthenticAMD"
+    cases = [(intel, "avx512_bf16", False), (intel, "amx_bf16", True), (intel, "avx2", False), ("", "", False)]
+    for vendor, flags, expected in [*cases, (amd, "avx512_bf16", True), (amd, "avx512f", False)]:
+        said = f"vendor_id : {vendor}\nmodel name : x\nflags : fpu {flags}\n"
+        monkeypatch.setattr(machine, "_cpuinfo", lambda said=said: said)
         machine.cpu_has_bf16.cache_clear()
         assert machine.cpu_has_bf16() is expected
     machine.cpu_has_bf16.cache_clear()
