@@ -32,7 +32,7 @@ from utils.generation.drawing import Session
 from utils.generation.pipeline import find_pipeline
 from utils.generation.prompts import class_prompts, parse_template
 from utils.generation.recipe import Recipe
-from utils.machine import memory_format, resolve_device, resolve_dtype
+from utils.machine import resolve_device, resolve_dtype
 from utils.storage import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,7 +237,7 @@ class Ours:
         """The networks alone, fed with noise: no scheduler, text, files."""
         sampler, batch = self.sampler, self.sampler.denoising.size
         latents = sampler.initial_latents(range(batch)).to(sampler.device, sampler.dtype)
-        latents = latents.to(memory_format=memory_format(sampler.device, sampler.dtype))
+        latents = latents.to(memory_format=sampler.layout)
         text = sampler.embedding("").expand(2 * batch, -1, -1)
         started = time.perf_counter()
         for _ in sampler.guided:

@@ -162,9 +162,12 @@ def test_auto_dtype_follows_the_hardware(monkeypatch):
         resolve_dtype("fp16", cpu)
 
 
-def test_channels_last_goes_with_16_bit_numbers():
-    assert memory_format(torch.device("cpu"), torch.bfloat16) == torch.channels_last
-    assert memory_format(torch.device("cpu"), torch.float32) == torch.contiguous_format
+def test_channels_last_goes_with_16_bit_numbers_and_images_of_some_size():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert memory_format(cpu, torch.bfloat16, 512) == torch.channels_last
+    assert memory_format(cpu, torch.bfloat16, 32) == memory_format(cpu, torch.float32, 512) == torch.contiguous_format
+    assert memory_format(cuda, torch.float16, 32) == torch.channels_last
+    assert memory_format(cuda, torch.float32, 512) == torch.contiguous_format
 
 
 def test_a_snapshot_is_plain_json_and_names_the_lock_and_versions():

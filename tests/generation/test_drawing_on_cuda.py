@@ -36,7 +36,7 @@ def pipeline_on_cuda(folder, dtype: torch.dtype):
     cuda = FakeCuda()
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.safety_checker):
-        cuda.move(part, memory_format(CUDA, dtype))
+        cuda.move(part, memory_format(CUDA, dtype, 512))
     return cuda, pipeline
 
 

@@ -63,9 +63,9 @@ class Sampler:
     def __init__(self, pipeline, recipe: Recipe, device: torch.device, dtype: torch.dtype):
         self.pipeline, self.recipe, self.device, self.dtype = pipeline, recipe, device, dtype
         self.unet, self.vae = getattr(pipeline, recipe.family.denoiser), pipeline.vae
-        self.layout = memory_format(device, dtype)
         self.factor = pipeline.vae_scale_factor
         self.height, self.width = recipe.height or 512, recipe.width or 512
+        self.layout = memory_format(device, dtype, min(self.height, self.width))
         # A compiled UNet is a program for one number of images.
         self.denoising = Portions(recipe.batch_size or 1, device, "--height and --width", fixed=recipe.compile)
         self.decoding = Portions(max(1, DECODE_PIXELS // (self.height * self.width)), device, "--height and --width")

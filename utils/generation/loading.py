@@ -24,7 +24,7 @@ from utils.generation.lora import merge
 from utils.generation.pipeline import CHECKER, PipelineFolder
 from utils.generation.recipe import Recipe
 from utils.generation.whole_pipeline import WholePipeline
-from utils.machine import memory_format, require_compiler, resolve_device, resolve_dtype
+from utils.machine import require_compiler, resolve_device, resolve_dtype
 from utils.model import count_flops
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -63,14 +63,14 @@ def load_sampler(folder: PipelineFolder, recipe: Recipe, device: torch.device) -
         merge(pipeline, folder.loras)
     if not family.has_own_loop:
         return load_whole(pipeline, recipe, device, dtype)
-    pipeline.to(device)
-    for part in (pipeline.unet, pipeline.vae):
-        part.to(memory_format=memory_format(device, dtype))
+    sampler = Sampler(pipeline.to(device), recipe, device, dtype)
+    for part in (sampler.unet, sampler.vae):
+        part.to(memory_format=sampler.layout)
         if recipe.attention == "xformers":  # not diffusers' own switch, which first tries it on the GPU numbered 0
             part.set_attn_processor(XFormersAttnProcessor())
     if recipe.compile:
-        pipeline.unet.compile(dynamic=False)  # Sampler gives it one batch size
-    return Sampler(pipeline, recipe, device, dtype)
+        sampler.unet.compile(dynamic=False)  # Sampler gives it one batch size
+    return sampler
 
 
 def load_whole(pipeline, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Sampler:
