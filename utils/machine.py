@@ -222,7 +222,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def memory_format(device: torch.device, dtype: torch.dtype, pixels: int) -> torch.memory_format:
-    """channels_last where 16-bit networks gain: on CPUs not for images of few PIXELS a side, which draw at 0.8 times."""
+    """channels_last where 16-bit networks gain: on CPUs not for images of few PIXELS a side, drawn at 0.8 times."""
     import torch
 
     gains = device.type == "cuda" or (device.type == "cpu" and pixels > 64)
