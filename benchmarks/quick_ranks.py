@@ -22,7 +22,7 @@ from utils.storage import read_json, read_jsonl
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "quick_ranks"
 FULL, QUICK = "demo", "demo-quick"
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)  # on seed 0 the quick recipe's batch size was chosen: these it has not seen
 DRAWN = {  # folder -> options of generate.py
     "g1": ("--guidance-scale", 1, "--images-per-class", 100),
     "g2": ("--guidance-scale", 2, "--images-per-class", 200),

@@ -25,6 +25,7 @@ LICENCES = {
     "stable-diffusion-v1-5/": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-2": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "stabilityai/sd-turbo": "sai-nc-community",
     "stabilityai/sdxl-turbo": "sai-nc-community",
     "stabilityai/stable-diffusion-3": "stabilityai-ai-community",
     "ByteDance/SDXL-Lightning": "openrail++",

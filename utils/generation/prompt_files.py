@@ -155,14 +155,7 @@ Found = Iterator[tuple[str, Line]]  # (place for errors, line) ...
 def _read_tsv(path: Path, table: ClassTable) -> Found:
     for number, cells in read_table(path, COLUMNS, required=("id", "prompt")):
         place = f"{path}, line {number}"
-        yield place, _line(place, cells | ({"weight": _number(cells["weight"])} if "weight" in cells else {}))
-
-
-def _number(cell: str) -> float | str:
-    try:
-        return float(cell)
-    except ValueError:
-        return cell
+        yield place, _line(place, cells, strict=False)  # a weight is text in a table
 
 
 def _read_jsonl(path: Path, table: ClassTable) -> Found:
@@ -174,9 +167,9 @@ def _read_jsonl(path: Path, table: ClassTable) -> Found:
             raise UserError(f"--prompts {place} is not valid JSON ({error})") from None
 
 
-def _line(place: str, value: object) -> Line:
+def _line(place: str, value: object, strict: bool = True) -> Line:
     try:
-        return msgspec.convert(value, Line)
+        return msgspec.convert(value, Line, strict=strict)
     except msgspec.ValidationError as error:
         what = str(error).replace("`", "")
         raise UserError(f"--prompts {place}: {what[:1].lower()}{what[1:]}") from None
