@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -154,12 +156,33 @@ def test_auto_dtype_follows_the_hardware(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert resolve_dtype("auto", cuda) == torch.float16
     monkeypatch.setattr(machine, "cpu_has_bf16", lambda: True)
-    assert resolve_dtype("auto", cpu) == torch.bfloat16
+    assert resolve_dtype("auto", cpu) == resolve_dtype("auto", cpu, 17) == torch.bfloat16
+    assert resolve_dtype("auto", cpu, 16) == torch.float32
     monkeypatch.setattr(machine, "cpu_has_bf16", lambda: False)
     assert resolve_dtype("auto", cpu) == torch.float32
     assert resolve_dtype("fp32", cuda) == torch.float32
     with pytest.raises(UserError, match="use --dtype bf16 or fp32 on the CPU"):
         resolve_dtype("fp16", cpu)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bf16_gradients_of_what_is_trained_are_those_of_fp32_whatever_lies_in_unwritten_memory(stride):
+    for side, channels in product((2, 3, 4, 7), (64, 256)):  # a ResNet's last layers on 17 to 224 pixels
+        torch.manual_seed(0)
+        pairs = []
+        for shape in ((4, channels, side, side), (channels, channels, 3, 3)):
+            low = torch.randn(shape).bfloat16().to(memory_format=torch.channels_last)
+            pairs.append((low.requires_grad_(), low.detach().float().requires_grad_()))
+        (x, x32), (w, w32) = pairs
+        wanted = torch.nn.functional.conv2d(x32, w32, stride=stride, padding=1)
+        wanted.backward(torch.ones_like(wanted))
+        for _ in range(3):
+            x.grad = w.grad = None
+            poison = [torch.full((size,), math.nan) for size in (64, 1024, 16_384, 262_144) for _ in range(4)]
+            del poison  # what is allocated next lies there
+            torch.nn.functional.conv2d(x, w, stride=stride, padding=1).sum().backward()
+            for low, high in pairs:
+                assert torch.linalg.norm(low.grad.float() - high.grad) < 0.02 * torch.linalg.norm(high.grad)
 
 
 def test_channels_last_goes_with_16_bit_numbers_and_images_of_some_size():

@@ -207,17 +207,22 @@ def warn_of_few_cores() -> None:
         print(f"warning: {few} (utils.launch --cpus-per-task, sbatch's and srun's --cpus-per-task)", file=sys.stderr)
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is fp16 on CUDA, bf16 on CPUs it speeds up, else fp32, and no TF32, which cuDNN would take by default."""
+def resolve_dtype(name: str, device: torch.device, trained_pixels: int = 512) -> torch.dtype:
+    """`auto` is fp16 on CUDA, bf16 on CPUs it speeds up, else fp32, and no TF32, which cuDNN would take by default.
+
+    TRAINED_PIXELS: the side of the smallest image to train on. On 16 a ResNet's last 3x3 convolution of stride 2 sees a
+    single pixel, and oneDNN (torch 2.10, AMD) makes up its gradients in bf16 from memory that nobody wrote.
+    """
     import torch
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    wrong = device.type == "cpu" and trained_pixels <= 16
     if name == "auto":
-        if device.type == "cuda":
-            return torch.float16
-        return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
+        name = {"cuda": "fp16", "cpu": "bf16" if cpu_has_bf16() and not wrong else "fp32"}.get(device.type, "fp32")
     if name == "fp16" and device.type == "cpu":
         raise UserError("--dtype fp16: half precision needs a GPU; use --dtype bf16 or fp32 on the CPU")
+    if name == "bf16" and wrong:
+        raise UserError("--dtype bf16: gradients of crops of 16 pixels may be wrong on a CPU; use --dtype fp32")
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 

@@ -270,6 +270,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(imag
         (["--arch", "vit_b_32"], "cannot take"),
         (["--device", "tpu"], "--device tpu"),
         (["--dtype", "fp16"], "--dtype fp16"),
+        (["--dtype", "bf16"], "--dtype bf16: gradients of crops of 16 pixels may be wrong"),  # TINY has such
     ],
 )
 def test_mistakes_are_named(images, tmp_path, options, message):
