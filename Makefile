@@ -177,12 +177,11 @@ study: $(STAMP) ## curves and exchange rates from a file: make study STUDY=studi
 
 # ===== development =====
 # check-prompts needs Debian's wordnet-base; tests/test_build_tables.py says so where it is absent.
-# Three test processes keep two cores busy: many tests wait for a job or a killed process.
 test: $(DEV_STAMP) $(if $(wildcard /usr/share/wordnet/data.noun),check-prompts) ## every test
-	$(PY) -m pytest -n 3 --dist worksteal -q
+	$(PY) -m pytest -n 2 --dist worksteal -q
 
 coverage: $(DEV_STAMP) ## every test, counting the lines that run, in started processes too: half as long again
-	$(PY) -m pytest -n 3 --dist worksteal --cov --cov-report=term:skip-covered -q
+	$(PY) -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered -q
 
 fuzz: $(DEV_STAMP) ## damaged files at every reader for ten minutes, and many more random kills, 20 of each family
 	FUZZ_SECONDS=30 KILLS=3 $(PY) -m pytest -n 2 --dist worksteal -q --timeout 1800 tests/test_fuzz.py tests/test_kills.py \
