@@ -174,6 +174,7 @@ def as_page(results: list[dict], rates: list[dict]) -> str:
         "# Benchmarks",
         "",
         "Written by `make bench`; do not edit. A row measures ours and the peer's way in turn, in one run.",
+        "Where the rest of the time goes: [speed](training.md#speed).",
         "",
     ]
     lines += as_table(shown)
