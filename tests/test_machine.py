@@ -185,12 +185,10 @@ def test_bf16_gradients_of_what_is_trained_are_those_of_fp32_whatever_lies_in_un
                 assert torch.linalg.norm(low.grad.float() - high.grad) < 0.02 * torch.linalg.norm(high.grad)
 
 
-def test_channels_last_goes_with_16_bit_numbers_and_images_of_some_size():
+def test_channels_last_goes_with_16_bit_numbers():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert memory_format(cpu, torch.bfloat16, 512) == torch.channels_last
-    assert memory_format(cpu, torch.bfloat16, 32) == memory_format(cpu, torch.float32, 512) == torch.contiguous_format
-    assert memory_format(cuda, torch.float16, 32) == torch.channels_last
-    assert memory_format(cuda, torch.float32, 512) == torch.contiguous_format
+    assert memory_format(cpu, torch.bfloat16) == memory_format(cuda, torch.float16) == torch.channels_last
+    assert memory_format(cpu, torch.float32) == memory_format(cuda, torch.float32) == torch.contiguous_format
 
 
 def test_a_snapshot_is_plain_json_and_names_the_lock_and_versions():

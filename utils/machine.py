@@ -96,8 +96,8 @@ def cpu_model() -> str:
 def cpu_has_bf16() -> bool:
     """Whether this CPU is faster in bfloat16 than in fp32: Intel's with AMX and AMD's with AVX512-BF16 (Zen 4 on) are.
 
-    Two images through SD 1.4's UNet at 512 px took two cores of Zen 4 6.2 s, 10.7 in fp32 (torch 2.10.0). AVX512-BF16
-    is no reason on Intel: one image took a core of a Xeon with it but without AMX 10.7 s, 7.1 in fp32.
+    Two images through SD 1.4's UNet at 512 px took two cores of Zen 4 6.2 s, 10.7 in fp32 (torch 2.10.0). On Intel
+    AVX512-BF16 alone is no reason: a forward took a Xeon without AMX 10.7 core-seconds, 7.1 in fp32.
     """
     words = set(_cpuinfo().split())
     return "amx_bf16" in words or {"AuthenticAMD", "avx512_bf16"} <= words
@@ -210,9 +210,8 @@ def warn_of_few_cores() -> None:
 def resolve_dtype(name: str, device: torch.device, trained_pixels: int = 512) -> torch.dtype:
     """`auto` is fp16 on CUDA, bf16 on CPUs it speeds up, else fp32, and no TF32, which cuDNN would take by default.
 
-    TRAINED_PIXELS: the side of the smallest image to train on. On 16 a ResNet's last 3x3 convolution of stride 2 sees a
-    single pixel, and oneDNN (torch 2.10, AMD) makes up its gradients in bf16 from memory that nobody wrote.
-    """
+    TRAINED_PIXELS: the smallest image's side. On 16 a ResNet's last 3x3 convolution of stride 2 sees one pixel, and
+    oneDNN (torch 2.10, AMD) makes up its gradients in bf16 from memory that nobody wrote."""
     import torch
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -226,12 +225,12 @@ def resolve_dtype(name: str, device: torch.device, trained_pixels: int = 512) ->
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def memory_format(device: torch.device, dtype: torch.dtype, pixels: int) -> torch.memory_format:
-    """channels_last where 16-bit networks gain: on CPUs not for images of few PIXELS a side, drawn at 0.8 times."""
+def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """channels_last where convolutions gain from it: on CUDA with 16-bit numbers and on CPUs with bf16."""
     import torch
 
-    gains = device.type == "cuda" or (device.type == "cpu" and pixels > 64)
-    return torch.channels_last if gains and dtype in (torch.float16, torch.bfloat16) else torch.contiguous_format
+    sixteen_bit = dtype in (torch.float16, torch.bfloat16)
+    return torch.channels_last if sixteen_bit and device.type in ("cpu", "cuda") else torch.contiguous_format
 
 
 def is_out_of_memory(error: BaseException) -> bool:

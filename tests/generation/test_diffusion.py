@@ -57,6 +57,16 @@ def draw(sampler, seeds=SEEDS, texts=TEXTS) -> np.ndarray:
     return pixels.numpy().astype(int)
 
 
+def test_a_cpu_draws_small_images_in_the_contiguous_layout(tiny):
+    pipeline = sampler_for(tiny).pipeline
+    for side, dtype, layout in (
+        (32, torch.bfloat16, torch.contiguous_format),
+        (512, torch.bfloat16, torch.channels_last),
+        (512, torch.float32, torch.contiguous_format),
+    ):
+        assert diffusion.Sampler(pipeline, Recipe(height=side, width=side), CPU, dtype).layout == layout
+
+
 def test_the_arithmetic_of_stable_diffusion_is_what_is_known_of_it():
     """0.803 TFLOP a forward at 512 px, 102 forwards and 2.5 TFLOP for the VAE: 84.5 an image; on shapes alone."""
     narrow, wide = [320, 640, 1280, 1280], [128, 256, 512, 512]

@@ -65,7 +65,8 @@ class Sampler:
         self.unet, self.vae = getattr(pipeline, recipe.family.denoiser), pipeline.vae
         self.factor = pipeline.vae_scale_factor
         self.height, self.width = recipe.height or 512, recipe.width or 512
-        self.layout = memory_format(device, dtype, min(self.height, self.width))
+        small = device.type == "cpu" and min(self.height, self.width) <= 64  # group norms are slow in channels_last
+        self.layout = torch.contiguous_format if small else memory_format(device, dtype)
         # A compiled UNet is a program for one number of images.
         self.denoising = Portions(recipe.batch_size or 1, device, "--height and --width", fixed=recipe.compile)
         self.decoding = Portions(max(1, DECODE_PIXELS // (self.height * self.width)), device, "--height and --width")
