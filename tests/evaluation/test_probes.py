@@ -39,6 +39,7 @@ def objective(x, y, c, weights, offset):
 def test_the_path_finds_scikit_learns_minimum(features, n):
     x, y = (part[:n] for part in features["trainval"])
     test = features["test"][0]
+    assert LogisticSolver(x, y).x.shape[1] < min(x.shape)  # axes along which nothing varies are left out
     same = []
     for c in (1e-4, 1e-2, 1.0, 100.0, 1e4):
         reference = LogisticRegression(C=c, max_iter=20000, tol=1e-8).fit(x.astype(np.float64), y)
@@ -246,6 +247,7 @@ def test_on_a_gpu_devices_and_types_agree_from_features_to_scores(features, kind
 def test_a_probe_with_parts_on_two_devices_or_of_two_types_fails(features):
     """So that the test above can fail."""
     gpu, (x, y) = FakeCuda(), features["trainval"]
+    x = x + np.random.default_rng(0).normal(scale=0.01, size=x.shape)  # all vary: a fake device cannot see which do
     here = LogisticSolver(x, y).fit(1.0)
     with gpu.present():
         with pytest.raises(RuntimeError, match="device"):

@@ -41,7 +41,7 @@ class LinearClassifier:
 
 @dataclass(frozen=True, eq=False)
 class LogisticSolution:
-    """weights (D, K) and bias (K,) in the solver's coordinates, where the next fit starts, and what they amount to."""
+    """weights (R, K) and bias (K,) in the solver's coordinates, where the next fit starts, and what they amount to."""
 
     weights: torch.Tensor
     bias: torch.Tensor
@@ -65,9 +65,11 @@ class LogisticSolver:
         values = torch.from_numpy(np.asarray(x, dtype=np.float64)).to(device)
         self.mean = values.mean(0)
         values = values - self.mean
-        variances, self.axes = torch.linalg.eigh(values.T @ values / len(x))
-        self.variances = variances.clamp(min=0)
-        self.x = values @ self.axes  # (N, D)
+        variances, axes = torch.linalg.eigh(values.T @ values / len(x))
+        # The first vary by no more than the rounding of the products: their weights would be 0.
+        flat = int((variances < torch.finfo(variances.dtype).eps * len(variances) * variances[-1]).sum())
+        self.variances, self.axes = variances[flat:].clamp(min=0), axes[:, flat:]  # (R,), (D, R): R < N
+        self.x = values @ self.axes  # (N, R)
         self.one_hot = self.x.new_zeros(len(x), len(self.classes))  # (N, K)
         self.one_hot.scatter_(1, labels[:, None].to(device), 1.0)
         self.single = self.x.float(), self.one_hot.float()
@@ -92,7 +94,7 @@ class LogisticSolver:
             return self._solution(weights, bias)
         p = log_softmax(torch.addmm(bias, x, weights), 1).exp_()
         curvature = float((p * (1 - p)).mean()) + 1e-9
-        scale = (curvature * self.variances + penalty).rsqrt().to(x.dtype)[:, None]  # (D, 1)
+        scale = (curvature * self.variances + penalty).rsqrt().to(x.dtype)[:, None]  # (R, 1)
         bias_scale = curvature**-0.5
         scaled, scaled_bias = (weights / scale).requires_grad_(), (bias / bias_scale).requires_grad_()
 

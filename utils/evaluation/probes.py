@@ -157,12 +157,10 @@ def search_suite(
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(multivariate=several, group=several, seed=seed)
     study = optuna.create_study(direction="maximize", sampler=sampler)
-
-    def objective(trial: optuna.Trial) -> float:
+    for _ in tqdm(range(TRIALS), desc="linear probe", unit="trial", leave=False, disable=None):
+        trial = study.ask()
         setting = {name: trial.suggest_float(name, *bounds, log=True) for name, bounds in ranges.items()}
-        return trials(setting, lambda: top1_of(fit(train, setting, seed, device), held))
-
-    study.optimize(objective, n_trials=TRIALS)
+        study.tell(trial, trials(setting, lambda setting=setting: top1_of(fit(train, setting, seed, device), held)))
     return dict(study.best_params), float(study.best_value)
 
 
@@ -202,7 +200,7 @@ def search_path(train: Split, held: Split, trials: Trials, seed: int, device: An
         )
 
     best, chosen, before = -1.0, path[:1], math.inf
-    for count in range(1, PATH_POINTS + 1):
+    for count in tqdm(range(1, PATH_POINTS + 1), desc="linear probe", unit="value of C", leave=False, disable=None):
         accuracy, loss = judge(path[:count])
         if accuracy > best + MIN_GAIN:
             best, chosen = accuracy, path[:count]
