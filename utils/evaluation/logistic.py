@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy, log_softmax, one_hot
 
 from utils.metrics import CHUNK_ROWS  # with iNaturalist's 8142 classes the logits of so many rows are 270 MB
 
@@ -58,10 +58,8 @@ class LogisticSolver:
     """
 
     def __init__(self, x: np.ndarray, y: np.ndarray, device: Any = "cpu") -> None:
-        if torch.device(device).type == "mps":
-            device = "cpu"  # MPS has no float64
-        self.classes = np.unique(y)
-        labels = torch.from_numpy(np.searchsorted(self.classes, y))
+        device = "cpu" if torch.device(device).type == "mps" else device  # MPS has no float64
+        self.classes, labels = np.unique(y, return_inverse=True)
         values = torch.from_numpy(np.asarray(x, dtype=np.float64)).to(device)
         self.mean = values.mean(0)
         values = values - self.mean
@@ -70,8 +68,7 @@ class LogisticSolver:
         flat = int((variances < torch.finfo(variances.dtype).eps * len(variances) * variances[-1]).sum())
         self.variances, self.axes = variances[flat:].clamp(min=0), axes[:, flat:]  # (R,), (D, R): R < N
         self.x = values @ self.axes  # (N, R)
-        self.one_hot = self.x.new_zeros(len(x), len(self.classes))  # (N, K)
-        self.one_hot.scatter_(1, labels[:, None].to(device), 1.0)
+        self.one_hot = one_hot(torch.from_numpy(labels).to(device), len(self.classes)).double()  # (N, K)
         self.single = self.x.float(), self.one_hot.float()
 
     def solve(self, c: float) -> LogisticSolution:
@@ -85,8 +82,8 @@ class LogisticSolver:
         to compare accuracies, at half the price; but a weak penalty leaves losses so small that it cannot tell them
         apart, and the objective ends up to 1 % above its minimum.
         """
-        x, one_hot = (self.x, self.one_hot) if exact else self.single
-        n, k = one_hot.shape
+        x, labels = (self.x, self.one_hot) if exact else self.single  # (N, R), (N, K)
+        n, k = labels.shape
         penalty = 1.0 / (c * n)  # the objective is divided by C n
         weights = start.weights.to(x.dtype) if start else x.new_zeros(x.shape[1], k)
         bias = start.bias.to(x.dtype) if start else x.new_zeros(k)
@@ -104,9 +101,9 @@ class LogisticSolver:
             # denormals, which are slow on CPUs.
             w = scaled * scale
             log_p = log_softmax(torch.addmm(scaled_bias * bias_scale, x, w), 1).clamp_(min=-60)  # (N, K)
-            loss = -(log_p * one_hot).sum(dtype=torch.float64) / n
+            loss = -(log_p * labels).sum(dtype=torch.float64) / n
             loss += 0.5 * penalty * w.square().sum(dtype=torch.float64)
-            error = log_p.exp_().sub_(one_hot).div_(n)
+            error = log_p.exp_().sub_(labels).div_(n)
             scaled.grad = torch.addmm(w, x.T, error, beta=penalty).mul_(scale)
             scaled_bias.grad = error.sum(0).mul_(bias_scale)
             return loss

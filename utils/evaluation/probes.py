@@ -157,10 +157,13 @@ def search_suite(
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(multivariate=several, group=several, seed=seed)
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    for _ in tqdm(range(TRIALS), desc="linear probe", unit="trial", leave=False, disable=None):
-        trial = study.ask()
+
+    def objective(trial: optuna.Trial) -> float:
         setting = {name: trial.suggest_float(name, *bounds, log=True) for name, bounds in ranges.items()}
-        study.tell(trial, trials(setting, lambda setting=setting: top1_of(fit(train, setting, seed, device), held)))
+        return trials(setting, lambda: top1_of(fit(train, setting, seed, device), held))
+
+    for _ in tqdm(range(TRIALS), desc="linear probe", unit="trial", leave=False, disable=None):
+        study.tell(trial := study.ask(), objective(trial))
     return dict(study.best_params), float(study.best_value)
 
 
