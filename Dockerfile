@@ -3,9 +3,10 @@
 #
 #   make docker                                   build with docker, podman or buildah
 #   docker run imagenet-sd                        the list of commands
-#   docker run --gpus all -v $PWD/data:/app/data -v $PWD/cache:/cache imagenet-sd make generate CLASSES=100
+#   mkdir -p data cache; docker run --gpus all --user $(id -u):$(id -g) -v $PWD/data:/app/data -v $PWD/cache:/cache \
+#       imagenet-sd make generate CLASSES=100
 #
-# docs/cluster.md has Apptainer, mounts, users and how the image's digest gets into datasets and checkpoints.
+# docs/cluster.md has Apptainer, docs/reproducibility.md how the image's digest gets into datasets and checkpoints.
 
 # For a build that repeats to the byte give a digest: --build-arg BASE_IMAGE=debian@sha256:...
 ARG BASE_IMAGE=debian:bookworm-20250520-slim

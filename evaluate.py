@@ -25,6 +25,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,7 +188,7 @@ def judge_all(jobs: list[Job], args: argparse.Namespace) -> None:
     device, model = resolve_device(distributed.device_name(args.device)), None
     require_memory(device, None, "--batch-size")
     seen: dict[tuple, Found] = {}  # runs of other seeds have the same training images
-    with distributed.process_group(device) as ranks:
+    with distributed.process_group(device, timedelta(days=30)) as ranks:  # rank 0 fits probes alone, for hours
         share = Share(ranks.rank, ranks.world_size)
         for job in jobs:
             if model is None or model.source is not job.source:

@@ -128,6 +128,7 @@ def main(args: argparse.Namespace) -> int:
     existing = datasets.open_dataset(out) if args.repair or (out / "dataset.json").exists() else None
     if args.repair and existing:  # by the folder's own record, whatever the options say
         table, recipe = existing.table, Recipe.of(existing)
+        recipe = recipe if args.attention == "auto" else replace(recipe, attention=args.attention)
         template, counts = recorded_template(existing), {folder.id: folder.count for folder in existing.folders}
         folder = find_pipeline(*model or reproduction.recorded_model(existing), recipe.lora or ())
     else:
@@ -145,7 +146,7 @@ def main(args: argparse.Namespace) -> int:
     recipe = recipe.with_model(folder)
     require_writable(out, "--out")
     about: dict[str, Any] = {
-        "name": out.resolve().name.lstrip(". ")[: cli.LONGEST_NAME] or "dataset",
+        "name": cli.safe_name(out.resolve().name.lstrip(". ")[: cli.LONGEST_NAME] or "dataset", "--out"),
         "recipe": recipe.record(),
         "model": {"id": folder.name, "revision": folder.revision, "files": folder.hashes(recipe.safety != "off")},
         "classes": [

@@ -7,7 +7,7 @@ This script runs the rows (each in its own process, so that none inherits anothe
 benchmarks/results.json and writes docs/benchmarks.md from the newest result of every row. Seconds on a shared machine
 drift; ratios of medians taken in turn do not. Nothing here is a test.
 
-    make bench                        # every row, about an hour on two cores, most of it probe_vs_suite
+    make bench                        # every row, some three hours on two cores, half of it probe_vs_suite
     make bench ONLY=loader_vs_dino    # one row
     make bench ONLY=train_step_vs_fp32 ARGS=--profile     # where its time goes
     python benchmarks/bench.py --list

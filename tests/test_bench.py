@@ -240,6 +240,18 @@ def test_other_models_slices_and_the_cpu_have_no_row(tmp_path, monkeypatch):
         plan.expected_rate(Recipe(), None, sd1, "auto", 102)
 
 
+def test_a_gpu_without_room_leaves_the_plan_its_other_lines(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "gpus", lambda: {"gpus": ["NVIDIA A100-SXM4-80GB"]})
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GB\nmore")
+
+    monkeypatch.setattr("utils.generation.loading.measured_rate", full)
+    sd2 = "stabilityai/stable-diffusion-2-1"
+    assert plan.expected_rate(Recipe(), "a folder", sd2, "auto", 102)[0] == 0
+    assert "note: CUDA out of memory. Tried to allocate 20 GB" in capsys.readouterr().err
+
+
 def test_a_model_needs_what_its_weights_and_images_take(tmp_path):
     """The float32 files of Stable Diffusion 1.4, bytes as the hub lists them: 6 GB at 512 px in fp16 are enough."""
     sizes = {"unet": 3_438_167_540, "vae": 334_643_276, "text_encoder": 492_265_880, "safety_checker": 1_215_981_830}

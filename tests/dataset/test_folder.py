@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,14 @@ def test_a_class_has_one_owner(folder):
     with folder.lock(), pytest.raises(AlreadyOwned), folder.lock():
         pass
     with folder.lock():
+        pass
+
+
+def test_a_class_may_be_called_dataset(folder):
+    """Whoever draws it for hours does not hold the lock of dataset.json."""
+    own = replace(folder, id="dataset")
+    (folder.root / ".locks").mkdir(parents=True)
+    with own.lock(), datasets.record_lock(folder.root):  # which would wait
         pass
 
 

@@ -584,3 +584,15 @@ def test_hashes_cover_what_makes_pixels(tiny_safe):
     }
     assert "safety_checker/model.safetensors" in folder.hashes(True)
     assert folder.native_size == 16 and folder.pixels_per_latent == 2 and folder.has_safety_checker
+
+
+def test_portions_cover_all_images_while_another_thread_halves_them():
+    """Decoding goes on in a thread of its own while images are drawn again, and shares the size."""
+    portions, covered = diffusion.Portions(8, torch.device("cpu"), "--height"), []
+
+    def work(start: int, end: int) -> None:
+        covered.extend(range(start, end))
+        portions.size = 3  # as the other thread finds its memory full
+
+    portions.map(work, 20)
+    assert covered == list(range(20)) and portions.size == 3

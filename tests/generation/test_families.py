@@ -436,6 +436,7 @@ def test_parts_that_fit_stay_on_the_gpu(models, monkeypatch):
         ("ByteDance/SDXL-Lightning/sdxl_lightning_8step_lora.safetensors:1", "sdxl-lightning", 8, 1, 1024),
         ("latent-consistency/lcm-lora-sdxl", "lcm-lora-sdxl", 4, 1, 1024),
         ("latent-consistency/lcm-lora-sdv1-5:1", "lcm-lora", 4, 1, 512),
+        ("latent-consistency/lcm-lora-sdv1-5/pytorch_lora_weights.safetensors:1", "lcm-lora", 4, 1, 512),
         ("stabilityai/stable-diffusion-3-medium-diffusers", "sd3", 28, 7, 1024),
         ("stabilityai/stable-diffusion-3.5-medium", "sd3.5-medium", 40, 4.5, 1024),
         ("stabilityai/stable-diffusion-3.5-large", "sd3.5-large", 28, 3.5, 1024),

@@ -217,7 +217,7 @@ def test_rows_of_an_earlier_checkpoint_or_protocol_are_no_seeds(tmp_path):
     write_row(results, 32, seed=1)
     (model,) = page.group_models(records.read_results([results]))
     assert list(model.cells) == [("DTD", "top1")] and model.checkpoints == {"f1"}
-    assert (model.cells["DTD", "top1"].value, model.cells["DTD", "top1"].runs) == (31, 2)
+    assert (model.cells["DTD", "top1"].value, model.cells["DTD", "top1"].runs) == (31, 1)  # two probes of one run
 
 
 def test_one_measurement_given_twice_is_one(tmp_path):

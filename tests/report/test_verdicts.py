@@ -133,6 +133,27 @@ def test_seeds_that_all_agree_do_not_make_an_interval_of_nothing():
     assert difference(seeds_cell([99.0, 99.0]), seeds_cell([98.9, 98.9])) is None
 
 
+def test_probe_seeds_of_one_run_are_no_runs_of_their_own():
+    """Three runs probed with three seeds each are three; one run probed so has its own interval, not a deviation."""
+
+    def rows(values: list[list[float]]) -> list[records.Row]:
+        return [
+            records.Row("m", "dtd", "top1", one, one - 2, one + 2, seed=seed, checkpoint_sha256=str(run))
+            for run, its in enumerate(values)
+            for seed, one in enumerate(its)
+        ]
+
+    first = tables.as_cell(rows([[80.0] * 3, [80.6] * 3, [81.2] * 3]))
+    second = tables.as_cell(rows([[80.9] * 3, [81.5] * 3, [82.1] * 3]))
+    theirs = scipy.stats.ttest_ind([80.9, 81.5, 82.1], [80.0, 80.6, 81.2], equal_var=False).confidence_interval()
+    found = difference(second, first)
+    assert (first.runs, first.spread) == (3, pytest.approx(0.6))
+    assert (found.low, found.high) == (pytest.approx(theirs.low), pytest.approx(theirs.high)) and found.low < 0
+    one = tables.as_cell(rows([[80.0, 80.3, 80.6]]))
+    assert (one.runs, one.spread, one.low, one.high) == (1, None, pytest.approx(78.3), pytest.approx(82.3))
+    assert one.value == pytest.approx(80.3)
+
+
 # ===== several sets of one's own =====
 
 

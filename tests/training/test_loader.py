@@ -336,6 +336,29 @@ def test_ids_with_dots_survive_packing(tmp_path):
     assert open_images(tmp_path / "set").class_ids == open_images(shards).class_ids == ["v1.0"]
 
 
+def test_a_set_may_have_more_shards_than_a_process_may_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.training.image_sets.MOST_OPEN", 2)
+    for number in range(5):
+        with tarfile.open(tmp_path / f"s{number}.tar", "w") as tar:
+            for name in (f"bus/._{number}.jpg", f"bus/{number}.jpg"):  # the first: macOS's, and no image
+                member = tarfile.TarInfo(name)
+                member.size = len(jpeg(number))
+                tar.addfile(member, io.BytesIO(jpeg(number)))
+    images = open_images(tmp_path)
+    assert len(images) == 5
+    open_before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        assert [images.read(index) for index in range(5)] == [jpeg(number) for number in range(5)]
+    assert len(os.listdir("/proc/self/fd")) == open_before + 2
+
+
+@pytest.mark.parametrize("classes", [["a", "b"], {"a": 1}, [{"id": "a"}], 3, None])
+def test_someone_elses_dataset_json_is_left_alone(folder, classes):
+    write_json(folder.parent / "dataset.json", {"classes": classes})
+    images = open_images(folder)
+    assert class_names(images.class_ids, [images])
+
+
 def test_a_truncated_shard_is_named(folder, tmp_path):
     pack(folder, tmp_path / "shards", flat=True)
     shard = tmp_path / "shards" / "shard-000000.tar"

@@ -116,6 +116,17 @@ def test_a_run_is_finished_under_its_own_name_only(finished, images):
     (run / "other.pth").unlink()
 
 
+def test_weights_without_their_hash_are_exported_again(finished, images, tmp_path):
+    """A kill, or a full disk, between the two leaves args.json as it was during the run."""
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    described = json.loads((run / "args.json").read_text())
+    assert described["weights_sha256"]
+    (run / "args.json").write_text(json.dumps(described | {"weights_sha256": ""}))
+    assert not is_finished(run, "shapes", described["identity"])
+    finish(start("--data", images, "--out", run, *TINY))
+    assert json.loads((run / "args.json").read_text())["weights_sha256"] == described["weights_sha256"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty"])
 def test_damaged_weights_do_not_count_as_finished(finished, images, tmp_path, damage):
     """They are exported again from the checkpoint; where there is none, the run says so and trains nothing."""

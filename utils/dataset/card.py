@@ -132,7 +132,7 @@ def card(dataset: Dataset, shards: list[dict[str, Any]]) -> str:
         "",
         "## Draw it again",
         "",
-        *([f"    {cell(info['command'])}", ""] if info.get("command") else []),
+        *([f"    {' '.join(str(info['command']).split())}", ""] if info.get("command") else []),
         "`dataset.json` has the whole recipe, the hashes of the model's files and the environment. On the same",
         "hardware and software the images come out the same bytes.",
         "",

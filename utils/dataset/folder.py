@@ -202,7 +202,7 @@ def way_back(root: Path, otherwise: str) -> str:
 def record_lock(root: Path) -> AbstractContextManager[None]:
     """Waits for its turn to change dataset.json, which takes moments."""
     (root / ".locks").mkdir(parents=True, exist_ok=True)
-    return storage.owner_lock(root / ".locks" / "dataset.lock", wait=True)
+    return storage.owner_lock(root / ".locks" / ".record.lock", wait=True)
 
 
 def write_record(root: Path, info: dict[str, Any]) -> None:

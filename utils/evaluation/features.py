@@ -10,7 +10,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +63,7 @@ class Extractor:
         self.device, self.dtype = device, dtype
         self.batch_size, self.workers, self.share = batch_size, workers, share or Share()
         self._fused: dict[int, torch.nn.Module] = {}  # side in pixels -> the network fused for this CPU
+        self._flops: dict[int, int] = {}  # side in pixels -> of an image
         self._computed: Counter[int] = Counter()  # side in pixels -> images, by all processes
 
     def __call__(
@@ -113,11 +113,12 @@ class Extractor:
         """Operations of the features computed so far; what was kept already cost none."""
         return sum(images * self._flops_per_image(side) for side, images in self._computed.items() if images)
 
-    @cache  # noqa: B019, an extractor lives as long as its process judges one model
     def _flops_per_image(self, side: int) -> int:
-        image = torch.zeros(1, 3, side, side, device=self.device)
-        with torch.inference_mode():
-            return count_flops(lambda: self.backbone(image))
+        if side not in self._flops:
+            image = torch.zeros(1, 3, side, side, device=self.device)
+            with torch.inference_mode():
+                self._flops[side] = count_flops(lambda: self.backbone(image))
+        return self._flops[side]
 
     def _blocks(self, samples: Samples, transform: Transform, what: str, starts: Sequence[int]) -> Iterator[np.ndarray]:
         """Features of the blocks that begin at STARTS, one after the other."""

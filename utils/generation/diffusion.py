@@ -28,7 +28,7 @@ from utils.generation.recipe import SCHEDULERS, Recipe
 from utils.machine import is_out_of_memory, memory_format
 
 CACHED_PROMPTS = 512  # embeddings kept: more than the 365 backgrounds of one class; 59 MB for SD 1.4 in fp16
-DECODE_PIXELS = 4 * 512 * 512  # pixels the VAE decodes at once: fixed, so that it never depends on free memory
+DECODE_PIXELS = 4 * 512 * 512  # pixels the VAE decodes at once: a fixed number, which only a memory that is full halves
 CHECKED_IMAGES = 16  # of 224 x 224 that the safety checker sees at once: it runs beside a UNet that fills the memory
 BLACK = 3  # an image without a pixel above 3 of 255 is no picture
 Result = TypeVar("Result")
@@ -44,17 +44,18 @@ class Portions:
     def map(self, work: Callable[[int, int], Result], count: int) -> list[Result]:
         """[work(start, end)] for portions that cover COUNT images; UserError if memory lacks for a single one."""
         while True:
+            size = self.size  # as it is now: redrawing and decoding halve it in threads of their own
             try:
-                return [work(start, min(start + self.size, count)) for start in range(0, count, self.size)]
+                return [work(start, min(start + size, count)) for start in range(0, count, size)]
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
-                used = self.size if self.fixed else min(self.size, count)
+                used = size if self.fixed else min(size, count)
             if used == 1:
                 raise UserError(f"--device {self.device}: out of memory with a single image; lower {self.remedy}")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.size = used // 2
+            self.size = min(self.size, used // 2)
 
 
 class Sampler:

@@ -131,12 +131,17 @@ ROWS = (
 FAMILIES: dict[str, Family] = {row.name: row for row in ROWS}
 
 
+def _own_name(name: str) -> str:
+    """The last part of NAME; of a file of weights, which are often called alike, the last two."""
+    return "/".join(PurePath(name).parts[-2 if ".safetensors" in name else -1 :])
+
+
 def find_family(pipeline: str | None, names: Sequence[str]) -> Family | None:
     """The row for a PIPELINE class (None: not known yet) and the NAMES of the model and its LoRA files."""
     rows = [row for row in FAMILIES.values() if pipeline in (None, row.pipeline)]
     found = rows[0] if pipeline and rows else None
     for row in rows:
-        for match in filter(None, (re.search(row.models, PurePath(name).name, re.IGNORECASE) for name in names)):
+        for match in filter(None, (re.search(row.models, name, re.IGNORECASE) for name in map(_own_name, names))):
             steps = match.groupdict().get("steps")
             found = replace(row, steps=int(steps), most_steps=int(steps)) if steps else row
     return found

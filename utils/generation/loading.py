@@ -158,6 +158,7 @@ def measured_rate(folder: PipelineFolder, recipe: Recipe, device_name: str) -> t
     recipe = replace(recipe.with_device(device), safety="off", compile=False)
     sampler = load_sampler(folder, recipe, device)
     size = recipe.batch_size or choose_batch_size(sampler)
+    sampler.denoising.size = size
     latents = sampler.initial_latents(range(size)).to(device)
     forward = seconds_of(lambda: sampler.one_step(size), device) / sampler.one_step(size)
     seconds = forward * sampler.forwards_per_image + seconds_of(lambda: sampler.decode(latents), device)

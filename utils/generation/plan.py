@@ -17,7 +17,7 @@ from utils.generation.lora import shapes
 from utils.generation.pipeline import NoiseSchedule, PipelineFolder
 from utils.generation.prompts import ClassTable, Templates, class_prompts, prompt_warnings
 from utils.generation.recipe import Recipe
-from utils.machine import ROOT, gpus
+from utils.machine import ROOT, gpus, is_out_of_memory
 from utils.storage import free_bytes, read_json
 
 RATES = ROOT / "benchmarks" / "gpu_rates.json"  # what `make bench-gpu` measured, by card; rows are sent in by users
@@ -121,8 +121,10 @@ def expected_rate(
 
         try:
             return loading.measured_rate(folder, recipe, device_name)
-        except UserError as error:
-            print(f"note: {error}", file=sys.stderr)
+        except (UserError, RuntimeError) as error:
+            if not isinstance(error, UserError) and not is_out_of_memory(error):
+                raise
+            print(f"note: {str(error).splitlines()[0]}", file=sys.stderr)
     if published:
         how = "published for Stable Diffusion 1.x on an A100, not measured here; give yours with --rate"
         return scaled(published, recipe, forwards), "GPU", how

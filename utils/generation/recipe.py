@@ -102,7 +102,7 @@ class Recipe:
             object.__setattr__(self, "guidance_interval", (low, high) if low or high else None)
         if self.lora is not None:
             named = (parse_lora(text) for text in self.lora)
-            object.__setattr__(self, "lora", tuple(f"{name}:{weight:g}" for name, weight in named))
+            object.__setattr__(self, "lora", tuple(f"{name}:{weight!r}".removesuffix(".0") for name, weight in named))
 
     @classmethod
     def asked(cls, name: str | None, family: Family = SD, **options: Any) -> Recipe:

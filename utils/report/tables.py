@@ -8,6 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit  # Student's quantiles; all of scipy.stats would take seconds to import
@@ -161,16 +163,23 @@ class Model:
 
 
 def as_cell(rows: Sequence[Row], sidecars: Sequence[Sidecar] = ()) -> Cell:
-    """One metric over a model's seeds: mean and deviation, or a single run with its interval and SIDECARS' outcomes."""
-    first = rows[0]
-    mean, deviation = mean_and_std(row.value for row in rows)
-    cell = Cell(mean, runs=len(rows), n=first.n, num_classes=first.num_classes, group=first.group)
+    """One metric over a model's runs: mean and deviation, or a single run with its interval and SIDECARS' outcomes.
+
+    Probe seeds of one run are averaged: they share its weights and images, and are no runs of their own.
+    """
+    first, runs = rows[0], dict[Any, list[Row]]()
+    for number, row in enumerate(rows):
+        runs.setdefault(row.checkpoint_sha256 or number, []).append(row)
+    mean, deviation = mean_and_std(fmean(row.value for row in its) for its in runs.values())
+    cell = Cell(mean, runs=len(runs), n=first.n, num_classes=first.num_classes, group=first.group)
     cell.leaked = max(row.train_overlap_exact + row.train_overlap_near for row in rows)
-    if len(rows) > 1:
+    if len(runs) > 1:
         cell.spread = deviation
         return cell
-    cell.low, cell.high = first.low, first.high
-    if first.metric == "top1" and (beside := next((one for one in sidecars if one.dataset == first.dataset), None)):
+    if first.low is not None and first.high is not None:
+        cell.low, cell.high = (fmean(getattr(row, end) for row in rows) for end in ("low", "high"))
+    beside = next((one for one in sidecars if one.dataset == first.dataset), None)
+    if beside and first.metric == "top1" and len(rows) == 1:
         cell.judged, cell.outcomes = beside.images, beside.outcomes()
     return cell
 

@@ -109,7 +109,7 @@ def device_name(requested: str) -> str:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[Ranks]:
+def process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     """Join the job's process group (nccl on CUDA, gloo elsewhere), yield the ranks, leave it at the end.
 
     One process alone needs no group: nothing is set up. After an error the group is dropped without waiting for peers,
@@ -136,7 +136,7 @@ def process_group(device: torch.device) -> Iterator[Ranks]:
             "nccl" if on_cuda else "gloo",
             rank=found.rank,
             world_size=found.world_size,
-            timeout=TIMEOUT,
+            timeout=timeout,
             device_id=device if on_cuda else None,
         )
     except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors

@@ -16,6 +16,8 @@ from utils.storage import open_regular, read_json
 from utils.training.distributed import print0
 from utils.training.labels import Places, class_beside, class_of, renamed
 
+MOST_OPEN = 64  # shards a process keeps open: a limit of 1024 files is usual, and a set may have more shards
+
 
 class ImageSet:
     """Images 0..N-1 with labels (N,), sorted by class id and name. Subclasses read them."""
@@ -155,6 +157,8 @@ class TarImages(ImageSet):
                 with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                     for member in filter(tarfile.TarInfo.isfile, tar):
                         name, place = member.name, (member.offset_data, member.size)
+                        if name.rpartition("/")[2].startswith("."):
+                            continue  # no image: macOS puts what it knows of 1.jpg into ._1.jpg
                         if name.lower().endswith(IMAGE_SUFFIXES):
                             found.append((class_of(name), name, number, *place))
                         elif name.endswith(".cls"):
@@ -199,6 +203,8 @@ class TarImages(ImageSet):
     def read(self, index: int) -> bytes:
         shard, offset, size = self.places[index].tolist()
         if shard not in self._files:
+            if len(self._files) == MOST_OPEN:
+                os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
         data = os.pread(self._files[shard], size, offset)  # no shared file position: safe after a fork
         if len(data) < size:
@@ -250,7 +256,10 @@ def _dataset_classes(folder: Path) -> list[dict]:
     """The classes that FOLDER/dataset.json describes; none without one."""
     path = folder / "dataset.json"
     described = read_json(path) if path.exists() else {}
-    return described.get("classes", []) if isinstance(described, dict) else []  # someone else's dataset.json
+    rows = described.get("classes") if isinstance(described, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"id", "name"} <= row.keys() for row in rows):
+        return []  # someone else's dataset.json
+    return rows
 
 
 def require_same_classes(found: list[str], expected: list[str], where: str, reference: str) -> None:

@@ -100,6 +100,7 @@ class RunLog:
         if scores:
             found = "top-1 {val_top1:.2f} top-5 {val_top5:.2f} of {val_n} images".format(**scores)
             print(f"epoch {epoch}: validation {found}", flush=True)
+            self._since = time.monotonic()  # validation is no part of the next steps' time
 
 
 def means(totals: Mapping[str, float]) -> dict[str, float]:
