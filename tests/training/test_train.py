@@ -117,14 +117,14 @@ def test_a_run_is_finished_under_its_own_name_only(finished, images):
 
 
 def test_weights_without_their_hash_are_exported_again(finished, images, tmp_path):
-    """A kill, or a full disk, between the two leaves args.json as it was during the run."""
-    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    """A kill, or a full disk, between the two: the run is not finished, and is finished by the next command."""
+    run, options = tmp_path / "run", ("--data", images, "--out", tmp_path / "run", *TINY)
+    finish(start(*options, patch="import os\ntrain.sha256_file = lambda path: os.kill(os.getpid(), 9)"), -9)
     described = json.loads((run / "args.json").read_text())
-    assert described["weights_sha256"]
-    (run / "args.json").write_text(json.dumps(described | {"weights_sha256": ""}))
-    assert not is_finished(run, "shapes", described["identity"])
-    finish(start("--data", images, "--out", run, *TINY))
-    assert json.loads((run / "args.json").read_text())["weights_sha256"] == described["weights_sha256"]
+    assert (run / "shapes.pth").is_file() and not is_finished(run, "shapes", described["identity"])
+    finish(start(*options))
+    whole = json.loads((finished[0] / "args.json").read_text())["weights_sha256"]
+    assert json.loads((run / "args.json").read_text())["weights_sha256"] == whole
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty"])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit  # Student's quantiles; all of scipy.stats would take seconds to import
@@ -167,9 +165,9 @@ def as_cell(rows: Sequence[Row], sidecars: Sequence[Sidecar] = ()) -> Cell:
 
     Probe seeds of one run are averaged: they share its weights and images, and are no runs of their own.
     """
-    first, runs = rows[0], dict[Any, list[Row]]()
+    first, runs = rows[0], defaultdict[str | int, list[Row]](list)
     for number, row in enumerate(rows):
-        runs.setdefault(row.checkpoint_sha256 or number, []).append(row)
+        runs[row.checkpoint_sha256 or number].append(row)
     mean, deviation = mean_and_std(fmean(row.value for row in its) for its in runs.values())
     cell = Cell(mean, runs=len(runs), n=first.n, num_classes=first.num_classes, group=first.group)
     cell.leaked = max(row.train_overlap_exact + row.train_overlap_near for row in rows)
@@ -264,7 +262,7 @@ def averages(cells: Sequence[Cell | None]) -> list[Cell | None]:
     if not known or len(known) < len(cells):
         return [None, None]
     values, sizes = [cell.value for cell in known], [cell.n or 10**6 for cell in known]
-    return [Cell(statistics.fmean(values)), Cell(log_odds_average(values, sizes), digits=3)]
+    return [Cell(fmean(values)), Cell(log_odds_average(values, sizes), digits=3)]
 
 
 def as_table(title: str, heads: list[str], body: Sequence[tuple[Model, list[Cell | None]]]) -> dict:
